@@ -1,0 +1,58 @@
+# The commands of a working day. CI runs `check`, `demo` and `test` exactly as they are here.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# Both environments' contents live in one folder: what `demo` needs (no torch) is a part of what `dev` needs.
+DEMO := $(VENV)/.installed-demo
+DEV := $(VENV)/.installed-dev
+
+# As environment variables the constraints also hold for the isolated environment that builds the package.
+INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	$(BIN)/python -m pip install --quiet
+
+# ONNX Runtime contacts its vendor unless told not to.
+export ORT_DISABLE_TELEMETRY := 1
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test check nano clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(DEMO) ## install without torch, run the embedded nano bundle, draw demo.png
+	$(BIN)/mmemb demo
+
+test: $(DEV) ## install everything, run the tests
+	$(BIN)/python -m pytest
+
+check: $(DEV) ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+nano: $(DEV) ## retrain the nano model and export it into the package
+	$(BIN)/mmemb train nano runs/nano
+	$(BIN)/mmemb export runs/nano mmemb_deploy/assets/nano --calibrate digitchain
+
+clean: ## remove caches and build outputs; .venv and runs/ stay
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .benchmarks demo.png
+	find mmemb_deploy training export engines benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip is the last thing that venv puts in place.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "mmemb-deploy needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not:" \
+			"$$($(PYTHON) --version 2>&1). Name one that is, for example: make PYTHON=python3.12 demo" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(DEMO): pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) --editable '.[cpu,bench]'
+	touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) --editable '.[cpu,train,export,bench,dev]'
+	touch $(DEMO) $@

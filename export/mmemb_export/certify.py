@@ -1,0 +1,93 @@
+"""The parity certificate: the runtime's answers against the reference's, on the same inputs.
+
+Axes: N probes, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import transformers
+from numpy.typing import NDArray
+
+from mmemb_deploy.bundle import Bounds, Certificate, Parity
+from mmemb_deploy.embedder import Embedder
+from mmemb_deploy.evaluation import Encoded, Pair, encode_queries
+from mmemb_deploy.inputs import parse
+from mmemb_deploy.preprocess import Floats
+from mmemb_deploy.prompts import END_THINK
+from mmemb_export.probes import modality
+from mmemb_export.reference import Expected, Reference
+from mmemb_training.checkpoint import Checkpoint
+
+FLOAT32_BOUNDS = Bounds(min_cosine=0.9999, gate_flips=0, token_agreement=0.995)
+
+
+def certify(
+    embedder: Embedder, checkpoint: Checkpoint, reference: Reference, probes: Sequence[Pair], bounds: Bounds
+) -> Certificate:
+    """Embed the query of every probe by both paths; the reference reads the runtime's own rationales."""
+    direct = encode_queries(embedder, probes, reasoning="never")
+    reasoned = encode_queries(embedder, probes, reasoning="always")
+    expected = _expected(checkpoint, reference, probes, reasoned)
+    flips_N = np.array(
+        [each.reasons != (detail.gate_score > 0.5) for each, detail in zip(expected, direct.details, strict=True)]
+    )
+    expected_direct_ND = np.stack([each.direct_D for each in expected])
+    direct_cosine_N = _row_cosines(direct.embeddings_QD, expected_direct_ND)
+    reasoned_cosine_N = _row_cosines(reasoned.embeddings_QD, np.stack([each.reasoned_D for each in expected]))
+    kinds_N = np.array([modality(probe.query) for probe in probes])
+    return Certificate(
+        reference=f"transformers {transformers.__version__}, float32",
+        runtime=embedder.backend,
+        modalities={
+            str(kind): _parity(direct_cosine_N[kinds_N == kind], flips_N[kinds_N == kind])
+            for kind in dict.fromkeys(kinds_N.tolist())
+        },
+        reasoned=_parity(reasoned_cosine_N, np.zeros(len(probes), bool)),
+        token_agreement=_token_agreement(reasoned, expected, checkpoint.rows.prompt.ids[END_THINK]),
+        retrieval_overlap=float(np.mean(_nearest(direct.embeddings_QD) == _nearest(expected_direct_ND))),
+        bounds=bounds,
+    )
+
+
+def _expected(
+    checkpoint: Checkpoint, reference: Reference, probes: Sequence[Pair], reasoned: Encoded
+) -> list[Expected]:
+    expected = []
+    for probe, detail in zip(probes, reasoned.details, strict=True):
+        request = parse(probe.query)
+        row = checkpoint.rows.row(request, checkpoint.instruction(probe.instruction))
+        expected.append(reference.run(request, row, detail.rationale_ids))
+    return expected
+
+
+def _token_agreement(reasoned: Encoded, expected: Sequence[Expected], end_think: int) -> float:
+    """Return the share of chosen tokens, the closing one included, that the reference would have chosen."""
+    agreed = total = 0
+    for detail, each in zip(reasoned.details, expected, strict=True):
+        chosen = [*detail.rationale_ids] if detail.truncated else [*detail.rationale_ids, end_think]
+        agreed += sum(ours == theirs for ours, theirs in zip(chosen, each.greedy, strict=False))
+        total += len(chosen)
+    return agreed / max(total, 1)
+
+
+def _row_cosines(left_ND: Floats, right_ND: Floats) -> NDArray[np.float64]:
+    return np.einsum("nd,nd->n", left_ND.astype(np.float64), right_ND.astype(np.float64))
+
+
+def _parity(cosine_N: NDArray[np.float64], flips_N: NDArray[np.bool_]) -> Parity:
+    return Parity(
+        inputs=len(cosine_N),
+        min_cosine=float(cosine_N.min()),
+        mean_cosine=float(cosine_N.mean()),
+        gate_flips=int(flips_N.sum()),
+    )
+
+
+def _nearest(embeddings_ND: Floats) -> NDArray[np.int64]:
+    """Return, for every row, the row of the highest cosine among the others."""
+    cosines_NN = embeddings_ND @ embeddings_ND.T
+    np.fill_diagonal(cosines_NN, -np.inf)
+    return cosines_NN.argmax(axis=1)

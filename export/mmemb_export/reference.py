@@ -1,0 +1,76 @@
+"""The checkpoint run by transformers alone, its own processor included: what the runtime is certified against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmemb_deploy import prompts
+from mmemb_deploy.inputs import Request
+from mmemb_deploy.preprocess import Floats, patches
+from mmemb_deploy.rows import Row
+from mmemb_training.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One full forward pass over a prompt and a rationale's path."""
+
+    direct_D: Floats  # at `<|disc_emb|>`, L2-normalised
+    reasons: bool  # `<think>` is more likely than stop
+    reasoned_D: Floats  # at `<|gen_emb|>`, L2-normalised
+    greedy: list[int]  # the likeliest token after `<think>` and after every word that follows
+
+
+class Reference:
+    """`Qwen3VLForConditionalGeneration` and `Qwen2VLImageProcessorPil`, as transformers ships them.
+
+    Token ids come from the shared prompt code; a video's patches from `mmemb_deploy.preprocess`, since transformers'
+    video processor needs torchvision.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._model = checkpoint.model
+        self._ids = checkpoint.rows.prompt.ids
+        self._vision = checkpoint.vision
+        self._processor = checkpoint.image_processor
+
+    def run(self, request: Request, row: Row, words: Sequence[int]) -> Expected:
+        """Forward a prompt followed by `<think>`, the words of a rationale, `</think>` and `<|gen_emb|>`."""
+        ids = self._ids
+        path = [ids[prompts.THINK], *words, ids[prompts.END_THINK], ids[prompts.GEN_EMB]]
+        token_ids_1S = torch.tensor([[*row.token_ids_S.tolist(), *path]])
+        kinds_1S = (token_ids_1S == ids[prompts.IMAGE_PAD]) + 2 * (token_ids_1S == ids[prompts.VIDEO_PAD])
+        inputs: dict[str, Any] = {
+            "input_ids": token_ids_1S,
+            "attention_mask": torch.ones_like(token_ids_1S),
+            "mm_token_type_ids": kinds_1S.int(),
+        }
+        if request.images:
+            processed = self._processor(images=list(request.images), return_tensors="pt")
+            inputs |= {"pixel_values": processed["pixel_values"], "image_grid_thw": processed["image_grid_thw"]}
+        frames = row.visuals[len(request.images) :]
+        if frames:
+            inputs |= {
+                "pixel_values_videos": torch.from_numpy(
+                    np.concatenate([patches(frame, self._vision) for frame in frames])
+                ),
+                "video_grid_thw": torch.tensor([[len(frames), *frames[0].grid]]),
+            }
+        with torch.no_grad():
+            self._model.model.rope_deltas = None
+            hidden_SD: Tensor = self._model.model(**inputs).last_hidden_state[0]
+            disc = row.length - 1
+            logits_TV = self._model.lm_head(hidden_SD[disc : disc + len(words) + 2])
+        return Expected(
+            direct_D=F.normalize(hidden_SD[disc], dim=-1).numpy(),
+            reasons=bool(logits_TV[0, ids[prompts.THINK]] > logits_TV[0, ids[prompts.STOP]]),
+            reasoned_D=F.normalize(hidden_SD[-1], dim=-1).numpy(),
+            greedy=logits_TV[1:].argmax(dim=-1).tolist(),
+        )

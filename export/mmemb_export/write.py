@@ -1,0 +1,157 @@
+"""Checkpoint to bundle: graphs, tokenizer, manifest, calibration and certificate, renamed into place when all is well."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mmemb_deploy
+from mmemb_deploy import abi
+from mmemb_deploy.bundle import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    TOKENIZER,
+    BatchLimits,
+    Bundle,
+    GateFacts,
+    GraphFacts,
+    Manifest,
+    ModelFacts,
+    bundle_files,
+    file_hash,
+)
+from mmemb_deploy.embedder import Embedder
+from mmemb_deploy.errors import OptionError
+from mmemb_deploy.evaluation import Pair
+from mmemb_deploy.inputs import Limits
+from mmemb_export.calibrate import UNCALIBRATED, calibrate
+from mmemb_export.certify import FLOAT32_BOUNDS, certify
+from mmemb_export.graphs import graphs
+from mmemb_export.onnx_files import describe, save, to_onnx
+from mmemb_export.probes import synthetic_probes
+from mmemb_export.reference import Reference
+from mmemb_training.checkpoint import Checkpoint, load_checkpoint
+
+SYNTHETIC_PROBES = 200
+MAX_ROW_TOKENS = 8192
+BATCH = BatchLimits(row_tokens=MAX_ROW_TOKENS, tokens=4 * MAX_ROW_TOKENS, patches=32768, cache_bytes=4 * 2**30)
+WEIGHT_FILES = {
+    "vision.onnx.data": (abi.VISION,),
+    "decoder.onnx.data": (abi.EMBEDDER, abi.GENERATOR),
+    "gate.onnx.data": (abi.GATE,),
+}
+
+Report = Callable[[str], None]
+
+
+def export_bundle(
+    source: Path,
+    target: Path,
+    *,
+    pairs: Sequence[Pair] = (),
+    pairs_name: str = "none",
+    overwrite: bool = False,
+    report: Report = print,
+) -> Manifest:
+    """Export a checkpoint to a bundle; `report` hears what is being done.
+
+    The gate is calibrated on `pairs`, which must be held out from training; the certificate is measured on their
+    queries and on synthetic probes. Raises OptionError if the target exists or the source is not a checkpoint, and
+    CertificateError if the bundle misses its bounds; nothing is left behind then.
+    """
+    if target.exists() and not overwrite:
+        raise OptionError(f"{target} exists: choose another folder, or pass --overwrite")
+    checkpoint = load_checkpoint(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        folder = Path(scratch) / "bundle"
+        folder.mkdir()
+        facts = _write_graphs(checkpoint, folder, report)
+        shutil.copy(source / TOKENIZER, folder / TOKENIZER)
+        _write_pooling(checkpoint, folder)
+        manifest = _manifest(checkpoint, folder, facts, source.name)
+        embedder = Embedder(Bundle(folder, manifest))
+        if pairs:
+            report(f"calibrating the gate on {len(pairs)} pairs")
+            gate = calibrate(embedder, pairs, pairs_name)
+            manifest = manifest.model_copy(update={"gate": gate})
+        probes = [*synthetic_probes(SYNTHETIC_PROBES), *pairs]
+        report(f"certifying on {len(probes)} inputs")
+        certificate = certify(embedder, checkpoint, Reference(checkpoint), probes, FLOAT32_BOUNDS)
+        certificate.check()
+        manifest = manifest.model_copy(update={"certificate": certificate})
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+        Bundle.open(folder)
+        if target.exists():
+            shutil.rmtree(target)
+        folder.rename(target)
+    return manifest
+
+
+def _write_graphs(checkpoint: Checkpoint, folder: Path, report: Report) -> dict[str, GraphFacts]:
+    models = {}
+    for graph in graphs(checkpoint):
+        report(f"exporting {graph.name}")
+        models[graph.name] = to_onnx(graph)
+    facts = {name: describe(model, f"{name}.onnx", "float32") for name, model in models.items()}
+    for weights, names in WEIGHT_FILES.items():
+        save([models[name] for name in names], [folder / f"{name}.onnx" for name in names], folder / weights)
+    return facts
+
+
+def _write_pooling(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write what sentence-transformers' readers look for: the modules, last-token pooling, and the prompts."""
+    prompt = checkpoint.facts.prompt
+    modules = ["Transformer", "Pooling", "Normalize"]
+    paths = ["", "1_Pooling", "2_Normalize"]
+    documents: dict[str, Any] = {
+        "modules.json": [
+            {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{module}"}
+            for place, (module, path) in enumerate(zip(modules, paths, strict=True))
+        ],
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": checkpoint.model.config.text_config.hidden_size,
+            "pooling_mode_lasttoken": True,
+            "include_prompt": True,
+        },
+        "config_sentence_transformers.json": {
+            "prompts": {"query": prompt.query_instruction, "document": prompt.document_instruction},
+            "similarity_fn_name": "cosine",
+        },
+    }
+    for name, content in documents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _manifest(checkpoint: Checkpoint, folder: Path, facts: dict[str, GraphFacts], source: str) -> Manifest:
+    text = checkpoint.model.config.text_config
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        written_by=mmemb_deploy.__version__,
+        model=ModelFacts(
+            name=source,
+            hidden_size=text.hidden_size,
+            layers=text.num_hidden_layers,
+            kv_heads=text.num_key_value_heads,
+            head_dim=text.head_dim,
+            vocabulary_size=text.vocab_size,
+            deepstack_levels=len(checkpoint.model.config.vision_config.deepstack_visual_indexes),
+            max_rationale_tokens=checkpoint.facts.max_rationale_tokens,
+            dims=checkpoint.facts.dims,
+        ),
+        vision=checkpoint.vision,
+        prompt=checkpoint.facts.prompt,
+        markers=checkpoint.rows.prompt.ids,
+        limits=Limits(),
+        batch=BATCH,
+        gate=UNCALIBRATED,
+        graphs=facts,
+        files={name: file_hash(folder / name) for name in bundle_files(folder)},
+        certificate=None,
+        provenance=checkpoint.facts.provenance,
+    )

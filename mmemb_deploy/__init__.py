@@ -1,0 +1,74 @@
+"""mmemb-deploy: embed text, images, video and documents with MMEmb-R1, reasoning only where it helps.
+
+    from mmemb_deploy import Embedder
+    embedder = Embedder.load()
+    vectors = embedder.encode(["three plus four", {"image": "photo.png"}])
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime reports usage to its vendor unless this is set before its first import; export it as "0" to opt in.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+if TYPE_CHECKING:
+    from mmemb_deploy.embedder import Detail, Embedder, EncodeResult, Timings
+    from mmemb_deploy.errors import (
+        BackendError,
+        BundleError,
+        CertificateError,
+        InputError,
+        IntegrityError,
+        MissingExtraError,
+        MmembError,
+        OptionError,
+        SchemaError,
+    )
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Detail": "embedder",
+    "Embedder": "embedder",
+    "EncodeResult": "embedder",
+    "Timings": "embedder",
+} | dict.fromkeys(
+    (
+        "BackendError",
+        "BundleError",
+        "CertificateError",
+        "InputError",
+        "IntegrityError",
+        "MissingExtraError",
+        "MmembError",
+        "OptionError",
+        "SchemaError",
+    ),
+    "errors",
+)
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CertificateError",
+    "Detail",
+    "Embedder",
+    "EncodeResult",
+    "InputError",
+    "IntegrityError",
+    "MissingExtraError",
+    "MmembError",
+    "OptionError",
+    "SchemaError",
+    "Timings",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import mmemb_deploy` stays quick."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mmemb_deploy' has no attribute {name!r}")
+    return getattr(import_module(f"mmemb_deploy.{_HOMES[name]}"), name)

@@ -1,0 +1,134 @@
+"""Retrieval quality of a bundle on pairs: what calibration and benchmarks both measure with.
+
+Axes: Q pairs, D embedding size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mmemb_deploy.digitchain import Example
+from mmemb_deploy.embedder import Detail, Embedder
+from mmemb_deploy.errors import OptionError
+from mmemb_deploy.options import EncodeOptions
+from mmemb_deploy.preprocess import Floats
+
+Bools = NDArray[np.bool_]
+
+
+class Pair(BaseModel):
+    """A query, its candidates, and which of them are right; inputs are those of `Embedder.encode`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    query: Any
+    candidates: list[Any]
+    relevant: list[bool]
+    instruction: str | None = None
+    group: str = "all"  # pairs whose quality is watched together
+
+    @classmethod
+    def of(cls, example: Example) -> Pair:
+        """Read a DigitChain example as a pair of its family."""
+        return cls(
+            query=example.content,
+            candidates=[candidate.content for candidate in example.candidates],
+            relevant=list(example.relevant),
+            instruction=example.instruction,
+            group=example.family,
+        )
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """Read pairs from JSON lines; raises OptionError that names the line of a malformed one."""
+    if not path.is_file():
+        raise OptionError(f"{path} is not a file: pass JSON lines of query, candidates, relevant")
+    pairs = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            pair = Pair.model_validate(json.loads(line))
+        except (json.JSONDecodeError, ValidationError) as error:
+            raise OptionError(f"{path}, line {number}: {error}") from error
+        if len(pair.relevant) != len(pair.candidates) or not any(pair.relevant):
+            raise OptionError(f"{path}, line {number}: relevant needs one value per candidate, at least one of them true")
+        pairs.append(pair)
+    if not pairs:
+        raise OptionError(f"{path} holds no pair")
+    return pairs
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The queries of some pairs, embedded: vectors (Q, D) and how each came about."""
+
+    embeddings_QD: Floats
+    details: list[Detail]
+
+
+def encode_queries(
+    embedder: Embedder,
+    pairs: Sequence[Pair],
+    *,
+    rationales: Sequence[str | None] | None = None,
+    **options: Unpack[EncodeOptions],
+) -> Encoded:
+    """Embed the queries of pairs, each with its own instruction."""
+    embeddings_QD = np.empty((len(pairs), embedder.dim), np.float32)
+    details: dict[int, Detail] = {}
+    for instruction in {pair.instruction for pair in pairs}:
+        places = [place for place, pair in enumerate(pairs) if pair.instruction == instruction]
+        given = None if rationales is None else [rationales[place] for place in places]
+        result = embedder.encode(
+            [pairs[place].query for place in places],
+            return_details=True, instruction=instruction, rationales=given, **options,
+        )  # fmt: skip
+        embeddings_QD[places] = result.embeddings
+        details |= {place: detail for place, detail in zip(places, result.details, strict=True) if detail is not None}
+    return Encoded(embeddings_QD, [details[place] for place in range(len(pairs))])
+
+
+class Judge:
+    """Embeds the candidates of pairs once, then judges any embeddings of their queries."""
+
+    def __init__(self, embedder: Embedder, pairs: Sequence[Pair]) -> None:
+        self.pairs = pairs
+        texts = {text for pair in pairs for text in map(_words, pair.candidates) if text is not None}
+        known = dict(zip(sorted(texts), _documents(embedder, sorted(texts)), strict=True))
+        shown = [candidate for pair in pairs for candidate in pair.candidates if _words(candidate) is None]
+        images = iter(_documents(embedder, shown))
+        self._candidates = [
+            np.stack([next(images) if (text := _words(candidate)) is None else known[text] for candidate in pair.candidates])
+            for pair in pairs
+        ]
+
+    def hits(self, embeddings_QD: Floats) -> Bools:
+        """Return, per query, whether the candidate of the highest cosine is a right one, bool (Q,)."""
+        return np.array(
+            [
+                pair.relevant[int((candidates_CD @ query_D).argmax())]
+                for pair, candidates_CD, query_D in zip(self.pairs, self._candidates, embeddings_QD, strict=True)
+            ]
+        )
+
+    def ranking(self, place: int, query_D: Floats) -> list[int]:
+        """Return the candidates of one pair, best first."""
+        return [int(index) for index in np.argsort(-(self._candidates[place] @ query_D), kind="stable")]
+
+
+def _words(candidate: Any) -> str | None:
+    """Return what a candidate that is only a text says, None for any other."""
+    if isinstance(candidate, str):
+        return candidate
+    return candidate["text"] if isinstance(candidate, dict) and candidate.keys() == {"text"} else None
+
+
+def _documents(embedder: Embedder, contents: Sequence[Any]) -> Iterable[Floats]:
+    return embedder.encode_document(contents, batch_size=64) if contents else []

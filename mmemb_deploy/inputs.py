@@ -1,0 +1,319 @@
+"""What a caller may pass to `encode`, checked and decoded into a frozen Request before anything runs.
+
+An input is a str, a PIL image, an array, or a dict with any of "text", "image" or "images", and "video":
+
+    "three plus four"                                    a text, whatever it says: never opened, never fetched
+    Image.open("photo.png")                              an image
+    {"text": "what is the sum?", "image": "photo.png"}   in a dict, a str or Path in place of an image is a local file
+    {"images": [first, second]}                          several images, in order
+    {"video": frames, "fps": 1.0}                        frames in order; or "timestamps", in seconds, one per frame
+
+An image is a PIL image, the bytes of an encoded image, a path, or an array of shape (H, W), (H, W, 1), (H, W, 3) or
+(H, W, 4) that is uint8, or float within 0..1. Files and bytes may be of the formats in FORMATS; of an animation the
+first picture counts. EXIF orientation is applied, transparency is laid over white, and samples of 16 bits are scaled to
+8 (Pillow's own conversion would clip them to white).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import struct
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mmemb_deploy.errors import InputError, OptionError, check_known
+
+KEYS = ("text", "image", "images", "video", "fps", "timestamps")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")  # no format that runs another program
+DEFAULT_FPS = 2.0  # frames per second of a video that names no times: the rate at which Qwen3-VL samples
+
+# What Pillow raises on damaged files, and (AssertionError) on images whose file was closed too early
+_BROKEN_IMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, AssertionError, struct.error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The largest input that is accepted; an input above a limit is refused, never cut."""
+
+    max_text_chars: int = 200_000
+    """Characters of the text."""
+
+    max_image_pixels: int = 100_000_000
+    """Pixels of each image or frame, read from its header before it is decoded."""
+
+    max_images: int = 64
+    """Images of one input, video frames not counted."""
+
+    max_frames: int = 768
+    """Frames of one video."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One input, ready for preprocessing: every image and frame is RGB, upright and decoded."""
+
+    text: str
+    images: tuple[Image.Image, ...]
+    frames: tuple[Image.Image, ...]  # of one size
+    timestamps: tuple[float, ...]  # seconds, one per frame, never falling
+
+
+def parse(item: object, limits: Limits = Limits()) -> Request:
+    """Check and decode one input.
+
+    Raises InputError, without an index, that names the part, its value and the fix: for a type, key, shape, dtype or
+    value that is not accepted, a file or bytes that hold no whole image, a part above its limit, or nothing to embed.
+    """
+    parts = _parts(item)
+    text = _text(parts.get("text", ""), limits)
+    images = _images(parts, limits)
+    video = _video(parts["video"], limits) if "video" in parts else ()
+    timestamps = _timestamps(parts, len(video))
+    if not (text.strip() or images or video):
+        raise InputError("there is nothing to embed: give a text that is not blank, an image or a video")
+    return Request(
+        text,
+        tuple(_image(image, name, limits) for name, image in images),
+        _frames(video, limits),
+        timestamps,
+    )
+
+
+def _parts(item: object) -> Mapping[str, object]:
+    if isinstance(item, str):
+        return {"text": item}
+    if isinstance(item, (Image.Image, np.ndarray)):
+        return {"image": cast("object", item)}
+    if not isinstance(item, Mapping):
+        kind = type(item).__name__
+        hint = "; for an image pass {'image': ...}" if isinstance(item, (bytes, bytearray, Path)) else ""
+        raise InputError(f"an input of type {kind} is not accepted: pass a str, a PIL image, an array or a dict{hint}")
+    parts = cast("Mapping[str, object]", item)
+    for key, value in parts.items():
+        try:
+            check_known("key", str(key), KEYS)
+        except OptionError as error:
+            raise InputError(str(error)) from error
+        if value is None:
+            raise InputError(f"{key!r} is None; leave the key out where there is nothing")
+    return parts
+
+
+def _text(text: object, limits: Limits) -> str:
+    if not isinstance(text, str):
+        raise InputError(f"'text' is of type {type(text).__name__}; pass a str")
+    if len(text) > limits.max_text_chars:
+        raise InputError(
+            f"'text' has {len(text)} characters, above max_text_chars = {limits.max_text_chars}; shorten or split it"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"'text' has a lone surrogate at character {error.start}, which is no Unicode text; "
+            "decode its bytes with errors='replace'"
+        ) from error
+    return text
+
+
+def _images(parts: Mapping[str, object], limits: Limits) -> list[tuple[str, object]]:
+    """Return the images with the names that errors call them by."""
+    if "image" in parts and "images" in parts:
+        raise InputError("'image' and 'images' are both given; put every image into 'images'")
+    if "image" in parts:
+        return [("'image'", parts["image"])]
+    images = parts.get("images", [])
+    if not isinstance(images, (list, tuple)):
+        raise InputError(f"'images' is of type {type(images).__name__}; pass a list of images, or one as 'image'")
+    images = cast("Sequence[object]", images)
+    if len(images) > limits.max_images:
+        raise InputError(f"'images' has {len(images)} images, above max_images = {limits.max_images}; pass fewer")
+    return [(f"'images'[{place}]", image) for place, image in enumerate(images)]
+
+
+def _video(video: object, limits: Limits) -> Sequence[object]:
+    if isinstance(video, np.ndarray):
+        array = cast("NDArray[Any]", video)
+        if array.ndim != 4:
+            raise InputError(f"'video' is an array of shape {array.shape}; pass (frames, height, width, 3)")
+        video = list(array)
+    if not isinstance(video, (list, tuple)):
+        raise InputError(
+            f"'video' is of type {type(video).__name__}; decode it and pass a list of frames or one uint8 array "
+            "of shape (frames, height, width, 3)"
+        )
+    frames = cast("Sequence[object]", video)
+    if not frames:
+        raise InputError("'video' has no frames; pass at least one, or leave the key out")
+    if len(frames) > limits.max_frames:
+        raise InputError(f"'video' has {len(frames)} frames, above max_frames = {limits.max_frames}; sample fewer")
+    return frames
+
+
+def _frames(video: Sequence[object], limits: Limits) -> tuple[Image.Image, ...]:
+    frames = tuple(_image(frame, f"'video'[{place}]", limits) for place, frame in enumerate(video))
+    for place, frame in enumerate(frames):
+        if frame.size != frames[0].size:
+            raise InputError(
+                f"'video'[{place}] is {_size(frame.size)} pixels but 'video'[0] is {_size(frames[0].size)}; "
+                "resize the frames to one size"
+            )
+    return frames
+
+
+def _timestamps(parts: Mapping[str, object], frames: int) -> tuple[float, ...]:
+    given = [key for key in ("fps", "timestamps") if key in parts]
+    if given and not frames:
+        raise InputError(f"{given[0]!r} is given without a 'video'; add the video or leave it out")
+    if len(given) == 2:
+        raise InputError("'fps' and 'timestamps' are both given; keep the one that tells the frames' times")
+    if "timestamps" not in parts:
+        fps = _number(parts.get("fps", DEFAULT_FPS), "'fps'")
+        if fps <= 0:
+            raise InputError(f"'fps' is {fps}; pass the frames per second, above 0")
+        return tuple(place / fps for place in range(frames))
+    times = parts["timestamps"]
+    if isinstance(times, np.ndarray):
+        times = cast("object", times.tolist())
+    if not isinstance(times, (list, tuple)):
+        raise InputError(f"'timestamps' is of type {type(times).__name__}; pass a list of seconds, one per frame")
+    times = cast("Sequence[object]", times)
+    if len(times) != frames:
+        raise InputError(f"'timestamps' has {len(times)} times for {frames} frames; pass one per frame")
+    seconds = tuple(_number(time, f"'timestamps'[{place}]") for place, time in enumerate(times))
+    for place, (before, after) in enumerate(zip((0.0, *seconds), seconds, strict=False)):
+        if after < before:
+            raise InputError(
+                f"'timestamps'[{place}] is {after} s, below {before} s before it; "
+                "pass times from 0 s that never fall, and the frames in that order"
+            )
+    return seconds
+
+
+def _number(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise InputError(f"{name} is {_shown(value)}; pass a finite number")
+    return float(value)
+
+
+def _image(value: object, name: str, limits: Limits) -> Image.Image:
+    """Return an image in any accepted form as RGB, upright and decoded."""
+    if isinstance(value, np.ndarray):
+        return _rgb(_from_array(cast("NDArray[Any]", value), name, limits), name)
+    source: object = value
+    if isinstance(value, (bytes, bytearray)):
+        source = io.BytesIO(value)
+    elif isinstance(value, (str, Path)):
+        source = _local_path(str(value), name)
+        name = f"{name} ({_shown(source)})"
+    elif not isinstance(value, Image.Image):
+        raise InputError(f"{name} is of type {type(value).__name__}; pass a PIL image, an array, bytes or a path")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large headers, which `limits` judge, and of damaged metadata
+            if isinstance(source, Image.Image):
+                return _decoded(source, name, limits)
+            with Image.open(cast("str | io.BytesIO", source), formats=FORMATS) as image:
+                return _decoded(image, name, limits)
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{name} has too many pixels for max_image_pixels = {limits.max_image_pixels} and for Pillow ({error}); "
+            "resize it before embedding"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name} is no image of a known format; pass one of {', '.join(FORMATS)}") from error
+    except _BROKEN_IMAGE as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(
+            f"{name} cannot be decoded ({reason}); pass one that is whole, and load it before you close its file"
+        ) from error
+
+
+def _local_path(path: str, name: str) -> str:
+    if re.match(r"(?i)[a-z][a-z0-9+.-]+:/|data:", path):
+        raise InputError(f"{name} is the URL {_shown(path)}; download it first and pass the path or the bytes")
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a name is too long
+        raise InputError(f"{name} is the path {_shown(path)}, where there is no file; correct the path")
+    return path
+
+
+def _decoded(image: Image.Image, name: str, limits: Limits) -> Image.Image:
+    _check_pixels(image.size, name, limits)
+    return _rgb(ImageOps.exif_transpose(image), name)
+
+
+def _from_array(array: NDArray[Any], name: str, limits: Limits) -> Image.Image:
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))):
+        hint = "move the channels last: " if array.ndim == 3 and array.shape[0] in (1, 3) else ""
+        raise InputError(
+            f"{name} is an array of shape {array.shape}; {hint}pass (height, width) or (height, width, 1, 3 or 4)"
+        )
+    _check_pixels((array.shape[1], array.shape[0]), name, limits)
+    return Image.fromarray(_uint8(array.squeeze(2) if array.shape[2:] == (1,) else array, name))
+
+
+def _uint8(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all():
+            raise InputError(f"{name} holds NaN or infinity; pass finite values within 0..1")
+        if array.min() < 0 or array.max() > 1:
+            raise InputError(
+                f"{name} has float values within {array.min()}..{array.max()}; "
+                "scale them to 0..1, or pass uint8 within 0..255"
+            )
+        return np.round(array * np.float64(255)).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise InputError(f"{name} is an array of {array.dtype}; pass uint8 within 0..255, or float within 0..1")
+    return array
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """Convert to RGB as transformers' `convert_to_rgb` does, but scale 16-bit and float samples instead of clipping."""
+    if image.mode.startswith("I"):  # "I" is where Pillow's decoders put 16-bit samples that do not fit "I;16"
+        samples = np.asarray(image)
+        if samples.min() < 0 or samples.max() > 65535:
+            raise InputError(
+                f"{name} has integer samples within {samples.min()}..{samples.max()}, beyond 16 bits; convert it to 8"
+            )
+        image = Image.fromarray(np.round(samples / 257).astype(np.uint8))
+    elif image.mode == "F":
+        image = Image.fromarray(_uint8(np.asarray(image), name))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _check_pixels(size: tuple[int, int], name: str, limits: Limits) -> None:
+    pixels = size[0] * size[1]
+    if pixels == 0:
+        raise InputError(f"{name} is {_size(size)} pixels, so it shows nothing; pass at least 1 x 1")
+    if pixels > limits.max_image_pixels:
+        raise InputError(
+            f"{name} is {_size(size)} pixels, above max_image_pixels = {limits.max_image_pixels}; "
+            "resize it before embedding"
+        )
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _shown(value: object) -> str:
+    """Return a value's repr, short enough for a message."""
+    shown = repr(value)
+    return shown if len(shown) <= 100 else shown[:100] + "..."

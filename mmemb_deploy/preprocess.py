@@ -1,0 +1,216 @@
+"""Pixels and token ids to the arrays a Qwen3-VL reads, in numpy and Pillow, equal to transformers' processor.
+
+Follows transformers 5.23: `Qwen2VLImageProcessorPil`, `Qwen3VLVideoProcessor`, `vision_utils` and
+`Qwen3VLModel.get_rope_index`. Video frames are resized by Pillow, as images are, where transformers uses torchvision.
+Axes: T frames of one temporal patch, H height, W width, C channels (RGB), P patches, S tokens of a prompt, A the three
+rotary axes (time, height, width).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mmemb_deploy.errors import InputError
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Pixels = NDArray[np.uint8]
+
+MAX_ASPECT_RATIO = 200
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """What preprocessing must know of a vision tower. Pixels are counted after resizing, lengths in pixels."""
+
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    min_pixels: int
+    max_pixels: int
+    video_min_pixels: int
+    video_max_pixels: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    position_side: int  # the learned position table is position_side x position_side
+    head_dim: int
+    rope_theta: float
+
+    @property
+    def factor(self) -> int:
+        """Side of one visual token, in pixels."""
+        return self.patch_size * self.merge_size
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One image, or one temporal patch of a video, resized: `pixels_THWC` uint8 with T = 1 or temporal_patch_size."""
+
+    pixels_THWC: Pixels
+    grid: tuple[int, int]  # patches along height and width
+    tokens: int  # visual tokens it becomes
+
+
+@dataclass(frozen=True)
+class VisionTables:
+    """Position tables of one grid: bilinear taps into the learned table, and rotary angles; rows are patches."""
+
+    interpolation_index_P4: Ints
+    interpolation_weight_P4: Floats
+    rotary_cos_PD: Floats
+    rotary_sin_PD: Floats
+
+
+def resized_size(height: int, width: int, spec: VisionSpec) -> tuple[int, int]:
+    """Return the (height, width) an image is resized to: multiples of `spec.factor` within the pixel bounds.
+
+    Raises InputError if a side is zero or the aspect ratio exceeds 200.
+    """
+    _check_sides(height, width)
+    return _fit(1, height, width, spec.factor, 1, (spec.min_pixels, spec.max_pixels))
+
+
+def resized_video_size(frames: int, height: int, width: int, spec: VisionSpec) -> tuple[int, int]:
+    """Return the (height, width) every frame of a video is resized to; pixels are bounded over all frames.
+
+    A video shorter than a temporal patch counts as one temporal patch, which is what its repeated last frame fills.
+    Raises InputError as `resized_size` does.
+    """
+    _check_sides(height, width)
+    if min(height, width) < spec.factor:
+        scale = max(spec.factor / height, spec.factor / width)
+        height, width = int(height * scale), int(width * scale)
+    step = spec.temporal_patch_size
+    return _fit(max(frames, step), height, width, spec.factor, step, (spec.video_min_pixels, spec.video_max_pixels))
+
+
+def _check_sides(height: int, width: int) -> None:
+    if min(height, width) < 1:
+        raise InputError(f"an image of {width} x {height} pixels has nothing to embed; pass at least 1 x 1")
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise InputError(
+            f"an image of {width} x {height} pixels has an aspect ratio above {MAX_ASPECT_RATIO}; crop or tile it"
+        )
+
+
+def _fit(frames: int, height: int, width: int, factor: int, step: int, bounds: tuple[int, int]) -> tuple[int, int]:
+    # As in `smart_resize`: the rounded frame count decides whether to scale, the true one decides by how much.
+    rounded = round(height / factor) * factor, round(width / factor) * factor
+    total = round(frames / step) * step * rounded[0] * rounded[1]
+    min_pixels, max_pixels = bounds
+    if total > max_pixels:
+        shrink = math.sqrt(frames * height * width / max_pixels)
+        return (
+            max(factor, math.floor(height / shrink / factor) * factor),
+            max(factor, math.floor(width / shrink / factor) * factor),
+        )
+    if total < min_pixels:
+        grow = math.sqrt(min_pixels / (frames * height * width))
+        return math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
+    return rounded
+
+
+def resize_image(image: Image.Image, spec: VisionSpec) -> Visual:
+    """Resize an RGB image (bicubic) to the size its tokens need."""
+    height, width = resized_size(image.height, image.width, spec)
+    return _visual(_resized(image, height, width)[None], spec)
+
+
+def resize_video(frames: Sequence[Image.Image], spec: VisionSpec) -> list[Visual]:
+    """Resize the RGB frames of one video and group them into temporal patches, the last frame repeated to fill.
+
+    The frames have one size; there is at least one.
+    """
+    height, width = resized_video_size(len(frames), frames[0].height, frames[0].width, spec)
+    pixels = [_resized(frame, height, width) for frame in frames]
+    step = spec.temporal_patch_size
+    pixels += [pixels[-1]] * (-len(pixels) % step)
+    return [_visual(np.stack(pixels[start : start + step]), spec) for start in range(0, len(pixels), step)]
+
+
+def patch_times(timestamps: Sequence[float], spec: VisionSpec) -> list[float]:
+    """Return the time of each temporal patch, in seconds: the mean of its first and last frame's."""
+    step = spec.temporal_patch_size
+    times = [*timestamps, *[timestamps[-1]] * (-len(timestamps) % step)]
+    return [(times[start] + times[start + step - 1]) / 2 for start in range(0, len(times), step)]
+
+
+def _resized(image: Image.Image, height: int, width: int) -> Pixels:
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), dtype=np.uint8)
+
+
+def _visual(pixels_THWC: Pixels, spec: VisionSpec) -> Visual:
+    height, width = pixels_THWC.shape[1:3]
+    return Visual(
+        pixels_THWC,
+        grid=(height // spec.patch_size, width // spec.patch_size),
+        tokens=height * width // spec.factor**2,
+    )
+
+
+def patches(visual: Visual, spec: VisionSpec) -> Floats:
+    """Return (P, C * temporal * patch * patch) normalised patches, in the order of the merge blocks."""
+    mean, std = np.asarray(spec.image_mean, np.float32), np.asarray(spec.image_std, np.float32)
+    pixels_THWC = ((visual.pixels_THWC * np.float64(1 / 255)).astype(np.float32) - mean) / std
+    grid_h, grid_w = visual.grid
+    merge, patch = spec.merge_size, spec.patch_size
+    blocks = pixels_THWC.reshape(
+        len(pixels_THWC), grid_h // merge, merge, patch, grid_w // merge, merge, patch, 3
+    ).transpose(1, 4, 2, 5, 7, 0, 3, 6)  # block row, block column, row, column, C, T, patch row, patch column
+    repeats = spec.temporal_patch_size // len(pixels_THWC)
+    return np.repeat(blocks, repeats, axis=5).reshape(grid_h * grid_w, -1)
+
+
+@lru_cache(maxsize=256)
+def vision_tables(grid_h: int, grid_w: int, spec: VisionSpec) -> VisionTables:
+    """Return the position tables of a grid of patches, rows in the order of `patches`."""
+    merge = spec.merge_size
+    order = np.arange(grid_h * grid_w).reshape(grid_h // merge, merge, grid_w // merge, merge)
+    row, column = np.divmod(order.transpose(0, 2, 1, 3).ravel(), grid_w)
+    row_taps, row_weights = _taps(row, grid_h, spec.position_side)
+    column_taps, column_weights = _taps(column, grid_w, spec.position_side)
+    index = row_taps[:, :, None] * spec.position_side + column_taps[:, None, :]
+    weight = row_weights[:, :, None] * column_weights[:, None, :]
+    spatial = spec.head_dim // 2
+    frequency = 1 / spec.rope_theta ** (np.arange(0, spatial, 2, dtype=np.float32) / np.float32(spatial))
+    half = np.concatenate([row[:, None] * frequency, column[:, None] * frequency], axis=1)
+    angle = np.concatenate([half, half], axis=1).astype(np.float32)
+    return VisionTables(index.reshape(-1, 4), weight.reshape(-1, 4), np.cos(angle), np.sin(angle))
+
+
+def _taps(place: Ints, size: int, side: int) -> tuple[Ints, Floats]:
+    """Return the two nearest entries of a table of `side`, stretched over `size`, and their linear weights."""
+    source = place.astype(np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
+    floor = np.floor(source)
+    fraction = source - floor
+    taps = floor.astype(np.int64)[:, None] + np.arange(2)
+    return taps.clip(0, side - 1), 1 - np.abs(fraction[:, None] - np.arange(2, dtype=np.float32))
+
+
+def rotary_positions(ids: Sequence[int], visuals: Sequence[Visual], pad_ids: tuple[int, int], merge: int) -> Ints:
+    """Return (3, S) positions along time, height and width; text counts on, a visual spans its grid.
+
+    `pad_ids` are the ids of `<|image_pad|>` and `<|video_pad|>`, whose runs stand for `visuals` in order.
+    """
+    pieces: list[Ints] = []
+    place = at = 0
+    for visual in visuals:
+        start = at
+        while ids[start] not in pad_ids:
+            start += 1
+        pieces.append(np.broadcast_to(np.arange(place, place + start - at), (3, start - at)))
+        place += start - at
+        rows, columns = visual.grid[0] // merge, visual.grid[1] // merge
+        span = np.indices((1, rows, columns)).reshape(3, -1)
+        pieces.append(span + place)
+        place += max(rows, columns)
+        at = start + visual.tokens
+    pieces.append(np.broadcast_to(np.arange(place, place + len(ids) - at), (3, len(ids) - at)))
+    return np.concatenate(pieces, axis=1).astype(np.int64)

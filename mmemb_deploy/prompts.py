@@ -1,0 +1,104 @@
+"""The one prompt layout that training, export and the runtime share (METHOD: one sequence for both paths).
+
+    <|im_start|>system\\n SYSTEM <|im_end|>\\n
+    <|im_start|>user\\n INSTRUCTION\\n images, video frames, TEXT <|im_end|>\\n
+    <|im_start|>assistant\\n <|disc_emb|>                                      the fast path ends here
+    <think> RATIONALE </think> <|gen_emb|>                                     the reasoning path ends here
+
+The pieces in capitals are a caller's or a model's words: they are tokenised with special tokens disabled, so that a text
+that happens to contain "<|image_pad|>" stays a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mmemb_deploy.errors import SchemaError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+DISC_EMB = "<|disc_emb|>"  # its state is the direct embedding, and decides the route
+GEN_EMB = "<|gen_emb|>"  # its state is the reasoned embedding
+THINK = "<think>"
+END_THINK = "</think>"
+STOP = "<|im_end|>"  # the alternative to <think> at <|disc_emb|>
+IMAGE_PAD = "<|image_pad|>"
+VIDEO_PAD = "<|video_pad|>"
+VISION_START = "<|vision_start|>"
+VISION_END = "<|vision_end|>"
+TURN_START = "<|im_start|>"
+PAD = "<|endoftext|>"
+MARKERS = (DISC_EMB, GEN_EMB, THINK, END_THINK, STOP, IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END, TURN_START, PAD)
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """The words around an input: the system message, and the instructions for queries and documents."""
+
+    system: str
+    query_instruction: str
+    document_instruction: str
+
+
+class PromptEncoder:
+    """Turns the parts of an input into token ids. Raises SchemaError if the tokenizer lacks a marker."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: PromptFormat) -> None:
+        self.tokenizer = tokenizer
+        self.format = prompt
+        self.ids: dict[str, int] = {}
+        for marker in MARKERS:
+            token = tokenizer.token_to_id(marker)
+            if token is None:
+                raise SchemaError(f"the tokenizer has no token {marker!r}; add it and train or export again")
+            self.ids[marker] = token
+        turn, newline = self._tokens(TURN_START), self._tokens("\n")
+        self._head = [
+            *turn, *self._tokens("system\n"), *self.words(prompt.system), self.ids[STOP], *newline,
+            *turn, *self._tokens("user\n"),
+        ]  # fmt: skip
+        self._tail = [self.ids[STOP], *newline, *turn, *self._tokens("assistant\n"), self.ids[DISC_EMB]]
+        self._vision_start, self._vision_end = self.ids[VISION_START], self.ids[VISION_END]
+
+    def prompt(
+        self,
+        instruction: str,
+        text: str,
+        *,
+        image_tokens: Sequence[int] = (),
+        video_tokens: Sequence[tuple[float, int]] = (),
+    ) -> list[int]:
+        """Return the ids up to and including `<|disc_emb|>`.
+
+        `image_tokens` holds the visual tokens of each image; `video_tokens` the time in seconds and the visual tokens
+        of each temporal patch, which Qwen3-VL writes as "<1.5 seconds>" before the patch.
+        """
+        ids = [*self._head]
+        if instruction:
+            ids += self.words(instruction + "\n")
+        for count in image_tokens:
+            ids += [self._vision_start, *[self.ids[IMAGE_PAD]] * count, self._vision_end]
+        for seconds, count in video_tokens:
+            ids += self._tokens(f"<{seconds:.1f} seconds>")
+            ids += [self._vision_start, *[self.ids[VIDEO_PAD]] * count, self._vision_end]
+        return [*ids, *self.words(text), *self._tail]
+
+    def rationale(self, words: str) -> list[int]:
+        """Return the ids of a whole reasoning path: `<think>`, the words, `</think>`, `<|gen_emb|>`."""
+        return [self.ids[THINK], *self.words(words), self.ids[END_THINK], self.ids[GEN_EMB]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the words of a rationale's ids."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def _tokens(self, text: str) -> list[int]:
+        self.tokenizer.encode_special_tokens = False
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def words(self, text: str) -> list[int]:
+        """Return the ids of a caller's or a model's words, in which no special token is recognised."""
+        self.tokenizer.encode_special_tokens = True
+        return self.tokenizer.encode(text, add_special_tokens=False).ids

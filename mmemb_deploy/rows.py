@@ -1,0 +1,129 @@
+"""One input as the decoder reads it (a Row), and several of them as one padded batch.
+
+Axes: S tokens of a row, B rows, T padded tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mmemb_deploy.inputs import Request
+from mmemb_deploy.preprocess import (
+    Ints,
+    VisionSpec,
+    Visual,
+    patch_times,
+    resize_image,
+    resize_video,
+    rotary_positions,
+)
+from mmemb_deploy.prompts import IMAGE_PAD, VIDEO_PAD, PromptEncoder
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids (S,), rotary positions (3, S), and the visuals that the pad tokens stand for, in order."""
+
+    token_ids_S: Ints
+    position_ids_3S: Ints
+    visuals: tuple[Visual, ...]
+    visual_index_S: Ints  # 1 + the visual token's place in this row, 0 for a word
+
+    @property
+    def length(self) -> int:
+        """Tokens of the row."""
+        return len(self.token_ids_S)
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of the row."""
+        return sum(visual.tokens for visual in self.visuals)
+
+    @property
+    def next_position(self) -> int:
+        """Rotary position of the token that follows the row."""
+        return int(self.position_ids_3S.max()) + 1
+
+    def extended(self, ids: Sequence[int]) -> Row:
+        """Return the row with text tokens appended."""
+        positions = np.arange(len(ids)) + self.next_position
+        return replace(
+            self,
+            token_ids_S=np.concatenate([self.token_ids_S, np.asarray(ids, np.int64)]),
+            position_ids_3S=np.concatenate([self.position_ids_3S, np.tile(positions, (3, 1))], axis=1),
+            visual_index_S=np.concatenate([self.visual_index_S, np.zeros(len(ids), np.int64)]),
+        )
+
+
+class RowEncoder:
+    """Turns requests into rows, with one prompt format and one vision tower."""
+
+    def __init__(self, prompt: PromptEncoder, vision: VisionSpec) -> None:
+        self.prompt = prompt
+        self.vision = vision
+        self._pads = prompt.ids[IMAGE_PAD], prompt.ids[VIDEO_PAD]
+
+    def row(self, request: Request, instruction: str) -> Row:
+        """Resize, tokenise and place one request. Raises InputError for an image that cannot be resized."""
+        images = [resize_image(image, self.vision) for image in request.images]
+        frames = resize_video(request.frames, self.vision) if request.frames else []
+        times = patch_times(request.timestamps, self.vision) if request.frames else []
+        ids = self.prompt.prompt(
+            instruction,
+            request.text,
+            image_tokens=[image.tokens for image in images],
+            video_tokens=[(seconds, frame.tokens) for seconds, frame in zip(times, frames, strict=True)],
+        )
+        visuals = (*images, *frames)
+        token_ids_S = np.asarray(ids, np.int64)
+        shown_S = np.isin(token_ids_S, self._pads)
+        return Row(
+            token_ids_S,
+            rotary_positions(ids, visuals, self._pads, self.vision.merge_size),
+            visuals,
+            np.where(shown_S, shown_S.cumsum(), 0),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right. `visual_index_BT` counts through the visuals of all rows; 0 is a word or padding."""
+
+    token_ids_BT: Ints
+    position_ids_3BT: Ints
+    mask_BT: Ints
+    visual_index_BT: Ints
+    visuals: tuple[Visual, ...]
+
+    @property
+    def last_B(self) -> Ints:
+        """Place of each row's last token."""
+        return self.mask_BT.sum(axis=1) - 1
+
+
+def collate(rows: Sequence[Row], pad_id: int) -> Batch:
+    """Pad rows to the longest of them."""
+    shape = len(rows), max(row.length for row in rows)
+    token_ids_BT = np.full(shape, pad_id, np.int64)
+    position_ids_3BT = np.zeros((3, *shape), np.int64)
+    mask_BT, visual_index_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    before = 0
+    for place, row in enumerate(rows):
+        token_ids_BT[place, : row.length] = row.token_ids_S
+        position_ids_3BT[:, place, : row.length] = row.position_ids_3S
+        mask_BT[place, : row.length] = 1
+        visual_index_BT[place, : row.length] = np.where(row.visual_index_S > 0, row.visual_index_S + before, 0)
+        before += row.visual_tokens
+    visuals = tuple(visual for row in rows for visual in row.visuals)
+    return Batch(token_ids_BT, position_ids_3BT, mask_BT, visual_index_BT, visuals)
+
+
+def by_grid(visuals: Sequence[Visual]) -> dict[tuple[int, int], list[int]]:
+    """Group the places of visuals by their grid, so that each group can be encoded as one batch."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for place, visual in enumerate(visuals):
+        groups.setdefault(visual.grid, []).append(place)
+    return groups

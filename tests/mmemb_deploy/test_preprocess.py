@@ -1,0 +1,240 @@
+"""Preprocessing equals transformers' Qwen3-VL, which is the reference for every array it makes."""
+
+from __future__ import annotations
+
+import io
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from transformers import Qwen3VLConfig, Qwen3VLModel, Qwen3VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionRotaryEmbedding
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+from mmemb_deploy.errors import InputError
+from mmemb_deploy.inputs import Limits, parse
+from mmemb_deploy.preprocess import (
+    VisionSpec,
+    Visual,
+    patch_times,
+    patches,
+    resize_image,
+    resize_video,
+    resized_video_size,
+    rotary_positions,
+    vision_tables,
+)
+
+FACTS: dict[str, Any] = {
+    "temporal_patch_size": 2, "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711), "head_dim": 16, "rope_theta": 10_000.0,
+}  # fmt: skip
+QWEN = VisionSpec(
+    **FACTS, patch_size=16, merge_size=2, position_side=48,
+    min_pixels=64 * 32 * 32, max_pixels=256 * 32 * 32, video_min_pixels=128 * 32 * 32, video_max_pixels=768 * 32 * 32,
+)  # fmt: skip
+NANO = VisionSpec(
+    **FACTS, patch_size=8, merge_size=2, position_side=4,
+    min_pixels=1024, max_pixels=1024, video_min_pixels=1024, video_max_pixels=8192,
+)  # fmt: skip
+SPECS = pytest.mark.parametrize("spec", [QWEN, NANO], ids=["qwen", "nano"])
+
+
+def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> Image.Image:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def random_sizes(count: int, largest: int = 700) -> list[tuple[int, int]]:
+    draw = random.Random(7)
+    sizes = [(round(largest ** draw.random()), round(largest ** draw.random())) for _ in range(count)]
+    return [(width, height) for width, height in sizes if max(width, height) <= 200 * min(width, height)]
+
+
+def assert_equal_to_transformers(item: object, reference: Image.Image, spec: VisionSpec) -> None:
+    """Compare our patches of an input with transformers' patches of the same picture."""
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=spec.patch_size, merge_size=spec.merge_size, temporal_patch_size=spec.temporal_patch_size,
+        size={"shortest_edge": spec.min_pixels, "longest_edge": spec.max_pixels},
+        image_mean=list(spec.image_mean), image_std=list(spec.image_std),
+    )  # fmt: skip
+    expected = processor(images=[reference], return_tensors="np")
+    (image,) = parse(item, Limits()).images
+    visual = resize_image(image, spec)
+    assert [1, *visual.grid] == expected["image_grid_thw"][0].tolist()
+    assert visual.tokens == visual.grid[0] * visual.grid[1] // spec.merge_size**2
+    actual = patches(visual, spec)
+    assert actual.dtype == np.float32
+    np.testing.assert_array_equal(actual, expected["pixel_values"])
+
+
+@SPECS
+def test_patches_equal_transformers_on_images_of_any_size(spec: VisionSpec) -> None:
+    for seed, (width, height) in enumerate(random_sizes(32)):
+        image = noise(width, height, seed=seed)
+        assert_equal_to_transformers(image, image, spec)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
+def test_patches_equal_transformers_in_every_mode(mode: str) -> None:
+    image = noise(50, 70, 4).convert(mode)
+    assert_equal_to_transformers(image, image, NANO)
+
+
+@pytest.mark.parametrize("transparency", [3, bytes(range(256))])
+def test_patches_equal_transformers_where_a_palette_is_transparent(transparency: int | bytes) -> None:
+    buffer = io.BytesIO()
+    noise(50, 70).convert("P").save(buffer, "PNG", transparency=transparency)
+    image = Image.open(buffer)
+    assert image.mode == "P"
+    assert_equal_to_transformers({"image": buffer.getvalue()}, image, NANO)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_patches_equal_transformers_on_the_upright_picture(orientation: int) -> None:
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    noise(50, 70).save(buffer, "JPEG", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(buffer))
+    assert upright.size == ((50, 70) if orientation < 5 else (70, 50))
+    assert_equal_to_transformers({"image": buffer.getvalue()}, upright, QWEN)
+
+
+@pytest.mark.parametrize("size", [(201, 1), (1, 201)])
+def test_an_image_too_narrow_to_embed_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(InputError, match=f"{size[0]} x {size[1]} pixels has an aspect ratio above 200; crop or tile"):
+        resize_image(Image.new("RGB", size), QWEN)
+    with pytest.raises(InputError, match="aspect ratio above 200"):
+        resize_video([Image.new("RGB", size)] * 2, QWEN)
+    assert resize_image(Image.new("RGB", (200, 1)), QWEN).tokens > 0
+
+
+@SPECS
+def test_video_sizes_equal_transformers(spec: VisionSpec) -> None:
+    draw = random.Random(3)
+    for width, height in random_sizes(400, largest=3000):
+        frames = draw.randint(2, 12)
+        expected = smart_resize(
+            frames, height, width, temporal_factor=spec.temporal_patch_size, factor=spec.factor,
+            min_pixels=spec.video_min_pixels, max_pixels=spec.video_max_pixels,
+        )  # fmt: skip
+        assert resized_video_size(frames, height, width, spec) == expected, (frames, height, width)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 6])
+def test_video_patches_follow_the_order_of_transformers(frames: int) -> None:
+    clip = [noise(64, 48, seed=seed) for seed in range(frames)]
+    visuals = resize_video(clip, NANO)
+    height, width = visuals[0].pixels_THWC.shape[1:3]
+    grid_t, grid_h, grid_w = -(-frames // 2), height // 8, width // 8
+    filled = clip + clip[-1:] * (-frames % 2)
+    video = torch.from_numpy(
+        np.stack([np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC)) for frame in filled])
+    ).permute(0, 3, 1, 2)
+    mean, std = torch.tensor(NANO.image_mean)[:, None, None], torch.tensor(NANO.image_std)[:, None, None]
+    video = (video / 255 - mean) / std
+    # Qwen3VLVideoProcessor.patchify, which needs torchvision, for one video
+    expected = (
+        video.view(grid_t, 2, 3, grid_h // 2, 2, 8, grid_w // 2, 2, 8)
+        .permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+        .reshape(grid_t * grid_h * grid_w, -1)
+    )
+    assert len(visuals) == grid_t
+    assert {visual.grid for visual in visuals} == {(grid_h, grid_w)}
+    actual = np.concatenate([patches(visual, NANO) for visual in visuals])
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=1e-6)
+
+
+def test_a_single_frame_fills_its_temporal_patch() -> None:
+    frame = noise(64, 48)
+    (visual,) = resize_video([frame], NANO)
+    (twice,) = resize_video([frame, frame], NANO)
+    np.testing.assert_array_equal(patches(visual, NANO), patches(twice, NANO))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 8])
+def test_times_of_temporal_patches_equal_transformers(frames: int) -> None:
+    indices = sorted(random.Random(frames).sample(range(100), frames))
+    calculate_timestamps = vars(Qwen3VLProcessor)["_calculate_timestamps"]  # a method that uses no `self`
+    expected = calculate_timestamps(None, list(indices), 24.0, 2)
+    assert patch_times([index / 24.0 for index in indices], QWEN) == expected
+
+
+@SPECS
+def test_position_tables_equal_transformers(spec: VisionSpec) -> None:
+    config = Qwen3VLVisionConfig(hidden_size=2 * spec.head_dim, num_heads=2)
+    rotary = Qwen3VLVisionRotaryEmbedding(config)
+    for grid in [(2, 2), (2, 8), (8, 2), (4, 6), (32, 18), (48, 48), (50, 2)]:
+        thw = torch.tensor([[1, *grid]])
+        tables = vision_tables(*grid, spec)
+        index, weight = get_vision_interpolation_indices_and_weights(
+            thw, spec.position_side, mode="bilinear", align_corners=True, spatial_merge_size=spec.merge_size
+        )
+        np.testing.assert_array_equal(tables.interpolation_index_P4, index.numpy())
+        np.testing.assert_array_equal(tables.interpolation_weight_P4, weight.numpy())
+        cos, sin = rotary(torch.zeros(1), get_vision_position_ids(thw, spec.merge_size))
+        np.testing.assert_allclose(tables.rotary_cos_PD, cos.numpy(), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(tables.rotary_sin_PD, sin.numpy(), rtol=0, atol=1e-6)
+        assert {table.dtype.name for table in vars(tables).values()} == {"int64", "float32"}
+
+
+IMAGE_PAD, VIDEO_PAD = 61, 62
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3VLModel:
+    text = {
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+        "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    config = Qwen3VLConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE_PAD, video_token_id=VIDEO_PAD,
+        vision_start_token_id=59, vision_end_token_id=60,
+    )  # fmt: skip
+    return Qwen3VLModel(config)
+
+
+def visual(grid: tuple[int, int]) -> Visual:
+    return Visual(np.zeros((1, 1, 1, 3), np.uint8), grid, grid[0] * grid[1] // 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "video"),
+    [
+        ([], None),
+        ([(4, 6)], None),
+        ([(2, 2), (16, 4), (6, 20), (2, 2)], None),
+        ([], (3, 4, 8)),
+        ([(8, 2), (4, 4)], (2, 6, 4)),
+    ],
+)
+def test_rotary_positions_equal_transformers(
+    images: list[tuple[int, int]], video: tuple[int, int, int] | None, model: Any
+) -> None:
+    visuals = [visual(grid) for grid in images]
+    ids = [1, 2, 3]
+    for image in visuals:
+        ids += [59, *[IMAGE_PAD] * image.tokens, 60]
+    for place in range(video[0] if video else 0):
+        visuals.append(visual(video[1:] if video else (0, 0)))
+        ids += [*range(4, 7 + place), 59, *[VIDEO_PAD] * visuals[-1].tokens, 60]
+    ids += [8, 9]
+    expected, _ = model.get_rope_index(
+        torch.tensor([ids]),
+        torch.tensor([[1 if token == IMAGE_PAD else 2 if token == VIDEO_PAD else 0 for token in ids]]),
+        image_grid_thw=torch.tensor([[1, *grid] for grid in images]) if images else None,
+        video_grid_thw=torch.tensor([video]) if video else None,
+    )
+    actual = rotary_positions(ids, visuals, (IMAGE_PAD, VIDEO_PAD), 2)
+    assert actual.dtype == np.int64
+    np.testing.assert_array_equal(actual, expected[:, 0].numpy())

@@ -1,0 +1,120 @@
+"""A checkpoint: a standard transformers folder, plus `mmemb.json` for what transformers has no place for.
+
+    config.json, model.safetensors, generation_config.json, tokenizer.json, tokenizer_config.json,
+    preprocessor_config.json, video_preprocessor_config.json      as transformers writes and reads them
+    mmemb.json                                                    prompt format, embedding sizes, provenance
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from tokenizers import Tokenizer
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from mmemb_deploy import prompts
+from mmemb_deploy.errors import OptionError
+from mmemb_deploy.preprocess import VisionSpec
+from mmemb_deploy.prompts import PromptEncoder, PromptFormat
+from mmemb_deploy.rows import RowEncoder
+
+FACTS = "mmemb.json"
+VIDEO_PROCESSOR = "video_preprocessor_config.json"
+
+
+class CheckpointFacts(BaseModel):
+    """What `mmemb.json` holds. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: PromptFormat
+    dims: tuple[int, ...]  # embedding sizes that training supports, largest first
+    max_rationale_tokens: int
+    markers: dict[str, int]
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint: the transformers model in float32, its row encoder, and its facts."""
+
+    model: Any
+    rows: RowEncoder
+    image_processor: Qwen2VLImageProcessorPil
+    facts: CheckpointFacts
+
+    @property
+    def vision(self) -> VisionSpec:
+        """What preprocessing must know of the vision tower."""
+        return self.rows.vision
+
+    def instruction(self, given: str | None) -> str:
+        """Return an instruction as given, or the checkpoint's for queries."""
+        return self.facts.prompt.query_instruction if given is None else given
+
+
+def save_checkpoint(
+    folder: Path, model: Any, tokenizer: Tokenizer, facts: CheckpointFacts, *, pixels: int, video_pixels: int
+) -> None:
+    """Write a checkpoint whose images are resized to `pixels` and whose videos to `video_pixels` in all."""
+    vision = model.config.vision_config
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=prompts.STOP, pad_token=prompts.PAD, clean_up_tokenization_spaces=False
+    ).save_pretrained(folder)
+    shared = {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    Qwen2VLImageProcessorPil(size={"shortest_edge": pixels, "longest_edge": pixels}, **shared).save_pretrained(folder)
+    video = {
+        **shared,
+        "size": {"shortest_edge": video_pixels, "longest_edge": video_pixels},
+        "video_processor_type": "Qwen3VLVideoProcessor",
+    }
+    (folder / VIDEO_PROCESSOR).write_text(json.dumps(video, indent=2))
+    (folder / FACTS).write_text(facts.model_dump_json(indent=2))
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Load a checkpoint in float32. Raises OptionError if a file is missing or `mmemb.json` is malformed."""
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json", VIDEO_PROCESSOR, FACTS):
+        if not (folder / name).is_file():
+            raise OptionError(f"{folder} is not an MMEmb-R1 checkpoint: it has no {name}")
+    try:
+        facts = CheckpointFacts.model_validate_json((folder / FACTS).read_text())
+    except ValidationError as error:
+        raise OptionError(f"{folder / FACTS} is malformed: {error}") from error
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32")
+    image = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    video = json.loads((folder / VIDEO_PROCESSOR).read_text())
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    vision = vision_spec(model.config.vision_config, image, video["size"])
+    return Checkpoint(model.eval(), RowEncoder(PromptEncoder(tokenizer, facts.prompt), vision), image, facts)
+
+
+def vision_spec(config: Any, image: Qwen2VLImageProcessorPil, video_size: dict[str, int]) -> VisionSpec:
+    """Read a VisionSpec off a `Qwen3VLVisionConfig`, its image processor and its video processor's size."""
+    size: Any = image.size
+    return VisionSpec(
+        patch_size=config.patch_size,
+        merge_size=config.spatial_merge_size,
+        temporal_patch_size=config.temporal_patch_size,
+        min_pixels=size["shortest_edge"],
+        max_pixels=size["longest_edge"],
+        video_min_pixels=video_size["shortest_edge"],
+        video_max_pixels=video_size["longest_edge"],
+        image_mean=tuple(image.image_mean),
+        image_std=tuple(image.image_std),
+        position_side=int(config.num_position_embeddings**0.5),
+        head_dim=config.hidden_size // config.num_heads,
+        rope_theta=config.rope_parameters["rope_theta"],
+    )

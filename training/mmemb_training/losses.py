@@ -1,0 +1,59 @@
+"""The terms of the joint objective (METHOD stage 3) and the label that trains the decision.
+
+Axes: Q queries, C candidates, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def info_nce(
+    queries_QD: Tensor, candidates_CD: Tensor, relevant_QC: Tensor, temperature: float, dims: Sequence[int]
+) -> Tensor:
+    """Symmetric multi-positive InfoNCE, averaged over Matryoshka sizes; returns one loss per query and candidate.
+
+    Each positive p of a query competes with the negatives alone, never with the other positives:
+
+        loss = mean over p of -log( exp(s_p / T) / (exp(s_p / T) + sum over negatives n of exp(s_n / T)) )
+
+    Inputs need not be normalised; similarities are cosines of the first `dim` values. Queries and candidates without a
+    positive contribute nothing. Returns a scalar.
+    """
+    losses = []
+    for dim in dims:
+        similarity_QC = cosine(queries_QD[:, :dim], candidates_CD[:, :dim]) / temperature
+        losses += [_directed(similarity_QC, relevant_QC), _directed(similarity_QC.T, relevant_QC.T)]
+    return torch.stack(losses).mean()
+
+
+def _directed(similarity: Tensor, relevant: Tensor) -> Tensor:
+    negatives = similarity.masked_fill(relevant, -torch.inf).logsumexp(dim=1, keepdim=True)
+    loss = F.softplus(negatives - similarity).masked_fill(~relevant, 0).sum(dim=1)
+    positives = relevant.sum(dim=1)
+    return (loss / positives.clamp(min=1)).sum() / (positives > 0).sum().clamp(min=1)
+
+
+def cosine(left: Tensor, right: Tensor) -> Tensor:
+    """Return the cosine of every row of `left` with every row of `right`."""
+    return F.normalize(left, dim=-1) @ F.normalize(right, dim=-1).T
+
+
+def reasoning_helps(
+    direct_QD: Tensor, reasoned_QD: Tensor, candidates_CD: Tensor, target_Q: Tensor, relevant_QC: Tensor
+) -> Tensor:
+    """Return, per query, whether reasoning lifts its target: rank(reasoned) < rank(direct), a bool tensor (Q,).
+
+    A rank counts the negatives that score above the query's own target, whose column is `target_Q`. No gradient.
+    """
+    with torch.no_grad():
+        ranks = []
+        for queries_QD in (direct_QD, reasoned_QD):
+            similarity_QC = cosine(queries_QD, candidates_CD)
+            own_Q1 = similarity_QC.gather(1, target_Q[:, None])
+            ranks.append(((similarity_QC > own_Q1) & ~relevant_QC).sum(dim=1))
+        return ranks[1] < ranks[0]

@@ -1,0 +1,129 @@
+"""The forward pass of a Qwen3-VL, over images that share a grid and prompts whose visual tokens are indexed.
+
+The modules and weights are transformers' own; what differs is the plumbing between them, chosen so that training runs
+without a Python loop over images and export sees no data-dependent shape:
+
+- vision: the images of one grid are a batch, where transformers packs them and splits the attention again per image;
+- text: `visual_index` says for every token which row of `visual_tokens` it shows, 0 for a word (row 0 is all zeros),
+  where transformers scatters by boolean masks;
+- cache: plain tensors in, plain tensors out.
+
+Axes: N images of one grid, P patches, F values of a patch, M visual tokens of an image, V visual tokens of a batch and
+the zero row, L DeepStack levels, B prompts, S new tokens, K cached and new tokens, D hidden size, H heads, E head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, (B, H, K, E) each
+
+
+def vision_forward(
+    visual: Any,
+    patches_NPF: Tensor,
+    interpolation_index_P4: Tensor,
+    interpolation_weight_P4: Tensor,
+    rotary_cos_PE: Tensor,
+    rotary_sin_PE: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Encode images that share a grid with a `Qwen3VLVisionModel`; return tokens (N, M, D) and DeepStack (L, N, M, D).
+
+    The tables come from `mmemb_deploy.preprocess.vision_tables`. Follows `Qwen3VLVisionModel.forward`.
+    """
+    images = patches_NPF.shape[0]
+    projection = visual.patch_embed.proj
+    hidden_NPD = F.linear(patches_NPF, projection.weight.flatten(1), projection.bias)
+    table_PD = (visual.pos_embed(interpolation_index_P4) * interpolation_weight_P4[:, :, None]).sum(1)
+    hidden_NPD = hidden_NPD + table_PD
+    levels = []
+    for depth, block in enumerate(visual.blocks):
+        hidden_NPD = hidden_NPD + _vision_attention(block.attn, block.norm1(hidden_NPD), rotary_cos_PE, rotary_sin_PE)
+        hidden_NPD = hidden_NPD + block.mlp(block.norm2(hidden_NPD))
+        if depth in visual.deepstack_visual_indexes:
+            merger = visual.deepstack_merger_list[list(visual.deepstack_visual_indexes).index(depth)]
+            levels.append(merger(hidden_NPD.flatten(0, 1)))
+    tokens_NMD = visual.merger(hidden_NPD.flatten(0, 1)).unflatten(0, (images, -1))
+    if not levels:
+        return tokens_NMD, tokens_NMD.new_zeros(0, *tokens_NMD.shape)
+    return tokens_NMD, torch.stack(levels).unflatten(1, (images, -1))
+
+
+def _vision_attention(attention: Any, hidden_NPD: Tensor, cos_PE: Tensor, sin_PE: Tensor) -> Tensor:
+    queries, keys, values = (
+        attention.qkv(hidden_NPD).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    )
+    mixed = F.scaled_dot_product_attention(_rotate(queries, cos_PE, sin_PE), _rotate(keys, cos_PE, sin_PE), values)
+    return attention.proj(mixed.transpose(1, 2).flatten(2))
+
+
+def _rotate(states_NHPE: Tensor, cos_PE: Tensor, sin_PE: Tensor) -> Tensor:
+    left, right = states_NHPE.chunk(2, dim=-1)
+    return states_NHPE * cos_PE + torch.cat((-right, left), dim=-1) * sin_PE
+
+
+def decoder_forward(
+    language_model: Any,
+    token_ids_BS: Tensor,
+    position_ids_3BS: Tensor,
+    mask_BK: Tensor,
+    *,
+    visual_tokens_VD: Tensor | None = None,
+    visual_index_BS: Tensor | None = None,
+    deepstack_LVD: Tensor | None = None,
+    past: list[KeyValue] | None = None,
+) -> tuple[Tensor, list[KeyValue]]:
+    """Run a `Qwen3VLTextModel`; return the states after the final norm (B, S, D) and every layer's cache.
+
+    `mask_BK` is 1 for tokens that may be attended to, over the cache and the new tokens; rows are padded on the right.
+    Follows `Qwen3VLTextModel.forward` and `Qwen3VLModel.forward`.
+    """
+    hidden_BSD = language_model.embed_tokens(token_ids_BS)
+    if visual_tokens_VD is not None and visual_index_BS is not None:
+        hidden_BSD = torch.where(visual_index_BS[..., None] > 0, visual_tokens_VD[visual_index_BS], hidden_BSD)
+    rotary = _rotary_tables(language_model.rotary_emb, position_ids_3BS)
+    new, total = token_ids_BS.shape[1], mask_BK.shape[1]
+    reach_SK = torch.arange(total, device=mask_BK.device) <= torch.arange(new, device=mask_BK.device)[:, None] + (
+        total - new
+    )
+    allowed_B1SK = reach_SK & (mask_BK[:, None, None, :] > 0)
+    cache = _Cache(past)
+    for depth, layer in enumerate(language_model.layers):
+        hidden_BSD = layer(
+            hidden_BSD, position_embeddings=rotary, attention_mask=allowed_B1SK, past_key_values=cache
+        )
+        if deepstack_LVD is not None and visual_index_BS is not None and depth < deepstack_LVD.shape[0]:
+            hidden_BSD = hidden_BSD + deepstack_LVD[depth][visual_index_BS]
+    return language_model.norm(hidden_BSD), cache.layers
+
+
+def _rotary_tables(rotary: Any, position_ids_3BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines (B, S, E). Each frequency follows one axis: time, or in turn height and width.
+
+    The interleaved layout of `Qwen3VLTextRotaryEmbedding.recomposition_frequencies`, as a lookup instead of a scatter.
+    """
+    axis_of_frequency = torch.zeros(len(rotary.inv_freq), dtype=torch.long)
+    for axis in (1, 2):
+        axis_of_frequency[axis : rotary.mrope_section[axis] * 3 : 3] = axis
+    angles = position_ids_3BS[axis_of_frequency].permute(1, 2, 0) * rotary.inv_freq
+    angles_BSE = torch.cat((angles, angles), dim=-1)
+    return angles_BSE.cos() * rotary.attention_scaling, angles_BSE.sin() * rotary.attention_scaling
+
+
+class _Cache:
+    """The part of transformers' cache interface that attention calls: append, and return the whole."""
+
+    def __init__(self, past: list[KeyValue] | None) -> None:
+        self.past = past
+        self.layers: list[KeyValue] = []
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> KeyValue:
+        if self.past is not None:
+            keys = torch.cat((self.past[layer][0], keys), dim=2)
+            values = torch.cat((self.past[layer][1], values), dim=2)
+        self.layers.append((keys, values))
+        return keys, values
