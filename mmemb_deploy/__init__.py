@@ -1,8 +1,8 @@
 """mmemb-deploy: embed text, images, video and documents with MMEmb-R1, reasoning only where it helps.
 
-    from mmemb_deploy import Embedder
-    embedder = Embedder.load()
-    vectors = embedder.encode(["three plus four", {"image": "photo.png"}])
+from mmemb_deploy import Embedder
+embedder = Embedder.load()
+vectors = embedder.encode(["three plus four", {"image": "photo.png"}])
 """
 
 from __future__ import annotations

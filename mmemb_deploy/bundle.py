@@ -1,6 +1,6 @@
 """A bundle on disk: its manifest, and the checks that a runtime makes before it trusts one.
 
-    bundle/manifest.json  tokenizer.json  vision.onnx  embedder.onnx  gate.onnx  generator.onnx  *.onnx.data
+bundle/manifest.json  tokenizer.json  vision.onnx  embedder.onnx  gate.onnx  generator.onnx  *.onnx.data
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The KV cache that the fast path leaves behind and the generation engine continues from.
 
-Axes: B rows, K cached tokens, H key-value heads, E head size. Rows are padded on the right; `mask_BK` hides the padding,
-so that new tokens can follow at K whatever a row's own length is.
+Axes: B rows, K cached tokens, H key-value heads, E head size. Rows are padded on the right; `mask_BK` hides the
+padding, so that new tokens can follow at K whatever a row's own length is.
 """
 
 from __future__ import annotations

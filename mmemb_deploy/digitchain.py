@@ -4,9 +4,9 @@ The images are the 1,797 8x8 digits that scikit-learn ships (UCI, Optical Recogn
 once, by image, with a fixed seed. Every example is a query, its candidates with their relevance, and the rationale that
 a person would find natural for it:
 
-    match    one digit, find the same drawing (other noise) among look-alikes of its class    reasoning forgets the stroke
-    name     one digit, find its name; or a name, find its digit                              reasoning is not needed
-    chain-k  k digits and k-1 operators, left to right modulo 10, find the result             reasoning is needed as k grows
+    match    one digit, find the same drawing (other noise) among look-alikes of its class  reasoning may blur it
+    name     one digit, find its name; or a name, find its digit                            reasoning is not needed
+    chain-k  k digits and k-1 operators, left to right modulo 10, find the result           reasoning is needed
     text     the same chains in words, half of them a single digit's name
 
 Needs numpy and Pillow; scikit-learn where the digits are read. Everything is a function of (split, seed).
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -137,7 +138,7 @@ class DigitChain:
 
     def mixed(self, count: int) -> list[Example]:
         """Draw `count` examples of the mixed traffic, whose shares are exact in every 20."""
-        return [self._draw(family, position) for position, family in zip(range(count), self._mixed_families())]
+        return [self._draw(family, position) for position, family in enumerate(islice(self._mixed_families(), count))]
 
     def _mixed_families(self) -> Iterator[str]:
         slots = [family for family, share in MIXED_SHARES.items() for _ in range(share)]
@@ -158,7 +159,7 @@ class DigitChain:
         operators = [str(operator) for operator in self._rng.choice(list(OPERATORS), size=terms - 1)]
         words = [NAMES[value] for value in values] if in_words else list("abcde"[:terms])
         symbols = [OPERATORS[operator] if in_words else operator for operator in operators]
-        text = " ".join(part for pair in zip([*words], [*symbols, ""]) for part in pair).rstrip()
+        text = " ".join(part for pair in zip(words, [*symbols, ""], strict=True) for part in pair).rstrip()
         content: dict[str, Any] = {"text": text}
         if not in_words:
             content["images"] = [self._image_of(value) for value in values]
@@ -191,9 +192,7 @@ class DigitChain:
     ) -> Example:
         value, rationale = solution
         shuffled = tuple(candidates[place] for place in self._rng.permutation(len(candidates)))
-        relevant = tuple(
-            shown.value == value if drawing is None else shown.drawing == drawing for shown in shuffled
-        )
+        relevant = tuple(shown.value == value if drawing is None else shown.drawing == drawing for shown in shuffled)
         return Example(family, instruction, content, value, rationale, shuffled, relevant)
 
     def _candidate(self, value: int, *, image: bool) -> Candidate:

@@ -84,8 +84,8 @@ class _Prepared:
 class Embedder:
     """Embeds text, images, videos and documents with one bundle.
 
-        embedder = Embedder.load()
-        vectors = embedder.encode(["three plus four", {"image": "photo.png", "text": "what is the sum?"}])
+    embedder = Embedder.load()
+    vectors = embedder.encode(["three plus four", {"image": "photo.png", "text": "what is the sum?"}])
     """
 
     def __init__(self, bundle: Bundle, *, backend: str = "auto", threads: int | None = None) -> None:
@@ -127,7 +127,12 @@ class Embedder:
 
     @overload
     def encode(
-        self, inputs: Sequence[Any], *, return_details: Literal[True], errors: str = ..., **options: Unpack[EncodeOptions]
+        self,
+        inputs: Sequence[Any],
+        *,
+        return_details: Literal[True],
+        errors: str = ...,
+        **options: Unpack[EncodeOptions],
     ) -> EncodeResult: ...
 
     @overload
@@ -177,12 +182,30 @@ class Embedder:
             return EncodeResult(finished, details, failures)
         return finished
 
-    def encode_query(self, inputs: Sequence[Any], **options: Any) -> Any:
-        """Embed queries: `encode`, under its clearer name."""
-        return self.encode(inputs, **options)
+    encode_query = encode
 
-    def encode_document(self, inputs: Sequence[Any], **options: Any) -> Any:
-        """Embed what is searched: the bundle's document instruction, and the fast path unless asked otherwise."""
+    @overload
+    def encode_document(
+        self,
+        inputs: Sequence[Any],
+        *,
+        return_details: Literal[True],
+        errors: str = ...,
+        **options: Unpack[EncodeOptions],
+    ) -> EncodeResult: ...
+
+    @overload
+    def encode_document(
+        self, inputs: Sequence[Any], *, errors: Literal["return"], **options: Unpack[EncodeOptions]
+    ) -> EncodeResult: ...
+
+    @overload
+    def encode_document(
+        self, inputs: Sequence[Any], *, errors: Literal["raise"] = ..., **options: Unpack[EncodeOptions]
+    ) -> NDArray[Any]: ...
+
+    def encode_document(self, inputs: Sequence[Any], **options: Any) -> NDArray[Any] | EncodeResult:
+        """Embed what is searched: `encode` with the bundle's document instruction, on the fast path unless asked."""
         defaults = {"instruction": self.manifest.prompt.document_instruction, "reasoning": "never"}
         return self.encode(inputs, **(defaults | options))
 
@@ -196,7 +219,9 @@ class Embedder:
         if isinstance(inputs, (str, bytes, dict)) or not isinstance(inputs, (Sequence, np.ndarray)):
             raise OptionError(f"inputs is a {type(inputs).__name__}: pass a list, [input], even for a single input")
         if options.rationales is not None and len(options.rationales) != len(inputs):
-            raise OptionError(f"rationales has {len(options.rationales)} entries for {len(inputs)} inputs: pass one each")
+            raise OptionError(
+                f"rationales has {len(options.rationales)} entries for {len(inputs)} inputs: pass one each"
+            )
         if options.truncate_dim is not None and options.truncate_dim not in self.manifest.model.dims:
             known = ", ".join(map(str, self.manifest.model.dims))
             raise OptionError(f"truncate_dim is {options.truncate_dim}: this bundle was trained for {known}")
@@ -270,8 +295,8 @@ class Embedder:
         needed = quota * longest * model.layers * 2 * model.kv_heads * model.head_dim * 4
         if needed > self.manifest.batch.cache_bytes:
             raise OptionError(
-                f"reasoning_rate would hold {needed / 2**20:.0f} MiB of KV caches for {quota} inputs, above the bundle's "
-                f"limit of {self.manifest.batch.cache_bytes / 2**20:.0f} MiB: pass fewer inputs, or a threshold"
+                f"reasoning_rate would hold {needed / 2**20:.0f} MiB of KV caches for {quota} inputs, above "
+                f"the bundle's {self.manifest.batch.cache_bytes / 2**20:.0f} MiB: pass fewer inputs, or a threshold"
             )
 
     def _batches(self, prepared: list[_Prepared], batch_size: int) -> Iterator[list[_Prepared]]:
@@ -337,7 +362,8 @@ def _finish(embeddings: Floats, options: Options) -> NDArray[Any]:
 
 
 def _normalised(rows: Floats) -> Floats:
-    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+    normalised: Floats = rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+    return normalised
 
 
 class _Progress:

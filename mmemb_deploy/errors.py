@@ -1,14 +1,14 @@
 """The exceptions a caller can meet, as one tree.
 
-    MmembError
-    ├── InputError          an input to `encode` cannot be processed (also a ValueError)
-    ├── OptionError         an argument that is not an input is wrong (also a ValueError)
-    ├── BundleError         a bundle cannot be used
-    │   ├── IntegrityError    a file is missing, differs from its hash, or points outside the bundle
-    │   ├── SchemaError       the manifest is malformed, or newer than this version reads
-    │   └── CertificateError  the parity certificate misses its bound
-    └── BackendError        a backend cannot run here (also a RuntimeError)
-        └── MissingExtraError  an optional dependency is not installed (also an ImportError)
+MmembError
+├── InputError          an input to `encode` cannot be processed (also a ValueError)
+├── OptionError         an argument that is not an input is wrong (also a ValueError)
+├── BundleError         a bundle cannot be used
+│   ├── IntegrityError    a file is missing, differs from its hash, or points outside the bundle
+│   ├── SchemaError       the manifest is malformed, or newer than this version reads
+│   └── CertificateError  the parity certificate misses its bound
+└── BackendError        a backend cannot run here (also a RuntimeError)
+    └── MissingExtraError  an optional dependency is not installed (also an ImportError)
 """
 
 from __future__ import annotations

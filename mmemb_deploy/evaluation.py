@@ -58,7 +58,9 @@ def read_pairs(path: Path) -> list[Pair]:
         except (json.JSONDecodeError, ValidationError) as error:
             raise OptionError(f"{path}, line {number}: {error}") from error
         if len(pair.relevant) != len(pair.candidates) or not any(pair.relevant):
-            raise OptionError(f"{path}, line {number}: relevant needs one value per candidate, at least one of them true")
+            raise OptionError(
+                f"{path}, line {number}: relevant needs one value per candidate, at least one of them true"
+            )
         pairs.append(pair)
     if not pairs:
         raise OptionError(f"{path} holds no pair")
@@ -73,23 +75,16 @@ class Encoded:
     details: list[Detail]
 
 
-def encode_queries(
-    embedder: Embedder,
-    pairs: Sequence[Pair],
-    *,
-    rationales: Sequence[str | None] | None = None,
-    **options: Unpack[EncodeOptions],
-) -> Encoded:
+def encode_queries(embedder: Embedder, pairs: Sequence[Pair], **options: Unpack[EncodeOptions]) -> Encoded:
     """Embed the queries of pairs, each with its own instruction."""
     embeddings_QD = np.empty((len(pairs), embedder.dim), np.float32)
     details: dict[int, Detail] = {}
+    rationales = options.pop("rationales", None)
     for instruction in {pair.instruction for pair in pairs}:
         places = [place for place, pair in enumerate(pairs) if pair.instruction == instruction]
-        given = None if rationales is None else [rationales[place] for place in places]
-        result = embedder.encode(
-            [pairs[place].query for place in places],
-            return_details=True, instruction=instruction, rationales=given, **options,
-        )  # fmt: skip
+        options["instruction"] = instruction
+        options["rationales"] = None if rationales is None else [rationales[place] for place in places]
+        result = embedder.encode([pairs[place].query for place in places], return_details=True, **options)
         embeddings_QD[places] = result.embeddings
         details |= {place: detail for place, detail in zip(places, result.details, strict=True) if detail is not None}
     return Encoded(embeddings_QD, [details[place] for place in range(len(pairs))])
@@ -105,7 +100,9 @@ class Judge:
         shown = [candidate for pair in pairs for candidate in pair.candidates if _words(candidate) is None]
         images = iter(_documents(embedder, shown))
         self._candidates = [
-            np.stack([next(images) if (text := _words(candidate)) is None else known[text] for candidate in pair.candidates])
+            np.stack(
+                [next(images) if (text := _words(candidate)) is None else known[text] for candidate in pair.candidates]
+            )
             for pair in pairs
         ]
 

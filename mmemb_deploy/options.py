@@ -43,7 +43,7 @@ class Options:
     """Share of this call's inputs that reason under "auto", highest scores first, in place of a threshold."""
 
     rationales: Sequence[str | None] | None = None
-    """Rationales written elsewhere, one per input: an input that has one reasons with it; None leaves it to the gate."""
+    """Rationales written elsewhere, one per input: an input that has one follows it, None leaves it to the gate."""
 
     max_rationale_tokens: int | None = None
     """Tokens after which a rationale is closed; None takes the bundle's limit."""

@@ -37,8 +37,8 @@ class VisionSpec:
     max_pixels: int
     video_min_pixels: int
     video_max_pixels: int
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
     position_side: int  # the learned position table is position_side x position_side
     head_dim: int
     rope_theta: float

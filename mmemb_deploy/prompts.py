@@ -5,8 +5,8 @@
     <|im_start|>assistant\\n <|disc_emb|>                                      the fast path ends here
     <think> RATIONALE </think> <|gen_emb|>                                     the reasoning path ends here
 
-The pieces in capitals are a caller's or a model's words: they are tokenised with special tokens disabled, so that a text
-that happens to contain "<|image_pad|>" stays a text.
+The pieces in capitals are a caller's or a model's words: they are tokenised with special tokens disabled, so that a
+text that happens to contain "<|image_pad|>" stays a text.
 """
 
 from __future__ import annotations

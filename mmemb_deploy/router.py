@@ -1,4 +1,4 @@
-"""Which inputs reason: gate scores and a policy in, routes out. Pure Python, so that it can be read and tested alone."""
+"""Which inputs reason: gate scores and a policy in, routes out. Pure Python, to be read and tested alone."""
 
 from __future__ import annotations
 

@@ -101,7 +101,8 @@ class Batch:
     @property
     def last_B(self) -> Ints:
         """Place of each row's last token."""
-        return self.mask_BT.sum(axis=1) - 1
+        last: Ints = self.mask_BT.sum(axis=1) - 1
+        return last
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> Batch:

@@ -52,7 +52,7 @@ def calibrate(embedder: Embedder, pairs: Sequence[Pair], name: str) -> GateFacts
 
 
 def default_threshold(thresholds: Sequence[float], shortfall: NDArray[np.float64]) -> float:
-    """Return the largest threshold whose shortfall (0 or negative) is within TOLERANCE, or else the smallest shortfall."""
+    """Return the largest threshold whose shortfall (0 or less) is within TOLERANCE, or else the least shortfall."""
     allowed = min(-TOLERANCE, float(shortfall.max()))
     return max(threshold for threshold, short in zip(thresholds, shortfall, strict=True) if short >= allowed - 1e-12)
 

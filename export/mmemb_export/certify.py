@@ -74,7 +74,8 @@ def _token_agreement(reasoned: Encoded, expected: Sequence[Expected], end_think:
 
 
 def _row_cosines(left_ND: Floats, right_ND: Floats) -> NDArray[np.float64]:
-    return np.einsum("nd,nd->n", left_ND.astype(np.float64), right_ND.astype(np.float64))
+    cosine_N: NDArray[np.float64] = (left_ND.astype(np.float64) * right_ND).sum(axis=1)
+    return cosine_N
 
 
 def _parity(cosine_N: NDArray[np.float64], flips_N: NDArray[np.bool_]) -> Parity:
@@ -90,4 +91,5 @@ def _nearest(embeddings_ND: Floats) -> NDArray[np.int64]:
     """Return, for every row, the row of the highest cosine among the others."""
     cosines_NN = embeddings_ND @ embeddings_ND.T
     np.fill_diagonal(cosines_NN, -np.inf)
-    return cosines_NN.argmax(axis=1)
+    nearest: NDArray[np.int64] = cosines_NN.argmax(axis=1)
+    return nearest

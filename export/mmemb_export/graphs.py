@@ -122,7 +122,11 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
     return [
         _vision_graph(checkpoint),
         Graph(
-            abi.EMBEDDER, _Embedder(language_model), embedder_inputs, embedder_axes, (abi.EMBEDDING, abi.STATE, *present)
+            abi.EMBEDDER,
+            _Embedder(language_model),
+            embedder_inputs,
+            embedder_axes,
+            (abi.EMBEDDING, abi.STATE, *present),
         ),
         Graph(
             abi.GATE,
@@ -138,7 +142,9 @@ def graphs(checkpoint: Checkpoint) -> list[Graph]:
                 abi.TOKEN_IDS: torch.ones(rows, new, dtype=torch.long),
                 abi.POSITION_IDS: torch.arange(cached, cached + new).expand(3, rows, -1).contiguous(),
                 abi.MASK: torch.ones(rows, cached + new, dtype=torch.long),
-                **{name: torch.zeros(cache_shape) for name in cache_names},  # one shared tensor would be traced as one input
+                **{
+                    name: torch.zeros(cache_shape) for name in cache_names
+                },  # one shared tensor would be traced as one input
             },
             {
                 abi.TOKEN_IDS: {0: "batch", 1: "new_tokens"},

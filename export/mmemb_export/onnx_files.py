@@ -72,7 +72,9 @@ def _name_axes(model: onnx.ModelProto, graph: Graph) -> None:
     for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param:
-                dimension.dim_param = re.sub(r"s\d+", lambda symbol: names.get(symbol[0], symbol[0]), dimension.dim_param)
+                dimension.dim_param = re.sub(
+                    r"s\d+", lambda symbol: names.get(symbol[0], symbol[0]), dimension.dim_param
+                )
 
 
 def save(models: Sequence[onnx.ModelProto], paths: Sequence[Path], weights: Path) -> None:

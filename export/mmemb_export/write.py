@@ -1,4 +1,4 @@
-"""Checkpoint to bundle: graphs, tokenizer, manifest, calibration and certificate, renamed into place when all is well."""
+"""Checkpoint to bundle: graphs, calibrated gate, certificate and manifest, renamed into place when all is well."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from mmemb_deploy.bundle import (
     TOKENIZER,
     BatchLimits,
     Bundle,
-    GateFacts,
     GraphFacts,
     Manifest,
     ModelFacts,

@@ -1,8 +1,8 @@
 """A checkpoint: a standard transformers folder, plus `mmemb.json` for what transformers has no place for.
 
-    config.json, model.safetensors, generation_config.json, tokenizer.json, tokenizer_config.json,
-    preprocessor_config.json, video_preprocessor_config.json      as transformers writes and reads them
-    mmemb.json                                                    prompt format, embedding sizes, provenance
+config.json, model.safetensors, generation_config.json, tokenizer.json, tokenizer_config.json,
+preprocessor_config.json, video_preprocessor_config.json      as transformers writes and reads them
+mmemb.json                                                    prompt format, embedding sizes, provenance
 """
 
 from __future__ import annotations

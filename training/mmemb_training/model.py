@@ -58,7 +58,8 @@ def _vision_attention(attention: Any, hidden_NPD: Tensor, cos_PE: Tensor, sin_PE
         attention.qkv(hidden_NPD).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     )
     mixed = F.scaled_dot_product_attention(_rotate(queries, cos_PE, sin_PE), _rotate(keys, cos_PE, sin_PE), values)
-    return attention.proj(mixed.transpose(1, 2).flatten(2))
+    out_NPD: Tensor = attention.proj(mixed.transpose(1, 2).flatten(2))
+    return out_NPD
 
 
 def _rotate(states_NHPE: Tensor, cos_PE: Tensor, sin_PE: Tensor) -> Tensor:
@@ -93,9 +94,7 @@ def decoder_forward(
     allowed_B1SK = reach_SK & (mask_BK[:, None, None, :] > 0)
     cache = _Cache(past)
     for depth, layer in enumerate(language_model.layers):
-        hidden_BSD = layer(
-            hidden_BSD, position_embeddings=rotary, attention_mask=allowed_B1SK, past_key_values=cache
-        )
+        hidden_BSD = layer(hidden_BSD, position_embeddings=rotary, attention_mask=allowed_B1SK, past_key_values=cache)
         if deepstack_LVD is not None and visual_index_BS is not None and depth < deepstack_LVD.shape[0]:
             hidden_BSD = hidden_BSD + deepstack_LVD[depth][visual_index_BS]
     return language_model.norm(hidden_BSD), cache.layers

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ METRICS = "metrics.jsonl"
 PIXELS = 1024  # every image becomes about 32 x 32: 4 visual tokens
 VIDEO_PIXELS = 8 * PIXELS
 MAX_RATIONALE_TOKENS = 48
+LOOKALIKES_PER_MATCH = 2  # hard negatives
 FAMILY_SHARES = {"match": 5, "name": 4, "chain-2": 3, "chain-3": 3, "chain-4": 3, "chain-5": 3, "text": 3}
 
 
@@ -66,7 +68,7 @@ class NanoRecipe:
     weight_decay: float = 0.05
     gradient_norm: float = 1.0  # clipped to this
     temperature: float = 0.02
-    lambda_g: float = 1.0
+    lambda_g: float = 4.0  # its loss is per token, and small beside InfoNCE's at this temperature
     lambda_d: float = 1.0
     dims: tuple[int, ...] = (128, 64)
     micro_batches: int = 4  # a step's queries, sorted by length, are padded in this many groups
@@ -79,7 +81,7 @@ class NanoRecipe:
 
 
 def nano_config(encoder: PromptEncoder, vocabulary_size: int) -> Qwen3VLConfig:
-    """Return the small config: text 128 wide, 4 layers, 4 heads over 2; vision 96 wide, 2 blocks, one DeepStack level."""
+    """Return the small config: text 128 wide, 4 layers; vision 96 wide, 2 blocks, one DeepStack level."""
     return Qwen3VLConfig(
         text_config={
             "vocab_size": vocabulary_size, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
@@ -142,7 +144,8 @@ def draw_step(encoder: RowEncoder, recipe: NanoRecipe, step: int) -> Step:
     candidates = [example.target for example in examples]
     for example in examples:
         if example.family == "match":
-            candidates.append(next(shown for shown in example.candidates if shown is not example.target))
+            lookalikes = (shown for shown in example.candidates if shown is not example.target)
+            candidates += islice(lookalikes, LOOKALIKES_PER_MATCH)
     prompts_only = [encoder.row(parse(example.content, Limits()), example.instruction) for example in examples]
     return Step(
         queries=[
@@ -163,9 +166,7 @@ def _answers(candidate: Candidate, example: Example) -> bool:
     return candidate.value == example.value
 
 
-def step_loss(
-    model: Any, encoder: RowEncoder, step: Step, recipe: NanoRecipe
-) -> tuple[Tensor, dict[str, float]]:
+def step_loss(model: Any, encoder: RowEncoder, step: Step, recipe: NanoRecipe) -> tuple[Tensor, dict[str, float]]:
     """Return the joint loss of one step and its parts."""
     ids = encoder.prompt.ids
     order = sorted(range(len(step.queries)), key=lambda place: step.queries[place].length)
@@ -186,7 +187,9 @@ def step_loss(
         where = torch.arange(hidden_BTD.shape[1])
         predicts_BT = (where > starts[:, None]) & (where < torch.from_numpy(batch.last_B)[:, None] - 1)
         targets_BT = torch.from_numpy(batch.token_ids_BT).roll(-1, dims=1)
-        language.append(F.cross_entropy(model.lm_head(hidden_BTD[predicts_BT]), targets_BT[predicts_BT], reduction="sum"))
+        language.append(
+            F.cross_entropy(model.lm_head(hidden_BTD[predicts_BT]), targets_BT[predicts_BT], reduction="sum")
+        )
     predicted = sum(row.length - start - 2 for row, start in zip(step.queries, step.prompt_lengths, strict=True))
     batch = collate(step.candidates, ids[prompts.PAD])
     candidates_CD = encode_batch(model, batch, encoder.vision)[torch.arange(len(step.candidates)), batch.last_B]
@@ -227,7 +230,8 @@ def train_nano(folder: Path, recipe: NanoRecipe) -> Iterator[dict[str, float]]:
     decayed = [weight for weight in model.parameters() if weight.ndim > 1]
     plain = [weight for weight in model.parameters() if weight.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.98)
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
     )
     start, seconds = _resume(folder, recipe, model, optimizer)
     for step in range(start, recipe.steps):

@@ -1,0 +1,1 @@
+"""Measures a bundle: quality and latency with and without reasoning, and the controls that keep the figures honest."""

@@ -1,0 +1,109 @@
+"""The commands `mmemb demo` and `mmemb bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Bundle = Annotated[Path | None, typer.Option(help="Bundle folder; the embedded nano bundle by default.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for scripts.")]
+Seed = Annotated[int, typer.Option(min=0, help="Which examples are drawn.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the benchmark commands to `mmemb`."""
+    bench = typer.Typer(no_args_is_help=True, help="Measure a bundle.")
+    bench.command("digitchain")(digitchain)
+    app.add_typer(bench, name="bench")
+    app.command("demo")(demo)
+
+
+def digitchain(
+    bundle: Bundle = None,
+    seed: Seed = 0,
+    queries: Annotated[int, typer.Option(min=1, help="Queries of each family, and of the mixed traffic.")] = 200,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of one operator; all cores by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure retrieval over unseen handwritten digits in every mode and with every control."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmemb_benchmarks.digitchain import MODES, run_digitchain
+    from mmemb_deploy.embedder import Embedder
+
+    notes = Console(stderr=True)
+    embedder = Embedder.load(bundle, threads=threads)
+    with notes.status("measuring") as status:
+        result = run_digitchain(embedder, seed=seed, queries=queries, report=status.update)
+    figures = result.as_json()
+    if as_json:
+        print(json.dumps(figures))
+        return
+    console = Console()
+    table = Table(title=f"hit@1, {queries} queries a row, seed {seed}, {embedder.backend}")
+    for column in ("family", *MODES):
+        table.add_column(column.replace("_", " "), justify="left" if column == "family" else "right")
+    for family, hits in figures["families"].items():
+        table.add_row(family, *(f"{hits[mode]:.3f}" for mode in MODES))
+    table.add_section()
+    for key in figures["mixed"]["never"]:
+        table.add_row(f"mixed: {key}", *(f"{figures['mixed'][mode][key]:.3f}" for mode in MODES))
+    console.print(table)
+
+
+def demo(
+    bundle: Bundle = None,
+    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
+    seed: Seed = 7,
+    as_json: Json = False,
+) -> None:
+    """Embed real digits and questions about them; show what was thought and found, and draw it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmemb_benchmarks.demo import run_demo
+    from mmemb_benchmarks.figure import draw
+    from mmemb_deploy.embedder import Embedder
+    from mmemb_deploy.errors import OptionError
+
+    if output.suffix != ".png" or not output.parent.is_dir():
+        raise OptionError(f"--output is {output}: it must be a .png file in a folder that exists")
+    notes = Console(stderr=True)
+    with notes.status("embedding real digits"):
+        result = run_demo(Embedder.load(bundle), seed)
+        draw(result, output)
+    summaries = {mode: outcome.summary() for mode, outcome in result.modes.items()}
+    if as_json:
+        print(json.dumps({"modes": summaries, "picture": str(output)}))
+        return
+    console = Console()
+    shown = Table(title="one query of every family, under auto")
+    for column in ("family", "asked", "route", "gate", "thought", "best matches"):
+        shown.add_column(column)
+    for showcase in result.showcases:
+        example, detail = showcase.example, showcase.detail
+        pictures = len(example.content.get("images", [0] if "image" in example.content else []))
+        asked = " ".join(
+            filter(None, [f"{pictures} digit{'s' * (pictures > 1)}" * bool(pictures), example.content.get("text")])
+        )
+        matches = [example.candidates[place] for place in showcase.ranking]
+        found = ", ".join(match.content.get("text") or f"a drawn {match.value}" for match in matches)
+        shown.add_row(
+            example.family, f"{example.instruction} {asked}", detail.route.value, f"{detail.gate_score:.3f}",
+            detail.rationale or "-", f"[{'green' if showcase.found else 'red'}]{found}",
+        )  # fmt: skip
+    console.print(shown)
+    modes = Table(title=f"{len(result.modes['auto'].hits_Q)} queries of mixed traffic")
+    for column in ("mode", "hit@1", "rationale tokens", "median ms alone", "reasoning rate"):
+        modes.add_column(column, justify="left" if column == "mode" else "right")
+    for mode, summary in summaries.items():
+        modes.add_row(
+            mode, f"{summary['hit_at_1']:.3f}", f"{summary['rationale_tokens']:.2f}", f"{summary['p50_ms']:.2f}",
+            f"{summary['reasoning_rate']:.0%}",
+        )  # fmt: skip
+    console.print(modes)
+    console.print(f"picture: {output}")
