@@ -94,7 +94,7 @@ def drawings(split: Split) -> Drawings:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise MissingExtraError("scikit-learn", "bench") from error
-    digits = load_digits()
+    digits: Any = load_digits()
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(digits.target))
     ends = np.cumsum(list(_SPLIT_SIZES.values()))
     place = list(_SPLIT_SIZES).index(split)

@@ -206,8 +206,9 @@ class Embedder:
 
     def encode_document(self, inputs: Sequence[Any], **options: Any) -> NDArray[Any] | EncodeResult:
         """Embed what is searched: `encode` with the bundle's document instruction, on the fast path unless asked."""
-        defaults = {"instruction": self.manifest.prompt.document_instruction, "reasoning": "never"}
-        return self.encode(inputs, **(defaults | options))
+        defaults: dict[str, Any] = {"instruction": self.manifest.prompt.document_instruction, "reasoning": "never"}
+        result: NDArray[Any] | EncodeResult = self.encode(inputs, **(defaults | options))
+        return result
 
     @staticmethod
     def similarity(queries: NDArray[Any], documents: NDArray[Any]) -> Floats:
@@ -215,8 +216,8 @@ class Embedder:
         left, right = (_normalised(np.asarray(side, np.float32)) for side in (queries, documents))
         return left @ right.T
 
-    def _check(self, inputs: Sequence[Any], options: Options) -> None:
-        if isinstance(inputs, (str, bytes, dict)) or not isinstance(inputs, (Sequence, np.ndarray)):
+    def _check(self, inputs: Any, options: Options) -> None:
+        if isinstance(inputs, (str, bytes)) or not isinstance(inputs, Sequence):
             raise OptionError(f"inputs is a {type(inputs).__name__}: pass a list, [input], even for a single input")
         if options.rationales is not None and len(options.rationales) != len(inputs):
             raise OptionError(

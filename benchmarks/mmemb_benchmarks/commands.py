@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
     """Add the benchmark commands to `mmemb`."""
     bench = typer.Typer(no_args_is_help=True, help="Measure a bundle.")
     bench.command("digitchain")(digitchain)
+    bench.command("startup")(startup)
     app.add_typer(bench, name="bench")
     app.command("demo")(demo)
 
@@ -53,6 +54,22 @@ def digitchain(
     for key in figures["mixed"]["never"]:
         table.add_row(f"mixed: {key}", *(f"{figures['mixed'][mode][key]:.3f}" for mode in MODES))
     console.print(table)
+
+
+def startup(
+    bundle: Bundle = None,
+    runs: Annotated[int, typer.Option(min=1, help="Fresh processes per figure.")] = 7,
+    as_json: Json = False,
+) -> None:
+    """Measure what a fresh process pays: importing the package, and loading a bundle."""
+    from mmemb_benchmarks.startup import measure_startup
+
+    figures = measure_startup(bundle, runs)
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for name, seconds in figures.items():
+        print(f"{name:<16} {seconds:.3f} s")
 
 
 def demo(

@@ -134,7 +134,9 @@ def _time_alone(
     seconds: dict[str, list[float]] = {mode: [] for mode in settings}
     for place, pair in [*enumerate(pairs[:1]), *enumerate(pairs)]:
         for mode, options in settings.items():
-            alone = options if "rationales" not in options else {"rationales": [options["rationales"][place]]}
+            alone = options.copy()
+            if "rationales" in options:
+                alone["rationales"] = [options["rationales"][place]]
             began = time.perf_counter()
             encode_queries(embedder, [pair], **alone)
             seconds[mode].append(time.perf_counter() - began)

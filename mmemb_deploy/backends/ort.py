@@ -50,7 +50,7 @@ class OrtSession:
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run the graph once, on the inputs it declares."""
         try:
-            values = self._session.run(None, {name: inputs[name] for name in self._inputs})
+            values: Any = self._session.run(None, {name: inputs[name] for name in self._inputs})
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed in {self._name}: {error}") from error
         return dict(zip(self._outputs, values, strict=True))

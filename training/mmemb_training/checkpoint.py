@@ -67,7 +67,7 @@ def save_checkpoint(
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=prompts.STOP, pad_token=prompts.PAD, clean_up_tokenization_spaces=False
     ).save_pretrained(folder)
-    shared = {
+    shared: dict[str, Any] = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,

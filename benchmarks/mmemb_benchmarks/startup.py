@@ -1,0 +1,29 @@
+"""Start-up time, measured in fresh processes after one that warms the file cache."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+_TIMED = "import time; began = time.perf_counter(); {code}; print(time.perf_counter() - began)"
+
+
+def measure_startup(bundle: Path | None, runs: int) -> dict[str, float]:
+    """Return median seconds of `import mmemb_deploy`, of the import of `Embedder`, and of `Embedder.load` after it."""
+    load = f"Embedder.load({None if bundle is None else str(bundle)!r})"
+    programs = {
+        "import package": _TIMED.format(code="import mmemb_deploy"),
+        "import Embedder": _TIMED.format(code="from mmemb_deploy import Embedder"),
+        "Embedder.load": "from mmemb_deploy import Embedder; " + _TIMED.format(code=load),
+    }
+    return {name: _median_seconds(code, runs) for name, code in programs.items()}
+
+
+def _median_seconds(code: str, runs: int) -> float:
+    seconds = []
+    for _ in range(runs + 1):
+        finished = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        seconds.append(float(finished.stdout))
+    return statistics.median(seconds[1:])
