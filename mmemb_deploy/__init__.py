@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from mmemb_deploy.embedder import Detail, Embedder, EncodeResult, Timings
+    from mmemb_deploy.embedder import Embedder
     from mmemb_deploy.errors import (
         BackendError,
         BundleError,
@@ -27,14 +27,15 @@ if TYPE_CHECKING:
         OptionError,
         SchemaError,
     )
+    from mmemb_deploy.results import Detail, EncodeResult, Timings
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Detail": "embedder",
+    "Detail": "results",
     "Embedder": "embedder",
-    "EncodeResult": "embedder",
-    "Timings": "embedder",
+    "EncodeResult": "results",
+    "Timings": "results",
 } | dict.fromkeys(
     (
         "BackendError",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
@@ -14,71 +13,20 @@ from numpy.typing import NDArray
 from mmemb_deploy import abi
 from mmemb_deploy.backends.session import choose_backend
 from mmemb_deploy.bundle import TOKENIZER, Bundle
-from mmemb_deploy.cache import KVCache
 from mmemb_deploy.errors import InputError, MissingExtraError, OptionError, check_known
 from mmemb_deploy.fast_path import FastPath
-from mmemb_deploy.generation import Generator, Reasoned
+from mmemb_deploy.generation import Generator
 from mmemb_deploy.inputs import parse
 from mmemb_deploy.options import EncodeOptions, Options
+from mmemb_deploy.pipeline import Item, Pipeline
 from mmemb_deploy.preprocess import Floats
+from mmemb_deploy.progress import counting
 from mmemb_deploy.prompts import PAD, PromptEncoder
-from mmemb_deploy.router import Policy, Route, highest
+from mmemb_deploy.results import Detail, EncodeResult, Timings
+from mmemb_deploy.router import Policy, Route
 from mmemb_deploy.rows import Row, RowEncoder
 
 PATH_MARKERS = 3  # `<think>`, `</think>` and `<|gen_emb|>` around a rationale
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds: an input's own preprocessing, then what its batches took; an input on the fast route generates none."""
-
-    preprocess: float
-    fast_path: float
-    generation: float
-
-    @property
-    def total(self) -> float:
-        """Seconds of all stages."""
-        return self.preprocess + self.fast_path + self.generation
-
-
-@dataclass(frozen=True)
-class Detail:
-    """How one input was embedded."""
-
-    route: Route
-    gate_score: float  # probability, by the model's own next-token choice, that reasoning pays
-    rationale: str | None
-    rationale_ids: tuple[int, ...]  # without the markers around them
-    truncated: bool  # the token limit closed the rationale
-    timings: Timings
-
-    @property
-    def rationale_tokens(self) -> int:
-        """Tokens of the rationale, without the markers around it."""
-        return len(self.rationale_ids)
-
-
-@dataclass(frozen=True)
-class EncodeResult:
-    """Embeddings in the order of the inputs; where errors are returned, a failed row is NaN (0 if not a float)."""
-
-    embeddings: NDArray[Any]
-    details: list[Detail | None]  # None for a failed row
-    errors: list[InputError]
-
-
-@dataclass
-class _Prepared:
-    """An input on its way: its row, then what the fast path found, then what reasoning wrote."""
-
-    index: int
-    row: Row
-    preprocess: float
-    score: float = 0.0
-    fast_path: float = 0.0
-    generation: float = 0.0
-    reasoned: Reasoned | None = None
 
 
 class Embedder:
@@ -99,7 +47,7 @@ class Embedder:
         model, markers = self.manifest.model, self.manifest.markers
         tokenizer = Tokenizer.from_file(str(bundle.folder / TOKENIZER))
         self._encoder = RowEncoder(PromptEncoder(tokenizer, self.manifest.prompt), self.manifest.vision)
-        self._fast = FastPath(
+        fast_path = FastPath(
             *(engine.open(bundle.graph(name)) for name in (abi.VISION, abi.EMBEDDER, abi.GATE)),
             spec=self.manifest.vision,
             hidden_size=model.hidden_size,
@@ -108,7 +56,8 @@ class Embedder:
             pad_id=markers[PAD],
             max_patches=self.manifest.batch.patches,
         )
-        self._generator = Generator(engine.open(bundle.graph(abi.GENERATOR)), layers=model.layers, markers=markers)
+        generator = Generator(engine.open(bundle.graph(abi.GENERATOR)), layers=model.layers, markers=markers)
+        self._pipeline = Pipeline(fast_path, generator, model, self.manifest.batch)
 
     @classmethod
     def load(cls, bundle: str | Path | None = None, *, backend: str = "auto", threads: int | None = None) -> Embedder:
@@ -171,11 +120,16 @@ class Embedder:
             self.manifest.gate.threshold if settings.threshold is None else settings.threshold,
             settings.reasoning_rate,
         )
-        prepared, failures = self._prepare(inputs, settings, keep_going=errors == "return")
+        items, failures = self._prepare(inputs, settings, keep_going=errors == "return")
+        limit = self.manifest.model.max_rationale_tokens
+        if settings.max_rationale_tokens is not None:
+            limit = min(limit, settings.max_rationale_tokens)
+        with counting(len(items), shown=settings.show_progress_bar) as done:
+            self._pipeline.run(items, policy, batch_size=settings.batch_size, max_rationale_tokens=limit, done=done)
         embeddings = np.full((len(inputs), self.dim), np.nan, np.float32)
-        self._run(prepared, policy, settings, embeddings)
         details: list[Detail | None] = [None] * len(inputs)
-        for item in prepared:
+        for item in items:
+            embeddings[item.index] = item.embedding_D
             details[item.index] = self._detail(item)
         finished = _finish(embeddings, settings)
         if return_details or errors == "return":
@@ -229,24 +183,26 @@ class Embedder:
 
     def _prepare(
         self, inputs: Sequence[Any], options: Options, *, keep_going: bool
-    ) -> tuple[list[_Prepared], list[InputError]]:
-        prepared: list[_Prepared] = []
+    ) -> tuple[list[Item], list[InputError]]:
+        items: list[Item] = []
         failures: list[InputError] = []
         instruction = options.instruction
         if instruction is None:
             instruction = self.manifest.prompt.query_instruction
-        for index, item in enumerate(inputs):
+        rationales = options.rationales or [None] * len(inputs)
+        for index, (content, rationale) in enumerate(zip(inputs, rationales, strict=True)):
             began = time.perf_counter()
             try:
-                row = self._encoder.row(parse(item, self.manifest.limits), instruction)
+                row = self._encoder.row(parse(content, self.manifest.limits), instruction)
                 self._check_length(row)
             except InputError as error:
                 if not keep_going:
                     raise error.at(index) from error
                 failures.append(error.at(index))
             else:
-                prepared.append(_Prepared(index, row, time.perf_counter() - began))
-        return prepared, failures
+                given = None if rationale is None else self._encoder.prompt.words(rationale)
+                items.append(Item(index, row, time.perf_counter() - began, given))
+        return items, failures
 
     def _check_length(self, row: Row) -> None:
         limit = self.manifest.batch.row_tokens - self.manifest.model.max_rationale_tokens - PATH_MARKERS
@@ -256,85 +212,7 @@ class Embedder:
                 "shorten the text, or pass fewer or smaller images"
             )
 
-    def _run(self, prepared: list[_Prepared], policy: Policy, options: Options, embeddings: Floats) -> None:
-        """Fill `embeddings`, and what the prepared inputs record of their way."""
-        quota = policy.quota(len(prepared))
-        if quota is not None:
-            self._check_quota(prepared, quota)
-        waiting: dict[int, tuple[_Prepared, KVCache]] = {}
-        with _Progress(len(prepared), options.show_progress_bar) as progress:
-            for batch in self._batches(prepared, options.batch_size):
-                began = time.perf_counter()
-                result = self._fast.run([item.row for item in batch])
-                for place, item in enumerate(batch):
-                    item.fast_path = time.perf_counter() - began
-                    item.score = float(result.scores_B[place])
-                    embeddings[item.index] = result.embeddings_BD[place]
-                    if _given(item, options) is not None or quota is not None or policy.wants(item.score):
-                        waiting[item.index] = item, result.cache.take([place])
-                if quota is not None:
-                    chosen = highest(
-                        ((index, item.score) for index, (item, _) in waiting.items() if _given(item, options) is None),
-                        quota,
-                    )
-                    waiting = {
-                        index: pair
-                        for index, pair in waiting.items()
-                        if index in chosen or _given(pair[0], options) is not None
-                    }
-                elif len(waiting) >= options.batch_size:
-                    self._reason(list(waiting.values()), options, embeddings)
-                    waiting = {}
-                progress.advance(len(batch))
-            queue = list(waiting.values())
-            for start in range(0, len(queue), options.batch_size):
-                self._reason(queue[start : start + options.batch_size], options, embeddings)
-
-    def _check_quota(self, prepared: list[_Prepared], quota: int) -> None:
-        model = self.manifest.model
-        longest = max((item.row.length for item in prepared), default=0)
-        needed = quota * longest * model.layers * 2 * model.kv_heads * model.head_dim * 4
-        if needed > self.manifest.batch.cache_bytes:
-            raise OptionError(
-                f"reasoning_rate would hold {needed / 2**20:.0f} MiB of KV caches for {quota} inputs, above "
-                f"the bundle's {self.manifest.batch.cache_bytes / 2**20:.0f} MiB: pass fewer inputs, or a threshold"
-            )
-
-    def _batches(self, prepared: list[_Prepared], batch_size: int) -> Iterator[list[_Prepared]]:
-        """Yield batches of similar length, whose padded size stays within the bundle's limit."""
-        batch: list[_Prepared] = []
-        for item in sorted(prepared, key=lambda item: item.row.length):
-            full = len(batch) == batch_size or (len(batch) + 1) * item.row.length > self.manifest.batch.tokens
-            if batch and full:
-                yield batch
-                batch = []
-            batch.append(item)
-        if batch:
-            yield batch
-
-    def _reason(self, waiting: list[tuple[_Prepared, KVCache]], options: Options, embeddings: Floats) -> None:
-        """Continue from the caches of some inputs: along given rationales, or the model's own."""
-        limit = self.manifest.model.max_rationale_tokens
-        if options.max_rationale_tokens is not None:
-            limit = min(limit, options.max_rationale_tokens)
-        follow = [pair for pair in waiting if _given(pair[0], options) is not None]
-        write = [pair for pair in waiting if _given(pair[0], options) is None]
-        for group in (follow, write):
-            if not group:
-                continue
-            began = time.perf_counter()
-            cache = KVCache.stack([cache for _, cache in group])
-            if group is follow:
-                words = [self._encoder.prompt.words(_given(item, options) or "") for item, _ in group]
-                reasoned = self._generator.follow(cache, words)
-            else:
-                reasoned = self._generator.generate(cache, limit)
-            for (item, _), result in zip(group, reasoned, strict=True):
-                item.generation = time.perf_counter() - began
-                item.reasoned = result
-                embeddings[item.index] = result.embedding_D
-
-    def _detail(self, item: _Prepared) -> Detail:
+    def _detail(self, item: Item) -> Detail:
         reasoned = item.reasoned
         return Detail(
             route=Route.FAST if reasoned is None else Route.REASON,
@@ -344,10 +222,6 @@ class Embedder:
             truncated=reasoned is not None and reasoned.truncated,
             timings=Timings(item.preprocess, item.fast_path, item.generation),
         )
-
-
-def _given(item: _Prepared, options: Options) -> str | None:
-    return None if options.rationales is None else options.rationales[item.index]
 
 
 def _finish(embeddings: Floats, options: Options) -> NDArray[Any]:
@@ -365,31 +239,3 @@ def _finish(embeddings: Floats, options: Options) -> NDArray[Any]:
 def _normalised(rows: Floats) -> Floats:
     normalised: Floats = rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
     return normalised
-
-
-class _Progress:
-    """A rich progress bar on standard error, or nothing."""
-
-    def __init__(self, total: int, shown: bool) -> None:
-        self._bar: Any = None
-        self._total = total
-        if shown:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._bar = Progress(console=Console(stderr=True))
-
-    def __enter__(self) -> _Progress:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("embedding", total=self._total)
-        return self
-
-    def advance(self, rows: int) -> None:
-        """Count `rows` more inputs as past the fast path."""
-        if self._bar is not None:
-            self._bar.advance(self._task, rows)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

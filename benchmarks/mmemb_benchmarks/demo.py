@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from mmemb_benchmarks.digitchain import Outcome, compare_modes
 from mmemb_deploy.digitchain import DigitChain, Example
-from mmemb_deploy.embedder import Detail, Embedder
+from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.evaluation import Judge, Pair, encode_queries
+from mmemb_deploy.results import Detail
 
 SHOWN = ("match", "name", "chain-2", "chain-3", "chain-4", "chain-5", "text")
 SHOWN_MATCHES = 3

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmemb_deploy.bundle import CurvePoint, GateFacts
-from mmemb_deploy.embedder import Detail, Embedder
+from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.evaluation import Judge, Pair, encode_queries
+from mmemb_deploy.results import Detail
 
 THRESHOLDS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, *np.arange(0.1, 1.0, 0.05).round(2).tolist(), 0.97, 0.99, 1.0)
 TOLERANCE = 0.005  # of hit@1: how far below the best of the curve the default threshold may be

@@ -1,0 +1,51 @@
+"""What `encode` returns beside the vectors: which way each input went, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from mmemb_deploy.errors import InputError
+from mmemb_deploy.router import Route
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds: an input's own preprocessing, then what its batches took; an input on the fast route generates none."""
+
+    preprocess: float
+    fast_path: float
+    generation: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of all stages."""
+        return self.preprocess + self.fast_path + self.generation
+
+
+@dataclass(frozen=True)
+class Detail:
+    """How one input was embedded."""
+
+    route: Route
+    gate_score: float  # probability, by the model's own next-token choice, that reasoning pays
+    rationale: str | None
+    rationale_ids: tuple[int, ...]  # without the markers around them
+    truncated: bool  # the token limit closed the rationale
+    timings: Timings
+
+    @property
+    def rationale_tokens(self) -> int:
+        """Tokens of the rationale, without the markers around it."""
+        return len(self.rationale_ids)
+
+
+@dataclass(frozen=True)
+class EncodeResult:
+    """Embeddings in the order of the inputs; where errors are returned, a failed row is NaN (0 if not a float)."""
+
+    embeddings: NDArray[Any]
+    details: list[Detail | None]  # None for a failed row
+    errors: list[InputError]
