@@ -55,13 +55,12 @@ class PromptEncoder:
             if token is None:
                 raise SchemaError(f"the tokenizer has no token {marker!r}; add it and train or export again")
             self.ids[marker] = token
-        turn, newline = self._tokens(TURN_START), self._tokens("\n")
+        tokenizer.encode_special_tokens = True  # as plain words: markers are placed by id, never by their spelling
+        turn, stop, newline = self.ids[TURN_START], self.ids[STOP], self.words("\n")
         self._head = [
-            *turn, *self._tokens("system\n"), *self.words(prompt.system), self.ids[STOP], *newline,
-            *turn, *self._tokens("user\n"),
+            turn, *self.words("system\n"), *self.words(prompt.system), stop, *newline, turn, *self.words("user\n")
         ]  # fmt: skip
-        self._tail = [self.ids[STOP], *newline, *turn, *self._tokens("assistant\n"), self.ids[DISC_EMB]]
-        self._vision_start, self._vision_end = self.ids[VISION_START], self.ids[VISION_END]
+        self._tail = [stop, *newline, turn, *self.words("assistant\n"), self.ids[DISC_EMB]]
 
     def prompt(
         self,
@@ -80,10 +79,9 @@ class PromptEncoder:
         if instruction:
             ids += self.words(instruction + "\n")
         for count in image_tokens:
-            ids += [self._vision_start, *[self.ids[IMAGE_PAD]] * count, self._vision_end]
+            ids += self._visual(IMAGE_PAD, count)
         for seconds, count in video_tokens:
-            ids += self._tokens(f"<{seconds:.1f} seconds>")
-            ids += [self._vision_start, *[self.ids[VIDEO_PAD]] * count, self._vision_end]
+            ids += [*self.words(f"<{seconds:.1f} seconds>"), *self._visual(VIDEO_PAD, count)]
         return [*ids, *self.words(text), *self._tail]
 
     def rationale(self, words: str) -> list[int]:
@@ -94,11 +92,9 @@ class PromptEncoder:
         """Return the words of a rationale's ids."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def _tokens(self, text: str) -> list[int]:
-        self.tokenizer.encode_special_tokens = False
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
     def words(self, text: str) -> list[int]:
         """Return the ids of a caller's or a model's words, in which no special token is recognised."""
-        self.tokenizer.encode_special_tokens = True
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _visual(self, pad: str, count: int) -> list[int]:
+        return [self.ids[VISION_START], *[self.ids[pad]] * count, self.ids[VISION_END]]
