@@ -9,19 +9,12 @@ An input is a str, a PIL image, an array, or a dict with any of "text", "image" 
     {"video": frames, "fps": 1.0}                        frames in order; or "timestamps", in seconds, one per frame
 
 An image is a PIL image, the bytes of an encoded image, a path, or an array of shape (H, W), (H, W, 1), (H, W, 3) or
-(H, W, 4) that is uint8, or float within 0..1. Files and bytes may be of the formats in FORMATS; of an animation the
-first picture counts. EXIF orientation is applied, transparency is laid over white, and samples of 16 bits are scaled to
-8 (Pillow's own conversion would clip them to white).
+(H, W, 4) that is uint8, or float within 0..1; `images` says how it becomes RGB.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import os
-import re
-import struct
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -30,18 +23,16 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from mmemb_deploy.errors import InputError, OptionError, check_known
+from mmemb_deploy.images import load_image, pixel_size, shown_value
 
 KEYS = ("text", "image", "images", "video", "fps", "timestamps")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")  # no format that runs another program
 DEFAULT_FPS = 2.0  # frames per second of a video that names no times: the rate at which Qwen3-VL samples
 
+
 # What Pillow raises on damaged files, and (AssertionError) on images whose file was closed too early
-_BROKEN_IMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, AssertionError, struct.error)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """The largest input that is accepted; an input above a limit is refused, never cut."""
@@ -84,7 +75,7 @@ def parse(item: object, limits: Limits = Limits()) -> Request:
         raise InputError("there is nothing to embed: give a text that is not blank, an image or a video")
     return Request(
         text,
-        tuple(_image(image, name, limits) for name, image in images),
+        tuple(load_image(image, name, limits.max_image_pixels) for name, image in images),
         _frames(video, limits),
         timestamps,
     )
@@ -162,11 +153,11 @@ def _video(video: object, limits: Limits) -> Sequence[object]:
 
 
 def _frames(video: Sequence[object], limits: Limits) -> tuple[Image.Image, ...]:
-    frames = tuple(_image(frame, f"'video'[{place}]", limits) for place, frame in enumerate(video))
+    frames = tuple(load_image(frame, f"'video'[{place}]", limits.max_image_pixels) for place, frame in enumerate(video))
     for place, frame in enumerate(frames):
         if frame.size != frames[0].size:
             raise InputError(
-                f"'video'[{place}] is {_size(frame.size)} pixels but 'video'[0] is {_size(frames[0].size)}; "
+                f"'video'[{place}] is {pixel_size(frame.size)} pixels but 'video'[0] is {pixel_size(frames[0].size)}; "
                 "resize the frames to one size"
             )
     return frames
@@ -203,117 +194,5 @@ def _timestamps(parts: Mapping[str, object], frames: int) -> tuple[float, ...]:
 
 def _number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise InputError(f"{name} is {_shown(value)}; pass a finite number")
+        raise InputError(f"{name} is {shown_value(value)}; pass a finite number")
     return float(value)
-
-
-def _image(value: object, name: str, limits: Limits) -> Image.Image:
-    """Return an image in any accepted form as RGB, upright and decoded."""
-    if isinstance(value, np.ndarray):
-        return _rgb(_from_array(cast("NDArray[Any]", value), name, limits), name)
-    source: object = value
-    if isinstance(value, (bytes, bytearray)):
-        source = io.BytesIO(value)
-    elif isinstance(value, (str, Path)):
-        source = _local_path(str(value), name)
-        name = f"{name} ({_shown(source)})"
-    elif not isinstance(value, Image.Image):
-        raise InputError(f"{name} is of type {type(value).__name__}; pass a PIL image, an array, bytes or a path")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large headers, which `limits` judge, and of damaged metadata
-            if isinstance(source, Image.Image):
-                return _decoded(source, name, limits)
-            with Image.open(cast("str | io.BytesIO", source), formats=FORMATS) as image:
-                return _decoded(image, name, limits)
-    except InputError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise InputError(
-            f"{name} has too many pixels for max_image_pixels = {limits.max_image_pixels} and for Pillow ({error}); "
-            "resize it before embedding"
-        ) from error
-    except UnidentifiedImageError as error:
-        raise InputError(f"{name} is no image of a known format; pass one of {', '.join(FORMATS)}") from error
-    except _BROKEN_IMAGE as error:
-        reason = str(error) or type(error).__name__
-        raise InputError(
-            f"{name} cannot be decoded ({reason}); pass one that is whole, and load it before you close its file"
-        ) from error
-
-
-def _local_path(path: str, name: str) -> str:
-    if re.match(r"(?i)[a-z][a-z0-9+.-]+:/|data:", path):
-        raise InputError(f"{name} is the URL {_shown(path)}; download it first and pass the path or the bytes")
-    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a name is too long
-        raise InputError(f"{name} is the path {_shown(path)}, where there is no file; correct the path")
-    return path
-
-
-def _decoded(image: Image.Image, name: str, limits: Limits) -> Image.Image:
-    _check_pixels(image.size, name, limits)
-    return _rgb(ImageOps.exif_transpose(image), name)
-
-
-def _from_array(array: NDArray[Any], name: str, limits: Limits) -> Image.Image:
-    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))):
-        hint = "move the channels last: " if array.ndim == 3 and array.shape[0] in (1, 3) else ""
-        raise InputError(
-            f"{name} is an array of shape {array.shape}; {hint}pass (height, width) or (height, width, 1, 3 or 4)"
-        )
-    _check_pixels((array.shape[1], array.shape[0]), name, limits)
-    return Image.fromarray(_uint8(array.squeeze(2) if array.shape[2:] == (1,) else array, name))
-
-
-def _uint8(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
-    if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all():
-            raise InputError(f"{name} holds NaN or infinity; pass finite values within 0..1")
-        if array.min() < 0 or array.max() > 1:
-            raise InputError(
-                f"{name} has float values within {array.min()}..{array.max()}; "
-                "scale them to 0..1, or pass uint8 within 0..255"
-            )
-        return np.round(array * np.float64(255)).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise InputError(f"{name} is an array of {array.dtype}; pass uint8 within 0..255, or float within 0..1")
-    return array
-
-
-def _rgb(image: Image.Image, name: str) -> Image.Image:
-    """Convert to RGB as transformers' `convert_to_rgb` does, but scale 16-bit and float samples instead of clipping."""
-    if image.mode.startswith("I"):  # "I" is where Pillow's decoders put 16-bit samples that do not fit "I;16"
-        samples = np.asarray(image)
-        if samples.min() < 0 or samples.max() > 65535:
-            raise InputError(
-                f"{name} has integer samples within {samples.min()}..{samples.max()}, beyond 16 bits; convert it to 8"
-            )
-        image = Image.fromarray(np.round(samples / 257).astype(np.uint8))
-    elif image.mode == "F":
-        image = Image.fromarray(_uint8(np.asarray(image), name))
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _check_pixels(size: tuple[int, int], name: str, limits: Limits) -> None:
-    pixels = size[0] * size[1]
-    if pixels == 0:
-        raise InputError(f"{name} is {_size(size)} pixels, so it shows nothing; pass at least 1 x 1")
-    if pixels > limits.max_image_pixels:
-        raise InputError(
-            f"{name} is {_size(size)} pixels, above max_image_pixels = {limits.max_image_pixels}; "
-            "resize it before embedding"
-        )
-
-
-def _size(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"
-
-
-def _shown(value: object) -> str:
-    """Return a value's repr, short enough for a message."""
-    shown = repr(value)
-    return shown if len(shown) <= 100 else shown[:100] + "..."
