@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from mmemb_deploy.inputs import Limits
 from mmemb_deploy.preprocess import VisionSpec
 from mmemb_deploy.prompts import PromptFormat
 
+NANO = Path(__file__).parent / "assets" / "nano"  # the bundle that ships with this package
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SCHEMA_VERSION = 1
@@ -179,7 +179,7 @@ class Bundle:
     @classmethod
     def nano(cls) -> Bundle:
         """Open the bundle that ships with this package."""
-        return cls.open(Path(str(files("mmemb_deploy") / "assets" / "nano")))
+        return cls.open(NANO)
 
 
 def read_manifest(folder: Path) -> Manifest:

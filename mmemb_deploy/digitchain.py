@@ -113,15 +113,16 @@ def apply_operator(left: int, operator: str, right: int) -> int:
 
 
 def solve(values: list[int], operators: list[str]) -> tuple[int, str]:
-    """Evaluate a chain from left to right modulo 10; return its result and the rationale that shows the steps."""
+    """Evaluate a chain from left to right modulo 10; return its result and the rationale: the chain, then its steps."""
     if not operators:
         return values[0], f"one digit; it is {values[0]};"
-    result, steps = values[0], []
+    result, chain, steps = values[0], str(values[0]), ""
     for operator, right in zip(operators, values[1:], strict=True):
         step = apply_operator(result, operator, right)
-        steps.append(f"{result}{operator}{right}={step};")
+        chain += f"{operator}{right}"
+        steps += f"{result}{operator}{right}={step};"
         result = step
-    return result, ",".join(map(str, values)) + ";" + "".join(steps)
+    return result, f"{chain};{steps}"
 
 
 class DigitChain:
@@ -129,6 +130,7 @@ class DigitChain:
 
     def __init__(self, split: Split, seed: int) -> None:
         self.drawings = drawings(split)
+        self._distortion = 2 if split == "train" else 1
         self._rng = np.random.default_rng([seed, list(_SPLIT_SIZES).index(split)])
 
     def examples(self, family: str, count: int) -> list[Example]:
@@ -205,16 +207,20 @@ class DigitChain:
         return self.render(int(self._rng.choice(self.drawings.of_value(value))))
 
     def render(self, drawing: int) -> Pixels:
-        """Draw one digit at IMAGE_SIDE, grey, with a new small rotation, scale, shift and noise; uint8 (side, side)."""
-        rng, source = self._rng, self.drawings.images[drawing]
-        angle, scale = rng.uniform(-0.14, 0.14), 8 / IMAGE_SIDE / rng.uniform(0.80, 0.94)
+        """Draw one digit at IMAGE_SIDE, grey, with a new small distortion and noise; uint8 (side, side).
+
+        Rotation, scale and shift are small on every split; training rotates twice as far, shears and stretches.
+        """
+        rng, more = self._rng, self._distortion
+        angle = more * rng.uniform(-0.14, 0.14)
+        shear, stretch = (more - 1) * rng.uniform(-0.25, 0.25), 1 + (more - 1) * rng.uniform(-0.12, 0.12)
         shift = rng.uniform(-0.4, 0.4, size=2)  # in pixels of the 8x8 source
-        cos, sin, middle = np.cos(angle) * scale, np.sin(angle) * scale, IMAGE_SIDE / 2
-        matrix = (
-            cos, sin, 4 + shift[0] - (cos + sin) * middle,
-            -sin, cos, 4 + shift[1] - (cos - sin) * middle,
-        )  # fmt: skip
-        small = Image.fromarray((source * (255 / 16)).astype(np.uint8))
+        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        distort = np.array([[stretch, shear], [0, 1 / stretch]])
+        to_source = turn @ distort * (8 / IMAGE_SIDE / rng.uniform(0.74, 0.90))
+        offset = 4 + shift - to_source @ np.full(2, IMAGE_SIDE / 2)
+        matrix = (*to_source[0], offset[0], *to_source[1], offset[1])
+        small = Image.fromarray((self.drawings.images[drawing] * (255 / 16)).astype(np.uint8))
         large = small.transform((IMAGE_SIDE, IMAGE_SIDE), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
         noisy = np.asarray(large, dtype=np.float64) + rng.normal(0, 14, size=(IMAGE_SIDE, IMAGE_SIDE))
         return noisy.clip(0, 255).astype(np.uint8)

@@ -53,7 +53,7 @@ PIXELS = 1024  # every image becomes about 32 x 32: 4 visual tokens
 VIDEO_PIXELS = 8 * PIXELS
 MAX_RATIONALE_TOKENS = 48
 LOOKALIKES_PER_MATCH = 2  # hard negatives
-FAMILY_SHARES = {"match": 5, "name": 4, "chain-2": 3, "chain-3": 3, "chain-4": 3, "chain-5": 3, "text": 3}
+FAMILY_SHARES = {"match": 5, "name": 4, "chain-2": 3, "chain-3": 3, "chain-4": 3, "chain-5": 3, "text": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +63,12 @@ class NanoRecipe:
     seed: int = 0
     steps: int = 1800
     batch: int = 96  # queries of a step
-    learning_rate: float = 1.5e-3  # AdamW's, after warm-up, before cosine decay
+    learning_rate: float = 2e-3  # AdamW's, after warm-up, before cosine decay
     warmup: int = 100  # steps
     weight_decay: float = 0.05
     gradient_norm: float = 1.0  # clipped to this
     temperature: float = 0.02
-    lambda_g: float = 4.0  # its loss is per token, and small beside InfoNCE's at this temperature
+    lambda_g: float = 2.0  # its loss is per token, and small beside InfoNCE's at this temperature
     lambda_d: float = 1.0
     dims: tuple[int, ...] = (128, 64)
     micro_batches: int = 4  # a step's queries, sorted by length, are padded in this many groups

@@ -1,0 +1,191 @@
+"""The command line, `mmemb`. Other packages add commands through the entry point group "mmemb.commands"."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import mmemb_deploy
+from mmemb_deploy.errors import MmembError
+
+COMMANDS = "mmemb.commands"  # each entry is `register(app: typer.Typer) -> None`
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Embed text, images, video and documents, reasoning only where it helps.",
+)  # fmt: skip
+
+Bundle = Annotated[Path | None, typer.Argument(help="Bundle folder; the embedded nano bundle by default.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for scripts.")]
+
+
+def main() -> None:
+    """Run `mmemb`: exit code 2 for a user's mistake, 130 when interrupted, 1 for a defect."""
+    for entry in sorted(entry_points(group=COMMANDS), key=lambda entry: entry.name):
+        entry.load()(app)
+    try:
+        app()
+    except MmembError as error:
+        from rich.console import Console
+
+        Console(stderr=True, highlight=False).print("[bold red]error:[/]", str(error), markup=True, soft_wrap=True)
+        if "--json" in sys.argv:
+            print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
+        raise SystemExit(2) from error
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    context: typer.Context,
+    show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Embed text, images, video and documents, reasoning only where it helps."""
+    if show:
+        print(mmemb_deploy.__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def embed(
+    source: Annotated[Path, typer.Argument(help="JSON lines (strings, or objects of an input's parts), or a folder.")],
+    output: Annotated[Path, typer.Argument(help="File to write, .npz or .parquet.")],
+    bundle: Annotated[Path | None, typer.Option(help="Bundle folder; the embedded nano bundle by default.")] = None,
+    reasoning: Annotated[str, typer.Option(help="auto, never or always.")] = "auto",
+    threshold: Annotated[float | None, typer.Option(help="Gate score from which auto reasons.")] = None,
+    reasoning_rate: Annotated[float | None, typer.Option(help="Share of every 256 inputs that reasons.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="What to embed for; the bundle's by default.")] = None,
+    document: Annotated[bool, typer.Option("--document", help="Embed as documents, on the fast path.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Inputs that run together.")] = 32,
+    truncate_dim: Annotated[int | None, typer.Option(help="Leading values to keep.")] = None,
+    precision: Annotated[str, typer.Option(help="float32, int8 or ubinary.")] = "float32",
+    errors: Annotated[str, typer.Option(help="raise: stop at a bad input; return: mark it and go on.")] = "raise",
+    threads: Annotated[int | None, typer.Option(help="Threads of one operator; all cores by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Embed a file or folder of inputs. Interrupted, the same command goes on where it stopped."""
+    from mmemb_deploy.embedder import Embedder
+    from mmemb_deploy.errors import check_known
+    from mmemb_deploy.jobs import check_output, embed_source, read_source
+    from mmemb_deploy.options import EncodeOptions
+    from mmemb_deploy.progress import counting
+
+    check_known("errors", errors, ("raise", "return"))
+    check_output(output)
+    options: EncodeOptions = {
+        "threshold": threshold, "reasoning_rate": reasoning_rate, "batch_size": batch_size,
+        "truncate_dim": truncate_dim, "precision": precision,
+    }  # fmt: skip
+    if instruction is not None:
+        options["instruction"] = instruction
+    if not document or reasoning != "auto":
+        options["reasoning"] = reasoning
+    inputs = read_source(source)
+    embedder = Embedder.load(bundle, threads=threads)
+    began = time.perf_counter()
+    try:
+        with counting(len(inputs.ids), shown=not as_json) as done:
+            summary = embed_source(
+                embedder, inputs, output, options, document=document, keep_going=errors == "return", done=done
+            )
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    seconds = time.perf_counter() - began
+    figures = {
+        "output": str(output), "rows": summary.rows, "failures": summary.failures,
+        "reasoning_rate": summary.reasoned / summary.rows, "rationale_tokens": summary.rationale_tokens,
+        "seconds": round(seconds, 3),
+    }  # fmt: skip
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        print(
+            f"{output}: {summary.rows} rows, {summary.failures} failed, {summary.reasoned} reasoned with "
+            f"{summary.rationale_tokens} tokens, {summary.rows / seconds:.1f} rows/s"
+        )
+
+
+@app.command()
+def inspect(bundle: Bundle = None, as_json: Json = False) -> None:
+    """Show what a bundle is: model, graphs, gate, certificate."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmemb_deploy.bundle import NANO, read_manifest
+
+    folder = bundle or NANO
+    manifest = read_manifest(folder)
+    if as_json:
+        print(manifest.model_dump_json())
+        return
+    console = Console(highlight=False)
+    console.print(f"[bold]{folder}[/], schema {manifest.schema_version}, written by mmemb-deploy {manifest.written_by}")
+    for title, part in (("model", manifest.model), ("limits", manifest.batch)):
+        console.print(f"[bold]{title}[/] " + ", ".join(f"{name} {value}" for name, value in part.model_dump().items()))
+    console.print(f"[bold]prompt[/] {manifest.prompt}")
+    graphs = Table(title="graphs")
+    for column in ("graph", "precision", "MiB", "inputs", "outputs"):
+        graphs.add_column(column)
+    for name, facts in manifest.graphs.items():
+        size = (folder / facts.file).stat().st_size / 2**20 if (folder / facts.file).is_file() else float("nan")
+        sides = [[f"{tensor.name} {list(tensor.shape)}" for tensor in side] for side in (facts.inputs, facts.outputs)]
+        shown = [", ".join(side[:6]) + (f", ... ({len(side)} in all)" if len(side) > 6 else "") for side in sides]
+        graphs.add_row(name, facts.precision, f"{size:.2f}", *(text.replace("[", r"\[") for text in shown))
+    console.print(graphs)
+    gate = manifest.gate
+    curve = Table(title=f"gate: default threshold {gate.threshold}, calibrated on {gate.calibration}")
+    for column in ("threshold", "reasoning rate", "quality", "worst group", "rationale tokens", "latency ms"):
+        curve.add_column(column, justify="right")
+    for point in gate.curve:
+        curve.add_row(
+            f"{point.threshold:.2f}", f"{point.reasoning_rate:.1%}", f"{point.quality:.4f}",
+            f"{point.worst_group:+.4f}", f"{point.rationale_tokens:.2f}", f"{point.latency_ms:.2f}",
+        )  # fmt: skip
+    console.print(curve)
+    if manifest.certificate is not None:
+        _print_certificate(console, manifest.certificate)
+
+
+def _print_certificate(console: Any, certificate: Any) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"certificate: {certificate.runtime} against {certificate.reference}")
+    for column in ("embeddings", "inputs", "min cosine", "mean cosine", "gate flips"):
+        table.add_column(column, justify="left" if column == "embeddings" else "right")
+    for name, parity in {**certificate.modalities, "reasoned": certificate.reasoned}.items():
+        flips = "-" if name == "reasoned" else str(parity.gate_flips)
+        table.add_row(name, str(parity.inputs), f"{parity.min_cosine:.8f}", f"{parity.mean_cosine:.8f}", flips)
+    console.print(table)
+    console.print(
+        f"rationale token agreement {certificate.token_agreement:.3%}, nearest neighbour agreement "
+        f"{certificate.retrieval_overlap:.3%}, bounds {certificate.bounds.model_dump()}"
+    )
+
+
+@app.command()
+def verify(bundle: Bundle = None, as_json: Json = False) -> None:
+    """Check a bundle's hashes and certificate, load it, and embed a text and an image by both routes."""
+    import numpy as np
+
+    from mmemb_deploy.embedder import Embedder
+    from mmemb_deploy.errors import CertificateError
+
+    embedder = Embedder.load(bundle)
+    image = np.arange(64 * 48 * 3, dtype=np.uint8).reshape(64, 48, 3)
+    inputs = ["a text", {"image": image, "text": "and an image"}]
+    for reasoning in ("never", "always"):
+        lengths = np.linalg.norm(embedder.encode(inputs, reasoning=reasoning), axis=1)
+        if not np.allclose(lengths, 1, atol=1e-5):
+            raise CertificateError(f"embeddings with reasoning={reasoning!r} have lengths {lengths}, not 1")
+    if as_json:
+        print(json.dumps({"verified": True, "backend": embedder.backend}))
+    else:
+        print(f"verified: {len(embedder.manifest.files)} files, the certificate, and a run on {embedder.backend}")

@@ -1,0 +1,227 @@
+"""Embedding a file or a folder of inputs, in chunks that survive an interruption.
+
+Finished chunks lie in `OUTPUT.parts/` until all are there; then they become OUTPUT in one rename. The same job, run
+again, goes on after the last finished chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmemb_deploy.embedder import Embedder
+from mmemb_deploy.errors import InputError, MissingExtraError, OptionError
+from mmemb_deploy.options import EncodeOptions
+
+CHUNK = 256  # inputs; the unit of work that is kept
+COLUMNS = ("id", "embedding", "route", "gate_score", "rationale", "rationale_tokens", "truncated", "error")
+FORMATS = (".npz", ".parquet")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
+
+Columns = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The inputs of a job: their ids, what `encode` reads, and a fingerprint of both."""
+
+    ids: list[str]
+    inputs: list[Any]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a job did: rows, failed rows, rows that reasoned, and the tokens of their rationales."""
+
+    rows: int
+    failures: int
+    reasoned: int
+    rationale_tokens: int
+
+
+def read_source(path: Path) -> Source:
+    """Read JSON lines, each a string or an object of an input's parts and an optional "id", or a folder of files.
+
+    Paths inside JSON lines are relative to their file. Of a folder, images and `.txt` files count, by name. Raises
+    OptionError for a path that is neither, a malformed line, and a source without inputs.
+    """
+    if path.is_dir():
+        ids, inputs = _read_folder(path)
+    elif path.is_file():
+        ids, inputs = _read_lines(path)
+    else:
+        raise OptionError(f"{path} does not exist: pass a file of JSON lines or a folder")
+    if not ids:
+        raise OptionError(f"{path} holds no inputs: expected JSON lines, or a folder with images or .txt files")
+    listing = json.dumps([ids, inputs], default=str)
+    return Source(ids, inputs, hashlib.sha256(listing.encode()).hexdigest())
+
+
+def _read_folder(folder: Path) -> tuple[list[str], list[Any]]:
+    ids: list[str] = []
+    inputs: list[Any] = []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() == ".txt":
+            inputs.append(path.read_text())
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            inputs.append({"image": str(path)})
+        else:
+            continue
+        ids.append(path.relative_to(folder).as_posix())
+    return ids, inputs
+
+
+def _read_lines(path: Path) -> tuple[list[str], list[Any]]:
+    ids: list[str] = []
+    inputs: list[Any] = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise OptionError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(content, (str, dict)):
+            raise OptionError(f"{path}, line {number} is a {type(content).__name__}: write a string or an object")
+        name = str(number)
+        if isinstance(content, dict):
+            name = str(content.pop("id", number))
+            _resolve(content, path.parent)
+        ids.append(name)
+        inputs.append(content)
+    return ids, inputs
+
+
+def _resolve(content: dict[str, Any], folder: Path) -> None:
+    """Make the paths of images and frames relative to the file that names them; URLs are left to be refused."""
+    for key in ("image", "images", "video"):
+        value = content.get(key)
+        if isinstance(value, str):
+            content[key] = value if ":" in value else str(folder / value)
+        elif isinstance(value, list):
+            content[key] = [str(folder / part) if isinstance(part, str) and ":" not in part else part for part in value]
+
+
+def embed_source(
+    embedder: Embedder,
+    source: Source,
+    output: Path,
+    options: EncodeOptions,
+    *,
+    document: bool,
+    keep_going: bool,
+    done: Callable[[int], None],
+) -> Summary:
+    """Embed a source into `output`, which must end in one of FORMATS; `done` hears how many more rows are finished.
+
+    With `keep_going`, rows that cannot be processed get an error and a NaN embedding. Raises InputError, at the row of
+    the source, without it; OptionError for an output that exists, or parts that another job left.
+    """
+    check_output(output)
+    parts = output.with_name(output.name + ".parts")
+    job = {"source": source.fingerprint, "bundle": embedder.manifest.files, "options": options, "document": document,
+           "keep_going": keep_going}  # fmt: skip
+    _claim(parts, hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest())
+    encode = embedder.encode_document if document else embedder.encode_query
+    starts = range(0, len(source.ids), CHUNK)
+    for start in starts:
+        part = parts / f"{start:09d}.npz"
+        stop = min(start + CHUNK, len(source.ids))
+        if not part.exists():
+            try:
+                result = encode(
+                    source.inputs[start:stop],
+                    return_details=True,
+                    errors="return" if keep_going else "raise",
+                    **options,
+                )
+            except InputError as error:
+                raise error.at(start + (error.index or 0)) from error
+            errors = {error.index: str(error) for error in result.errors}
+            _write(part, _columns(source.ids[start:stop], result.embeddings, result.details, errors))
+        done(stop - start)
+    chunks = [_read_npz(parts / f"{start:09d}.npz") for start in starts]
+    columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in COLUMNS}
+    _write(output, columns)
+    shutil.rmtree(parts)
+    return Summary(
+        rows=len(source.ids),
+        failures=int((columns["error"] != "").sum()),
+        reasoned=int((columns["route"] == "reason").sum()),
+        rationale_tokens=int(columns["rationale_tokens"].sum()),
+    )
+
+
+def check_output(output: Path) -> None:
+    """Raise OptionError unless `output` can be written; MissingExtraError if its format needs a missing package."""
+    if output.suffix not in FORMATS:
+        raise OptionError(f"{output} ends in {output.suffix!r}: the output must end in {' or '.join(FORMATS)}")
+    if output.exists():
+        raise OptionError(f"{output} exists: move it away, or choose another name")
+    if not output.parent.is_dir():
+        raise OptionError(f"{output.parent} is not a folder: create it first")
+    if output.suffix == ".parquet":
+        _parquet()
+
+
+def _claim(parts: Path, fingerprint: str) -> None:
+    """Create the folder for parts, or check that it was left by the same job."""
+    mark = parts / "job"
+    if not parts.exists():
+        parts.mkdir()
+        mark.write_text(fingerprint)
+    elif not mark.is_file() or mark.read_text() != fingerprint:
+        raise OptionError(
+            f"{parts} was left by a job with other inputs, options or bundle: run that one again, or delete the folder"
+        )
+
+
+def _columns(
+    ids: Sequence[str], embeddings: NDArray[Any], details: Sequence[Any], errors: dict[int | None, str]
+) -> Columns:
+    return {
+        "id": np.array(ids),
+        "embedding": embeddings,
+        "route": np.array([detail.route.value if detail else "" for detail in details]),
+        "gate_score": np.array([detail.gate_score if detail else np.nan for detail in details], np.float32),
+        "rationale": np.array([(detail.rationale or "") if detail else "" for detail in details]),
+        "rationale_tokens": np.array([detail.rationale_tokens if detail else 0 for detail in details], np.int64),
+        "truncated": np.array([bool(detail and detail.truncated) for detail in details]),
+        "error": np.array([errors.get(place, "") for place in range(len(ids))]),
+    }
+
+
+def _write(target: Path, columns: Columns) -> None:
+    """Write a file beside its place and rename it, so that it is there whole or not at all."""
+    fresh = target.with_name(f".{target.name}.new")
+    if target.suffix == ".npz":
+        with fresh.open("wb") as file:
+            np.savez(file, allow_pickle=False, **columns)
+    else:
+        arrow, parquet = _parquet()
+        table = {name: list(values) if values.ndim > 1 else values for name, values in columns.items()}
+        parquet.write_table(arrow.table(table), fresh)
+    fresh.replace(target)
+
+
+def _read_npz(path: Path) -> Columns:
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in COLUMNS}
+
+
+def _parquet() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("pyarrow", "parquet") from error
+    return pyarrow, parquet
