@@ -11,6 +11,7 @@ text that happens to contain "<|image_pad|>" stays a text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,6 +33,10 @@ VISION_END = "<|vision_end|>"
 TURN_START = "<|im_start|>"
 PAD = "<|endoftext|>"
 MARKERS = (DISC_EMB, GEN_EMB, THINK, END_THINK, STOP, IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END, TURN_START, PAD)
+
+# Qwen's tokenizers hold `<think>` and `</think>` as plain added tokens, which are matched even where special ones are
+# not: a text that spells one is split inside it.
+_SPELT_MARKER = re.compile(r"(?<=<)(?=/?think>)")
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,11 @@ class PromptEncoder:
 
     def words(self, text: str) -> list[int]:
         """Return the ids of a caller's or a model's words, in which no special token is recognised."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return [
+            token
+            for piece in _SPELT_MARKER.split(text)
+            for token in self.tokenizer.encode(piece, add_special_tokens=False).ids
+        ]
 
     def _visual(self, pad: str, count: int) -> list[int]:
         return [self.ids[VISION_START], *[self.ids[pad]] * count, self.ids[VISION_END]]

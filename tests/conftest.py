@@ -1,12 +1,30 @@
-"""Keeps ONNX Runtime from contacting its vendor, and skips the GPU tests where there is no GPU."""
+"""Keeps ONNX Runtime from contacting its vendor, skips GPU tests without a GPU, and makes tiny models to test on."""
 
 import os
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the first import of onnxruntime, by whichever test that is
 
 import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+
+from mmemb_deploy.embedder import Embedder
+from mmemb_deploy.prompts import PromptFormat
+
+TINY_PROMPT = PromptFormat("Represent the user's input.", "Find the result.", "")
+TINY_TEXT: dict[str, Any] = {
+    "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "head_dim": 16, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+}  # fmt: skip
+TINY_VISION: dict[str, Any] = {
+    "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+    "temporal_patch_size": 2, "out_hidden_size": 48, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2],
+}  # fmt: skip
 
 
 def cuda_works() -> bool:
@@ -23,3 +41,90 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if gpu_items and not cuda_works():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU with a working driver"))
+
+
+MakeCheckpoint = Callable[[Path, dict[str, Any], dict[str, Any]], Path]
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint() -> MakeCheckpoint:
+    """Write a checkpoint of a random Qwen3-VL; the dicts change TINY_TEXT and TINY_VISION."""
+    import torch
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    from mmemb_deploy import prompts
+    from mmemb_training.checkpoint import CheckpointFacts, save_checkpoint
+    from mmemb_training.tokenizer import train_tokenizer
+
+    def make(folder: Path, text: dict[str, Any], vision: dict[str, Any]) -> Path:
+        tokenizer = train_tokenizer(["a tiny corpus", "Represent the user's input. Find the result."], 300)
+        ids = prompts.PromptEncoder(tokenizer, TINY_PROMPT).ids
+        text = TINY_TEXT | text | {"vocab_size": tokenizer.get_vocab_size()}
+        config = Qwen3VLConfig(
+            text_config=text,
+            vision_config=TINY_VISION | vision,
+            image_token_id=ids[prompts.IMAGE_PAD],
+            video_token_id=ids[prompts.VIDEO_PAD],
+            vision_start_token_id=ids[prompts.VISION_START],
+            vision_end_token_id=ids[prompts.VISION_END],
+            tie_word_embeddings=text["tie_word_embeddings"],
+        )
+        torch.manual_seed(0)
+        model = Qwen3VLForConditionalGeneration(config)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.ndim > 1:
+                    weight.mul_(4)  # or all inputs look alike
+        size = text["hidden_size"]
+        facts = CheckpointFacts(
+            prompt=TINY_PROMPT,
+            dims=(size, size // 2),
+            max_rationale_tokens=9,
+            markers=ids,
+            provenance={"data": "random"},
+        )
+        save_checkpoint(folder, model, tokenizer, facts, pixels=256, video_pixels=1024)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: MakeCheckpoint) -> Path:
+    """A random checkpoint with 6 heads over 3, two DeepStack levels and untied embeddings."""
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", {}, {})
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """The bundle of `tiny_checkpoint`. Tests that change it copy it first."""
+    from mmemb_export.write import export_bundle
+
+    target = tmp_path_factory.mktemp("tiny") / "bundle"
+    export_bundle(tiny_checkpoint, target, report=lambda _: None)
+    return target
+
+
+@pytest.fixture(scope="session")
+def tiny_embedder(tiny_bundle: Path) -> Embedder:
+    """`tiny_bundle`, loaded."""
+    return Embedder.load(tiny_bundle)
+
+
+@pytest.fixture
+def mixed_inputs() -> list[Any]:
+    """Inputs of every modality and several lengths and grids."""
+    rng = np.random.default_rng(0)
+
+    def picture(height: int, width: int) -> Any:
+        return rng.integers(0, 256, size=(height, width, 3), dtype=np.uint8)
+
+    return [
+        "three plus four",
+        {"image": picture(20, 20), "text": "what is it?"},
+        {"images": [picture(16, 16), picture(12, 40), picture(30, 20)], "text": "a + b x c"},
+        "a much longer text, which needs many more tokens than its neighbours in the batch do",
+        {"video": [picture(24, 24) for _ in range(5)], "fps": 2.0},
+        {"image": picture(40, 12)},
+        "one",
+    ]

@@ -16,7 +16,6 @@ from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.evaluation import Encoded, Pair, encode_queries
 from mmemb_deploy.inputs import parse
 from mmemb_deploy.preprocess import Floats
-from mmemb_deploy.prompts import END_THINK
 from mmemb_export.probes import modality
 from mmemb_export.reference import Expected, Reference
 from mmemb_training.checkpoint import Checkpoint
@@ -46,7 +45,7 @@ def certify(
             for kind in dict.fromkeys(kinds_N.tolist())
         },
         reasoned=_parity(reasoned_cosine_N, np.zeros(len(probes), bool)),
-        token_agreement=_token_agreement(reasoned, expected, checkpoint.rows.prompt.ids[END_THINK]),
+        token_agreement=_token_agreement(reasoned, expected, frozenset(checkpoint.rows.prompt.ids.values())),
         retrieval_overlap=float(np.mean(_nearest(direct.embeddings_QD) == _nearest(expected_direct_ND))),
         bounds=bounds,
     )
@@ -63,13 +62,19 @@ def _expected(
     return expected
 
 
-def _token_agreement(reasoned: Encoded, expected: Sequence[Expected], end_think: int) -> float:
-    """Return the share of chosen tokens, the closing one included, that the reference would have chosen."""
+def _token_agreement(reasoned: Encoded, expected: Sequence[Expected], markers: frozenset[int]) -> float:
+    """Return the share of choices that the reference would have made too: every word, and where the rationale ends.
+
+    Any marker ends a rationale, as in `mmemb_deploy.generation`.
+    """
     agreed = total = 0
     for detail, each in zip(reasoned.details, expected, strict=True):
-        chosen = [*detail.rationale_ids] if detail.truncated else [*detail.rationale_ids, end_think]
-        agreed += sum(ours == theirs for ours, theirs in zip(chosen, each.greedy, strict=False))
-        total += len(chosen)
+        words = detail.rationale_ids
+        agreed += sum(ours == theirs for ours, theirs in zip(words, each.greedy, strict=False))
+        total += len(words)
+        if not detail.truncated:
+            agreed += each.greedy[len(words)] in markers
+            total += 1
     return agreed / max(total, 1)
 
 

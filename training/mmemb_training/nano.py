@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -218,7 +218,7 @@ def learning_rate(recipe: NanoRecipe, step: int) -> float:
     return recipe.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
-def train_nano(folder: Path, recipe: NanoRecipe) -> Iterator[dict[str, float]]:
+def train_nano(folder: Path, recipe: NanoRecipe) -> Generator[dict[str, float]]:
     """Train into `folder`, yielding the metrics of every step; a folder that holds an unfinished run goes on.
 
     Raises OptionError if the folder's run was started with another recipe.

@@ -1,0 +1,285 @@
+"""The facade on a tiny random model: what it computes, in which order, and how it refuses."""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mmemb_deploy import Embedder, InputError, OptionError, abi
+from mmemb_deploy.backends.session import Session
+from mmemb_deploy.inputs import parse
+from mmemb_export.reference import Reference
+from mmemb_training.checkpoint import load_checkpoint
+
+PATH_TOKENS = 3  # `<think>`, `</think>` and `<|gen_emb|>`
+
+
+class CountingSession:
+    """Counts the real tokens that enter a decoder graph, padding left out."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.tokens = 0
+        self.rows: list[int] = []
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        new = inputs[abi.TOKEN_IDS].shape[1]
+        self.tokens += int(inputs[abi.MASK][:, -new:].sum())
+        self.rows.append(len(inputs[abi.MASK]))
+        return self.session.run(inputs)
+
+
+def counted(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> tuple[CountingSession, CountingSession]:
+    """Count what enters the embedder graph and the generator graph."""
+    fast_path, generator = embedder._pipeline.fast_path, embedder._pipeline.generator  # pyright: ignore[reportPrivateUsage]
+    counters = (
+        CountingSession(fast_path._embedder),  # pyright: ignore[reportPrivateUsage]
+        CountingSession(generator._session),  # pyright: ignore[reportPrivateUsage]
+    )
+    monkeypatch.setattr(fast_path, "_embedder", counters[0])
+    monkeypatch.setattr(generator, "_session", counters[1])
+    return counters
+
+
+def cosines(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
+    products: NDArray[Any] = (left.astype(np.float64) * right).sum(axis=1)
+    return products
+
+
+def test_embeddings_are_float32_normalised_and_in_order(tiny_embedder: Embedder, mixed_inputs: list[Any]) -> None:
+    vectors = tiny_embedder.encode(mixed_inputs)
+    assert vectors.shape == (len(mixed_inputs), tiny_embedder.dim)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    backwards = tiny_embedder.encode(mixed_inputs[::-1])[::-1]
+    assert cosines(vectors, backwards).min() >= 0.99999
+
+
+@pytest.mark.parametrize("reasoning", ["never", "always"])
+def test_a_row_alone_equals_the_row_in_any_batch(
+    tiny_embedder: Embedder, mixed_inputs: list[Any], reasoning: str
+) -> None:
+    alone = np.concatenate([tiny_embedder.encode([item], reasoning=reasoning) for item in mixed_inputs])
+    for batch_size in (2, 3, 32):
+        together = tiny_embedder.encode(mixed_inputs, reasoning=reasoning, batch_size=batch_size)
+        assert cosines(alone, together).min() >= 0.99999
+
+
+def test_the_reasoned_embedding_equals_one_full_forward_pass(
+    tiny_embedder: Embedder, tiny_checkpoint: Path, mixed_inputs: list[Any]
+) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    reference = Reference(checkpoint)
+    result = tiny_embedder.encode(mixed_inputs, reasoning="always", return_details=True)
+    for content, detail, embedding_D in zip(mixed_inputs, result.details, result.embeddings, strict=True):
+        assert detail is not None
+        request = parse(content)
+        row = checkpoint.rows.row(request, checkpoint.instruction(None))
+        expected = reference.run(request, row, detail.rationale_ids)
+        assert expected.reasoned_D @ embedding_D >= 0.9999
+        assert list(detail.rationale_ids) == expected.greedy[: len(detail.rationale_ids)]
+
+
+def test_no_token_is_prefilled_twice(
+    tiny_embedder: Embedder, mixed_inputs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, decode = counted(tiny_embedder, monkeypatch)
+    encoder = tiny_embedder._encoder  # pyright: ignore[reportPrivateUsage]
+    prompt_tokens = sum(encoder.row(parse(item), "Find the result.").length for item in mixed_inputs)
+    result = tiny_embedder.encode(mixed_inputs, reasoning="always", return_details=True)
+    written = sum(detail.rationale_tokens for detail in result.details if detail is not None)
+    assert prefill.tokens == prompt_tokens
+    assert decode.tokens == written + PATH_TOKENS * len(mixed_inputs)
+
+
+def test_finished_rows_leave_the_batch(tiny_embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, decode = counted(tiny_embedder, monkeypatch)
+    generator = tiny_embedder._pipeline.generator  # pyright: ignore[reportPrivateUsage]
+    lengths = {"short": 1, "longer": 4}
+    session = decode.session
+
+    class Scripted:
+        """Makes the first row close its rationale after one word, and the second after four."""
+
+        steps = 0
+
+        def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            outputs = session.run(inputs)
+            self.steps += 1
+            words = list(lengths.values())[-len(outputs[abi.LOGITS]) :]
+            end = tiny_embedder.manifest.markers["</think>"]
+            for row, count in enumerate(words):
+                outputs[abi.LOGITS][row] = 0
+                outputs[abi.LOGITS][row, end if self.steps > count else 5] = 1
+            return outputs
+
+    decode.session = Scripted()
+    monkeypatch.setattr(generator, "_session", decode)
+    result = tiny_embedder.encode(list(lengths), reasoning="always", return_details=True, batch_size=2)
+    assert [detail.rationale_tokens for detail in result.details if detail] == [1, 4]
+    assert decode.rows == [2, 2, 2, 2, 1, 1, 1]
+
+
+def test_a_given_rationale_gives_what_the_same_generated_one_gave(
+    tiny_embedder: Embedder, mixed_inputs: list[Any]
+) -> None:
+    encoder = tiny_embedder._encoder  # pyright: ignore[reportPrivateUsage]
+    written = tiny_embedder.encode(mixed_inputs, reasoning="always", return_details=True)
+    rationales = [detail.rationale for detail in written.details if detail]
+    round_trips = [
+        detail is not None and encoder.prompt.words(detail.rationale or "") == list(detail.rationale_ids)
+        for detail in written.details
+    ]
+    assert any(round_trips)
+    followed = tiny_embedder.encode(mixed_inputs, reasoning="never", rationales=rationales)
+    assert cosines(followed, written.embeddings)[round_trips].min() >= 0.99999
+
+
+def test_routes_follow_the_mode_and_the_threshold(tiny_embedder: Embedder, mixed_inputs: list[Any]) -> None:
+    def routes(**options: Any) -> list[str]:
+        details = tiny_embedder.encode(mixed_inputs, return_details=True, **options).details
+        return [detail.route for detail in details if detail]
+
+    scores = [
+        detail.gate_score
+        for detail in tiny_embedder.encode(mixed_inputs, reasoning="never", return_details=True).details
+        if detail
+    ]
+    middle = sorted(scores)[3]
+    assert set(routes(reasoning="never")) == {"fast"}
+    assert set(routes(reasoning="always")) == {"reason"}
+    assert routes(threshold=middle) == ["reason" if score >= middle else "fast" for score in scores]
+
+
+def test_a_reasoning_rate_gives_exactly_that_share_to_the_highest_scores(
+    tiny_embedder: Embedder, mixed_inputs: list[Any]
+) -> None:
+    details = tiny_embedder.encode(mixed_inputs, reasoning_rate=0.45, return_details=True, batch_size=2).details
+    ranked = sorted((detail for detail in details if detail), key=lambda detail: -detail.gate_score)
+    assert [detail.route for detail in ranked] == ["reason"] * 3 + ["fast"] * 4
+
+
+def test_a_rate_whose_caches_exceed_the_limit_is_refused_before_anything_runs(
+    tiny_embedder: Embedder, mixed_inputs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, _ = counted(tiny_embedder, monkeypatch)
+    limits = tiny_embedder.manifest.batch.model_copy(update={"cache_bytes": 1000})
+    monkeypatch.setattr(tiny_embedder._pipeline, "_limits", limits)  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(OptionError, match="pass fewer inputs, or a threshold"):
+        tiny_embedder.encode(mixed_inputs, reasoning_rate=1.0)
+    assert prefill.rows == []
+
+
+def test_the_token_limit_closes_a_rationale_and_says_so(tiny_embedder: Embedder) -> None:
+    (natural,) = tiny_embedder.encode(["a text"], reasoning="always", return_details=True).details
+    assert natural is not None
+    limit = natural.rationale_tokens - 1
+    result = tiny_embedder.encode(["a text"], reasoning="always", max_rationale_tokens=limit, return_details=True)
+    (detail,) = result.details
+    assert detail is not None
+    assert (detail.rationale_ids, detail.truncated) == (natural.rationale_ids[:limit], True)
+    np.testing.assert_allclose(np.linalg.norm(result.embeddings), 1, atol=1e-6)
+
+
+def test_sizes_and_precisions_follow_their_definition(tiny_embedder: Embedder, mixed_inputs: list[Any]) -> None:
+    full = tiny_embedder.encode(mixed_inputs)
+    half = tiny_embedder.encode(mixed_inputs, truncate_dim=24)
+    np.testing.assert_allclose(half, full[:, :24] / np.linalg.norm(full[:, :24], axis=1, keepdims=True), atol=1e-6)
+    np.testing.assert_array_equal(tiny_embedder.encode(mixed_inputs, precision="int8"), np.rint(full * 127))
+    bits = np.unpackbits(tiny_embedder.encode(mixed_inputs, precision="ubinary"), axis=1)
+    np.testing.assert_array_equal(bits.astype(bool), full > 0)
+
+
+def test_documents_take_the_fast_path_without_an_instruction(tiny_embedder: Embedder) -> None:
+    result = tiny_embedder.encode_document(["seven"], return_details=True)
+    assert [detail.route for detail in result.details if detail] == ["fast"]
+    same = tiny_embedder.encode(["seven"], instruction="", reasoning="never")
+    np.testing.assert_array_equal(result.embeddings, same)
+    assert cosines(same, tiny_embedder.encode_query(["seven"], reasoning="never")).max() < 0.9999
+
+
+def test_similarity_is_the_cosine(tiny_embedder: Embedder) -> None:
+    queries, documents = np.array([[3.0, 4.0]]), np.array([[1.0, 0.0], [6.0, 8.0]])
+    np.testing.assert_allclose(tiny_embedder.similarity(queries, documents), [[0.6, 1.0]], atol=1e-6)
+
+
+def test_a_bad_row_is_named_before_anything_runs(
+    tiny_embedder: Embedder, mixed_inputs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, _ = counted(tiny_embedder, monkeypatch)
+    with pytest.raises(InputError, match="input 7: ") as raised:
+        tiny_embedder.encode([*mixed_inputs, {"image": np.zeros((0, 4), np.uint8)}])
+    assert raised.value.index == 7
+    assert prefill.rows == []
+
+
+def test_returned_errors_keep_the_good_rows(tiny_embedder: Embedder, mixed_inputs: list[Any]) -> None:
+    spoilt = [mixed_inputs[0], "", mixed_inputs[1], {"txet": "typo"}]
+    result = tiny_embedder.encode(spoilt, errors="return")
+    assert [error.index for error in result.errors] == [1, 3]
+    assert [detail is None for detail in result.details] == [False, True, False, True]
+    assert np.isnan(result.embeddings[[1, 3]]).all()
+    assert cosines(result.embeddings[[0, 2]], tiny_embedder.encode(mixed_inputs[:2])).min() >= 0.99999
+    assert (tiny_embedder.encode(spoilt, errors="return", precision="int8").embeddings[1] == 0).all()
+
+
+def test_an_input_above_the_token_limit_is_refused(tiny_embedder: Embedder) -> None:
+    with pytest.raises(InputError, match=r"tokens .* above the limit of"):
+        tiny_embedder.encode(["many words " * 9000])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reasoning": "sometimes"}, "choose from auto, never, always"),
+        ({"precision": "int9"}, "did you mean 'int8'"),
+        ({"treshold": 0.5}, "did you mean 'threshold'"),
+        ({"threshold": 1.5}, r"must lie in 0\.\.1"),
+        ({"reasoning_rate": -0.1}, r"must lie in 0\.\.1"),
+        ({"threshold": 0.5, "reasoning_rate": 0.5}, "pass one of them"),
+        ({"reasoning": "never", "reasoning_rate": 0.5}, "only works with reasoning='auto'"),
+        ({"truncate_dim": 7}, "was trained for 48, 24"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"rationales": ["one"]}, "1 entries for 2 inputs"),
+        ({"errors": "ignore"}, "choose from raise, return"),
+        ({"max_rationale_tokens": -1}, "at least 0"),
+    ],
+)
+def test_a_wrong_option_is_named(tiny_embedder: Embedder, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        tiny_embedder.encode(["one", "two"], **options)
+
+
+def test_a_lone_input_is_refused(tiny_embedder: Embedder) -> None:
+    for lone in ("three plus four", {"text": "three"}):
+        with pytest.raises(OptionError, match="even for a single input"):
+            tiny_embedder.encode(lone)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def test_an_empty_call_gives_an_empty_matrix(tiny_embedder: Embedder) -> None:
+    assert tiny_embedder.encode([]).shape == (0, tiny_embedder.dim)
+
+
+def test_an_unknown_backend_and_thread_count_are_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(OptionError, match="choose from auto, onnxruntime"):
+        Embedder.load(tiny_bundle, backend="onnx")
+    with pytest.raises(OptionError, match="threads is 0"):
+        Embedder.load(tiny_bundle, threads=0)
+
+
+def test_the_runtime_loads_neither_torch_nor_transformers_and_silences_telemetry(tiny_bundle: Path) -> None:
+    code = f"""
+import os, sys
+os.environ.pop("ORT_DISABLE_TELEMETRY", None)
+import mmemb_deploy
+assert os.environ["ORT_DISABLE_TELEMETRY"] == "1" and "onnxruntime" not in sys.modules
+mmemb_deploy.Embedder.load({str(tiny_bundle)!r}).encode(["a text"], reasoning="always")
+print(sorted({{"torch", "transformers"}} & set(sys.modules)))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

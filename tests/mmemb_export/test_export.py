@@ -1,0 +1,151 @@
+"""Export works for any Qwen3-VL config, shares weights, certifies what it writes, and leaves nothing half done."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from mmemb_deploy import CertificateError, Embedder, OptionError, abi
+from mmemb_deploy.backends.session import choose_backend
+from mmemb_deploy.bundle import Bundle
+from mmemb_deploy.evaluation import Pair
+from mmemb_export import write
+from mmemb_export.calibrate import default_threshold
+from mmemb_export.certify import FLOAT32_BOUNDS
+from mmemb_export.write import export_bundle
+from mmemb_training.checkpoint import load_checkpoint
+
+ODD_TEXT: dict[str, Any] = {
+    "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8, "num_hidden_layers": 2, "hidden_size": 40,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [2, 1, 1]},
+}  # fmt: skip
+ODD_VISION: dict[str, Any] = {
+    "depth": 1, "num_heads": 4, "patch_size": 3, "out_hidden_size": 40, "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [],
+}  # fmt: skip
+PAIRS = [
+    Pair(
+        query=f"word {place}", candidates=["yes", "no"], relevant=[place % 2 == 0, place % 2 == 1], group=str(place % 3)
+    )
+    for place in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def odd_checkpoint(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Any) -> Path:
+    """Multi-query attention, tied embeddings, odd patches, and no DeepStack level."""
+    return Path(make_checkpoint(tmp_path_factory.mktemp("odd") / "checkpoint", ODD_TEXT, ODD_VISION))
+
+
+@pytest.fixture(scope="module")
+def odd_bundle(tmp_path_factory: pytest.TempPathFactory, odd_checkpoint: Path) -> Path:
+    """The bundle of `odd_checkpoint`, calibrated on PAIRS."""
+    target = tmp_path_factory.mktemp("odd") / "bundle"
+    export_bundle(odd_checkpoint, target, pairs=PAIRS, pairs_name="words", report=lambda _: None)
+    return target
+
+
+@pytest.mark.parametrize("fixture", ["tiny_bundle", "odd_bundle"])
+def test_any_config_is_certified_in_every_modality(fixture: str, request: pytest.FixtureRequest) -> None:
+    certificate = Bundle.open(request.getfixturevalue(fixture)).manifest.certificate
+    assert certificate is not None
+    assert certificate.bounds == FLOAT32_BOUNDS
+    assert {"text", "image", "images", "video"} == set(certificate.modalities)
+    for parity in [*certificate.modalities.values(), certificate.reasoned]:
+        assert parity.inputs >= 50
+        assert parity.min_cosine >= 0.9999
+        assert parity.gate_flips == 0
+    assert certificate.token_agreement >= 0.995
+
+
+def test_both_decoder_graphs_share_one_copy_of_the_weights(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+    locations: dict[str, set[str]] = {}
+    for name in (abi.EMBEDDER, abi.GENERATOR):
+        model = onnx.load(tiny_bundle / f"{name}.onnx", load_external_data=False)
+        locations[name] = {
+            entry.value
+            for tensor in model.graph.initializer
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
+    assert locations[abi.EMBEDDER] == locations[abi.GENERATOR] == {"decoder.onnx.data"}
+    model = load_checkpoint(tiny_checkpoint).model
+    weights = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+    padding = 4096 * len(weights)
+    size = (tiny_bundle / "decoder.onnx.data").stat().st_size
+    assert size <= sum(weight.numel() * 4 for weight in weights) + padding
+
+
+def test_the_gate_is_the_model_s_own_choice(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    ids = checkpoint.rows.prompt.ids
+    state_BD = np.random.default_rng(0).normal(size=(50, 48)).astype(np.float32)
+    gate = choose_backend("auto", None).open(tiny_bundle / "gate.onnx")
+    score_B = gate.run({abi.STATE: state_BD})[abi.SCORE]
+    with torch.no_grad():
+        logits_BV = checkpoint.model.lm_head(torch.from_numpy(state_BD))
+    expected_B = torch.sigmoid(logits_BV[:, ids["<think>"]] - logits_BV[:, ids["<|im_end|>"]]).numpy()
+    np.testing.assert_allclose(score_B, expected_B, atol=1e-6)
+
+
+def test_the_manifest_names_every_tensor_and_axis(tiny_bundle: Path) -> None:
+    graphs = Bundle.open(tiny_bundle).manifest.graphs
+    assert tuple(graphs) == abi.GRAPHS
+    shapes = {name: {t.name: t.shape for t in (*facts.inputs, *facts.outputs)} for name, facts in graphs.items()}
+    assert shapes[abi.GATE] == {abi.STATE: ("batch", 48), abi.SCORE: ("batch",)}
+    assert shapes[abi.VISION][abi.PATCHES] == ("images", "patches", 96)
+    assert shapes[abi.EMBEDDER][abi.DEEPSTACK] == (2, "visual_tokens", 48)
+    assert shapes[abi.EMBEDDER]["present.2.key"] == ("batch", 3, "tokens", 16)
+    assert shapes[abi.GENERATOR]["past.0.value"] == ("batch", 3, "past_tokens", 16)
+    assert shapes[abi.GENERATOR][abi.MASK] == ("batch", "all_tokens")
+
+
+def test_a_model_without_deepstack_has_no_such_tensor(odd_bundle: Path) -> None:
+    graphs = Bundle.open(odd_bundle).manifest.graphs
+    names = {tensor.name for facts in graphs.values() for tensor in (*facts.inputs, *facts.outputs)}
+    assert abi.DEEPSTACK not in names
+
+
+def test_the_curve_s_rate_falls_with_the_threshold(odd_bundle: Path) -> None:
+    gate = Bundle.open(odd_bundle).manifest.gate
+    rates = [point.reasoning_rate for point in gate.curve]
+    assert gate.calibration == "words"
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == 1.0
+    assert gate.threshold in [point.threshold for point in gate.curve]
+    assert Embedder.load(odd_bundle).manifest.gate == gate
+
+
+@pytest.mark.parametrize(
+    ("shortfall", "threshold"),
+    [
+        ([0.0, -0.004, -0.02], 0.5),  # the largest within the tolerance
+        ([-0.02, -0.01, -0.03], 0.5),  # none is: the one that spoils its worst group least
+        ([0.0, 0.0, 0.0], 0.9),
+    ],
+)
+def test_the_default_threshold_is_the_largest_within_tolerance(shortfall: list[float], threshold: float) -> None:
+    assert default_threshold([0.1, 0.5, 0.9], np.array(shortfall)) == threshold
+
+
+def test_a_failed_certificate_leaves_nothing_behind(
+    odd_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "FLOAT32_BOUNDS", FLOAT32_BOUNDS.model_copy(update={"min_cosine": 1.1}))
+    with pytest.raises(CertificateError, match=r"below 1\.1"):
+        export_bundle(odd_checkpoint, tmp_path / "bundle", report=lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_bundle_is_not_overwritten_unasked(odd_checkpoint: Path, odd_bundle: Path) -> None:
+    with pytest.raises(OptionError, match="pass --overwrite"):
+        export_bundle(odd_checkpoint, odd_bundle)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="is not an MMEmb-R1 checkpoint"):
+        export_bundle(tmp_path, tmp_path / "bundle")

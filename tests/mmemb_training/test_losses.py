@@ -1,0 +1,56 @@
+"""The joint objective's terms, against slow loops and cases worked by hand."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mmemb_training.losses import cosine, info_nce, reasoning_helps
+
+
+def slow_info_nce(queries: Tensor, candidates: Tensor, relevant: Tensor, temperature: float, dim: int) -> float:
+    """The formula of `info_nce`, one exponential at a time."""
+    similarity = cosine(queries[:, :dim], candidates[:, :dim]) / temperature
+    directions = []
+    for scores, right in ((similarity, relevant), (similarity.T, relevant.T)):
+        losses = []
+        for row, positives in zip(scores.tolist(), right.tolist(), strict=True):
+            negatives = sum(math.exp(score) for score, positive in zip(row, positives, strict=True) if not positive)
+            own = [
+                -math.log(math.exp(score) / (math.exp(score) + negatives))
+                for score, positive in zip(row, positives, strict=True)
+                if positive
+            ]
+            if own:
+                losses.append(sum(own) / len(own))
+        directions.append(sum(losses) / len(losses))
+    return sum(directions) / 2
+
+
+def test_info_nce_equals_its_formula_over_all_sizes() -> None:
+    torch.manual_seed(0)
+    queries, candidates = torch.randn(4, 8), torch.randn(6, 8)
+    relevant = torch.tensor([[1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]).bool()
+    expected = sum(slow_info_nce(queries, candidates, relevant, 0.5, dim) for dim in (8, 4)) / 2
+    assert math.isclose(info_nce(queries, candidates, relevant, 0.5, (8, 4)).item(), expected, rel_tol=1e-5)
+
+
+def test_info_nce_falls_as_a_query_nears_its_target() -> None:
+    candidates, relevant = torch.eye(3), torch.eye(3).bool()
+    near, far = torch.eye(3) + 0.1, torch.eye(3) + 0.9
+    assert info_nce(near, candidates, relevant, 0.1, (3,)) < info_nce(far, candidates, relevant, 0.1, (3,))
+
+
+def test_reasoning_helps_where_it_lifts_the_own_target_above_a_negative() -> None:
+    candidates = torch.eye(3)
+    target, relevant = torch.tensor([0, 0, 0]), torch.tensor([[True, False, False]] * 3)
+    direct = torch.tensor([[0.4, 0.9, 0.0], [0.9, 0.1, 0.0], [0.0, 0.5, 0.9]])
+    reasoned = torch.tensor([[0.9, 0.4, 0.0], [0.9, 0.2, 0.0], [0.0, 0.9, 0.5]])
+    assert reasoning_helps(direct, reasoned, candidates, target, relevant).tolist() == [True, False, False]
+
+
+def test_other_right_candidates_do_not_count_against_a_rank() -> None:
+    candidates = torch.eye(3)
+    target, relevant = torch.tensor([0]), torch.tensor([[True, True, False]])
+    direct, reasoned = torch.tensor([[0.4, 0.9, 0.0]]), torch.tensor([[0.9, 0.1, 0.0]])
+    assert reasoning_helps(direct, reasoned, candidates, target, relevant).tolist() == [False]
