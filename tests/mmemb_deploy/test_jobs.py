@@ -1,0 +1,137 @@
+"""Embedding files: nothing finished is lost, nothing is mixed up."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmemb_deploy import Embedder, InputError, OptionError, jobs
+from mmemb_deploy.jobs import embed_source, read_source
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three inputs a chunk, so that few inputs make several."""
+    monkeypatch.setattr(jobs, "CHUNK", 3)
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    """Seven inputs: texts, an image beside the file, and ids of their own."""
+    Image.new("RGB", (20, 20), "teal").save(tmp_path / "teal.png")
+    contents: list[Any] = [f"text {place}" for place in range(5)]
+    contents += [{"id": "picture", "image": "teal.png"}, {"text": "last", "id": 9}]
+    path = tmp_path / "inputs.jsonl"
+    path.write_text("\n".join(map(json.dumps, contents)) + "\n\n")
+    return path
+
+
+def run(embedder: Embedder, lines: Path, output: Path, *, keep_going: bool = False, **options: Any) -> jobs.Summary:
+    return embed_source(
+        embedder, read_source(lines), output, options, document=False, keep_going=keep_going, done=lambda _: None
+    )  # type: ignore[arg-type]
+
+
+def test_rows_keep_their_order_ids_and_values(tiny_embedder: Embedder, lines: Path, tmp_path: Path) -> None:
+    summary = run(tiny_embedder, lines, tmp_path / "out.npz", reasoning="never")
+    written = np.load(tmp_path / "out.npz")
+    assert (summary.rows, summary.failures, summary.reasoned) == (7, 0, 0)
+    assert written["id"].tolist() == ["1", "2", "3", "4", "5", "picture", "9"]
+    expected = tiny_embedder.encode(read_source(lines).inputs, reasoning="never")
+    np.testing.assert_allclose(written["embedding"], expected, atol=1e-5)
+    assert not (tmp_path / "out.npz.parts").exists()
+
+
+def test_parquet_holds_what_npz_holds(tiny_embedder: Embedder, lines: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for name in ("out.npz", "out.parquet"):
+        run(tiny_embedder, lines, tmp_path / name, reasoning="always")
+    table, archive = parquet.read_table(tmp_path / "out.parquet").to_pydict(), np.load(tmp_path / "out.npz")
+    assert list(table) == list(jobs.COLUMNS)
+    for name in jobs.COLUMNS:
+        np.testing.assert_array_equal(np.array(table[name]), archive[name])
+
+
+def test_an_interrupted_job_goes_on_after_the_last_finished_chunk(
+    tiny_embedder: Embedder, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    encode = Embedder.encode
+
+    def counting(self: Embedder, inputs: Any, **options: Any) -> Any:
+        calls.append(len(inputs))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(self, inputs, **options)
+
+    monkeypatch.setattr(Embedder, "encode_query", counting)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_embedder, lines, tmp_path / "out.npz", reasoning="never")
+    assert not (tmp_path / "out.npz").exists()
+    run(tiny_embedder, lines, tmp_path / "out.npz", reasoning="never")
+    assert calls == [3, 3, 3, 1]  # the chunk that was cut off runs again, the first does not
+    assert len(np.load(tmp_path / "out.npz")["id"]) == 7
+
+
+def test_parts_of_another_job_are_neither_used_nor_lost(tiny_embedder: Embedder, lines: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "out.npz.parts"
+    parts.mkdir()
+    (parts / "job").write_text("another")
+    with pytest.raises(OptionError, match="was left by a job with other inputs, options or bundle"):
+        run(tiny_embedder, lines, tmp_path / "out.npz")
+    assert (parts / "job").read_text() == "another"
+
+
+def test_a_bad_row_is_named_by_its_place_in_the_whole_file(
+    tiny_embedder: Embedder, lines: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "teal.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="input 5: .*no image of a known format"):
+        run(tiny_embedder, lines, tmp_path / "out.npz", reasoning="never")
+    assert [path.name for path in sorted((tmp_path / "out.npz.parts").iterdir())] == ["000000000.npz", "job"]
+
+
+def test_bad_rows_are_marked_and_the_others_survive(tiny_embedder: Embedder, lines: Path, tmp_path: Path) -> None:
+    (tmp_path / "teal.png").unlink()
+    summary = run(tiny_embedder, lines, tmp_path / "out.npz", keep_going=True)
+    written = np.load(tmp_path / "out.npz")
+    assert summary.failures == 1
+    assert "where there is no file" in written["error"][5]
+    assert np.isnan(written["embedding"][5]).all()
+    assert np.isfinite(np.delete(written["embedding"], 5, axis=0)).all()
+
+
+def test_a_folder_gives_its_images_and_texts_by_name(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "words.txt").write_text("seven")
+    Image.new("L", (9, 9)).save(tmp_path / "a.PNG")
+    (tmp_path / "notes.md").write_text("not an input")
+    source = read_source(tmp_path)
+    assert source.ids == ["a.PNG", "b/words.txt"]
+    assert source.inputs == [{"image": str(tmp_path / "a.PNG")}, "seven"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('"fine"\n{"text":', "line 2 is not JSON"), ("7", "line 1 is a int"), ("\n", "holds no inputs")],
+)
+def test_a_malformed_file_names_its_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "inputs.jsonl").write_text(text)
+    with pytest.raises(OptionError, match=message):
+        read_source(tmp_path / "inputs.jsonl")
+
+
+def test_an_output_that_cannot_be_is_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "there.npz").touch()
+    for name, message in (
+        ("a.csv", r"must end in \.npz or \.parquet"),
+        ("there.npz", "exists"),
+        ("no/a.npz", "create"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            jobs.check_output(tmp_path / name)
+    with pytest.raises(OptionError, match="does not exist"):
+        read_source(tmp_path / "absent")
