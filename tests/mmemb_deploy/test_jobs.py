@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from PIL import Image
 
 from mmemb_deploy import Embedder, InputError, OptionError, jobs
 from mmemb_deploy.jobs import embed_source, read_source
+from mmemb_deploy.options import EncodeOptions
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +30,12 @@ def lines(tmp_path: Path) -> Path:
     return path
 
 
-def run(embedder: Embedder, lines: Path, output: Path, *, keep_going: bool = False, **options: Any) -> jobs.Summary:
-    return embed_source(
-        embedder, read_source(lines), output, options, document=False, keep_going=keep_going, done=lambda _: None
-    )  # type: ignore[arg-type]
+def run(
+    embedder: Embedder, lines: Path, output: Path, *, keep_going: bool = False, **options: Unpack[EncodeOptions]
+) -> jobs.Summary:
+    """Embed a file of JSON lines as queries."""
+    source = read_source(lines)
+    return embed_source(embedder, source, output, options, document=False, keep_going=keep_going, done=lambda _: None)
 
 
 def test_rows_keep_their_order_ids_and_values(tiny_embedder: Embedder, lines: Path, tmp_path: Path) -> None:
@@ -89,7 +92,7 @@ def test_a_bad_row_is_named_by_its_place_in_the_whole_file(
     tiny_embedder: Embedder, lines: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "teal.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match="input 5: .*no image of a known format"):
+    with pytest.raises(InputError, match=r"input 5: .*no image of a known format"):
         run(tiny_embedder, lines, tmp_path / "out.npz", reasoning="never")
     assert [path.name for path in sorted((tmp_path / "out.npz.parts").iterdir())] == ["000000000.npz", "job"]
 
@@ -126,11 +129,8 @@ def test_a_malformed_file_names_its_line(tmp_path: Path, text: str, message: str
 
 def test_an_output_that_cannot_be_is_refused_first(tmp_path: Path) -> None:
     (tmp_path / "there.npz").touch()
-    for name, message in (
-        ("a.csv", r"must end in \.npz or \.parquet"),
-        ("there.npz", "exists"),
-        ("no/a.npz", "create"),
-    ):
+    refusals = {"a.csv": r"must end in \.npz or \.parquet", "there.npz": "exists", "no/a.npz": "create it first"}
+    for name, message in refusals.items():
         with pytest.raises(OptionError, match=message):
             jobs.check_output(tmp_path / name)
     with pytest.raises(OptionError, match="does not exist"):
