@@ -36,7 +36,7 @@ check: $(DEV) ## lint, formatting and types
 
 nano: $(DEV) ## retrain the nano model and export it into the package
 	$(BIN)/mmemb train nano runs/nano
-	$(BIN)/mmemb export runs/nano mmemb_deploy/assets/nano --calibrate digitchain
+	$(BIN)/mmemb export runs/nano mmemb_deploy/assets/nano --calibrate digitchain --overwrite
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .benchmarks demo.png

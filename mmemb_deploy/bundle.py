@@ -76,7 +76,7 @@ class CurvePoint(_Part):
     threshold: float
     reasoning_rate: Share
     quality: Share  # hit@1 over all pairs
-    worst_group: float  # the smallest, over groups of pairs, of quality minus the group's best on the curve
+    worst_group: float  # the smallest, over groups of pairs, of quality minus what the group must reach
     rationale_tokens: float  # mean per input
     latency_ms: float  # expected per input, from the mean of each route on the machine that calibrated
 

@@ -131,15 +131,12 @@ def inspect(bundle: Bundle = None, as_json: Json = False) -> None:
     for title, part in (("model", manifest.model), ("limits", manifest.batch)):
         console.print(f"[bold]{title}[/] " + ", ".join(f"{name} {value}" for name, value in part.model_dump().items()))
     console.print(f"[bold]prompt[/] {manifest.prompt}")
-    graphs = Table(title="graphs")
-    for column in ("graph", "precision", "MiB", "inputs", "outputs"):
-        graphs.add_column(column)
     for name, facts in manifest.graphs.items():
-        size = (folder / facts.file).stat().st_size / 2**20 if (folder / facts.file).is_file() else float("nan")
-        sides = [[f"{tensor.name} {list(tensor.shape)}" for tensor in side] for side in (facts.inputs, facts.outputs)]
-        shown = [", ".join(side[:6]) + (f", ... ({len(side)} in all)" if len(side) > 6 else "") for side in sides]
-        graphs.add_row(name, facts.precision, f"{size:.2f}", *(text.replace("[", r"\[") for text in shown))
-    console.print(graphs)
+        console.print(f"[bold]{name}[/] {facts.file}, {facts.precision}")
+        for side, tensors in (("in", facts.inputs), ("out", facts.outputs)):
+            shown = [f"{tensor.name} ({', '.join(map(str, tensor.shape))})" for tensor in tensors[:6]]
+            more = [f"... {len(tensors)} in all"] if len(tensors) > 6 else []
+            console.print(f"  {side:<3} " + "  ".join(shown + more), markup=False)
     gate = manifest.gate
     curve = Table(title=f"gate: default threshold {gate.threshold}, calibrated on {gate.calibration}")
     for column in ("threshold", "reasoning rate", "quality", "worst group", "rationale tokens", "latency ms"):

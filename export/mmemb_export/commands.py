@@ -10,7 +10,7 @@ import typer
 from mmemb_deploy.errors import MissingExtraError
 
 CALIBRATION_SEED = 0
-CALIBRATION_QUERIES = 200  # of each DigitChain family
+CALIBRATION_QUERIES = 400  # of each DigitChain family
 
 
 def register(app: typer.Typer) -> None:
