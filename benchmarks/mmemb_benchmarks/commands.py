@@ -102,16 +102,12 @@ def demo(
     for column in ("family", "asked", "route", "gate", "thought", "best matches"):
         shown.add_column(column)
     for showcase in result.showcases:
-        example, detail = showcase.example, showcase.detail
-        pictures = len(example.content.get("images", [0] if "image" in example.content else []))
-        asked = " ".join(
-            filter(None, [f"{pictures} digit{'s' * (pictures > 1)}" * bool(pictures), example.content.get("text")])
-        )
-        matches = [example.candidates[place] for place in showcase.ranking]
+        detail = showcase.detail
+        matches = [showcase.example.candidates[place] for place in showcase.ranking]
         found = ", ".join(match.content.get("text") or f"a drawn {match.value}" for match in matches)
         shown.add_row(
-            example.family, f"{example.instruction} {asked}", detail.route.value, f"{detail.gate_score:.3f}",
-            detail.rationale or "-", f"[{'green' if showcase.found else 'red'}]{found}",
+            showcase.example.family, showcase.question, detail.route.value, f"{detail.gate_score:.3f}",
+            (detail.rationale or "-").replace(";", "; "), f"[{'green' if showcase.found else 'red'}]{found}",
         )  # fmt: skip
     console.print(shown)
     modes = Table(title=f"{len(result.modes['auto'].hits_Q)} queries of mixed traffic")

@@ -26,6 +26,17 @@ class Showcase:
     ranking: list[int]
 
     @property
+    def question(self) -> str:
+        """The query in words; every digit that it shows is a square."""
+        content = self.example.content
+        if "image" in content:
+            return f"\N{WHITE SQUARE} {self.example.instruction}"
+        words = str(content["text"])
+        for place in range(len(content.get("images", []))):
+            words = words.replace("abcde"[place], "\N{WHITE SQUARE}")
+        return words
+
+    @property
     def found(self) -> bool:
         """Whether the best match is a right one."""
         return self.example.relevant[self.ranking[0]]

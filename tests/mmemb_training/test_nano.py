@@ -10,7 +10,8 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from mmemb_deploy import OptionError
 from mmemb_training.checkpoint import load_checkpoint
-from mmemb_training.nano import METRICS, STATE, NanoRecipe, learning_rate, train_nano
+from mmemb_training.loop import METRICS, STATE, learning_rate, train_nano
+from mmemb_training.nano import NanoRecipe
 
 RECIPE = NanoRecipe(steps=4, batch=8, micro_batches=2, save_every=2, warmup=2)
 

@@ -27,7 +27,8 @@ def nano(
 ) -> None:
     """Train the embedded default model on DigitChain: about 25 minutes on 2 cores."""
     try:
-        from mmemb_training.nano import NanoRecipe, train_nano
+        from mmemb_training.loop import train_nano
+        from mmemb_training.nano import NanoRecipe
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train") from error
     from rich.console import Console
