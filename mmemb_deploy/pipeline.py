@@ -74,9 +74,9 @@ class Pipeline:
             self._reason(waiting[start : start + batch_size], max_rationale_tokens)
 
     def _batches(self, items: Sequence[Item], batch_size: int) -> Iterator[list[Item]]:
-        """Yield batches of similar length, whose padded size stays within the limit."""
+        """Yield batches of similar length and, among equals, of equal grids; their padded size is within the limit."""
         batch: list[Item] = []
-        for item in sorted(items, key=lambda item: item.row.length):
+        for item in sorted(items, key=lambda item: (item.row.length, [visual.grid for visual in item.row.visuals])):
             full = len(batch) == batch_size or (len(batch) + 1) * item.row.length > self._limits.tokens
             if batch and full:
                 yield batch

@@ -79,7 +79,9 @@ def _token_agreement(reasoned: Encoded, expected: Sequence[Expected], markers: f
 
 
 def _row_cosines(left_ND: Floats, right_ND: Floats) -> NDArray[np.float64]:
-    cosine_N: NDArray[np.float64] = (left_ND.astype(np.float64) * right_ND).sum(axis=1)
+    left, right = left_ND.astype(np.float64), right_ND.astype(np.float64)
+    lengths_N = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    cosine_N: NDArray[np.float64] = ((left * right).sum(axis=1) / lengths_N).clip(-1, 1)
     return cosine_N
 
 
