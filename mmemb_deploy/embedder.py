@@ -32,8 +32,9 @@ PATH_MARKERS = 3  # `<think>`, `</think>` and `<|gen_emb|>` around a rationale
 class Embedder:
     """Embeds text, images, videos and documents with one bundle.
 
-    embedder = Embedder.load()
-    vectors = embedder.encode(["three plus four", {"image": "photo.png", "text": "what is the sum?"}])
+    Example:
+        embedder = Embedder.load()
+        vectors = embedder.encode(["three plus four", {"image": "photo.png", "text": "what is the sum?"}])
     """
 
     def __init__(self, bundle: Bundle, *, backend: str = "auto", threads: int | None = None) -> None:
@@ -194,22 +195,23 @@ class Embedder:
             began = time.perf_counter()
             try:
                 row = self._encoder.row(parse(content, self.manifest.limits), instruction)
-                self._check_length(row)
+                given = None if rationale is None else self._encoder.prompt.words(rationale)
+                self._check_length(row, given or [])
             except InputError as error:
                 if not keep_going:
                     raise error.at(index) from error
                 failures.append(error.at(index))
             else:
-                given = None if rationale is None else self._encoder.prompt.words(rationale)
                 items.append(Item(index, row, time.perf_counter() - began, given))
         return items, failures
 
-    def _check_length(self, row: Row) -> None:
-        limit = self.manifest.batch.row_tokens - self.manifest.model.max_rationale_tokens - PATH_MARKERS
+    def _check_length(self, row: Row, given: Sequence[int]) -> None:
+        rationale = max(self.manifest.model.max_rationale_tokens, len(given))
+        limit = self.manifest.batch.row_tokens - rationale - PATH_MARKERS
         if row.length > limit:
             raise InputError(
-                f"it becomes {row.length} tokens ({row.visual_tokens} of them visual), above the limit of {limit}: "
-                "shorten the text, or pass fewer or smaller images"
+                f"it becomes {row.length} tokens ({row.visual_tokens} of them visual), above the limit of {limit} "
+                f"beside a rationale of {rationale}: shorten the text, or pass fewer or smaller images"
             )
 
     def _detail(self, item: Item) -> Detail:

@@ -174,10 +174,10 @@ def check_output(output: Path) -> None:
 
 
 def _claim(parts: Path, fingerprint: str) -> None:
-    """Create the folder for parts, or check that it was left by the same job."""
+    """Take the folder for parts, unless another job left finished ones there."""
     mark = parts / "job"
-    if not parts.exists():
-        parts.mkdir()
+    parts.mkdir(exist_ok=True)
+    if not any(parts.glob("*.npz")):
         mark.write_text(fingerprint)
     elif not mark.is_file() or mark.read_text() != fingerprint:
         raise OptionError(

@@ -37,8 +37,10 @@ from mmemb_training.checkpoint import Checkpoint, load_checkpoint
 
 SYNTHETIC_PROBES = 200
 CERTIFIED_PAIRS = 1000  # about as many queries of the pairs are certified, evenly drawn
-MAX_ROW_TOKENS = 8192
-BATCH = BatchLimits(row_tokens=MAX_ROW_TOKENS, tokens=4 * MAX_ROW_TOKENS, patches=32768, cache_bytes=4 * 2**30)
+MAX_ROW_TOKENS = 8192  # or as many as the model has positions for
+MAX_BATCH_TOKENS = 32768
+MAX_BATCH_PATCHES = 32768
+MAX_CACHE_BYTES = 4 * 2**30
 WEIGHT_FILES = {
     "vision.onnx.data": (abi.VISION,),
     "decoder.onnx.data": (abi.EMBEDDER, abi.GENERATOR),
@@ -148,7 +150,12 @@ def _manifest(checkpoint: Checkpoint, folder: Path, facts: dict[str, GraphFacts]
         prompt=checkpoint.facts.prompt,
         markers=checkpoint.rows.prompt.ids,
         limits=Limits(),
-        batch=BATCH,
+        batch=BatchLimits(
+            row_tokens=min(MAX_ROW_TOKENS, text.max_position_embeddings),
+            tokens=MAX_BATCH_TOKENS,
+            patches=MAX_BATCH_PATCHES,
+            cache_bytes=MAX_CACHE_BYTES,
+        ),
         gate=UNCALIBRATED,
         graphs=facts,
         files={name: file_hash(folder / name) for name in bundle_files(folder)},

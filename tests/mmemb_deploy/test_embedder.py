@@ -231,6 +231,8 @@ def test_returned_errors_keep_the_good_rows(tiny_embedder: Embedder, mixed_input
 def test_an_input_above_the_token_limit_is_refused(tiny_embedder: Embedder) -> None:
     with pytest.raises(InputError, match=r"tokens .* above the limit of"):
         tiny_embedder.encode(["many words " * 9000])
+    with pytest.raises(InputError, match=r"beside a rationale of \d+"):
+        tiny_embedder.encode(["few words"], rationales=["many words " * 9000])
 
 
 @pytest.mark.parametrize(

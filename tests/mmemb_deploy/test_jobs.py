@@ -83,9 +83,12 @@ def test_parts_of_another_job_are_neither_used_nor_lost(tiny_embedder: Embedder,
     parts = tmp_path / "out.npz.parts"
     parts.mkdir()
     (parts / "job").write_text("another")
+    (parts / "000000000.npz").touch()
     with pytest.raises(OptionError, match="was left by a job with other inputs, options or bundle"):
         run(tiny_embedder, lines, tmp_path / "out.npz")
     assert (parts / "job").read_text() == "another"
+    (parts / "000000000.npz").unlink()  # where nothing is finished, nothing can be mixed up
+    assert run(tiny_embedder, lines, tmp_path / "out.npz", reasoning="never").rows == 7
 
 
 def test_a_bad_row_is_named_by_its_place_in_the_whole_file(
