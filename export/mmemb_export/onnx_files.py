@@ -46,6 +46,7 @@ def to_onnx(graph: Graph) -> onnx.ModelProto:
                 value.name = f"{value.name}_inner"
     model: onnx.ModelProto = program.model_proto
     _name_axes(model, graph)
+    _drop_traces(model)
     return model
 
 
@@ -75,6 +76,15 @@ def _name_axes(model: onnx.ModelProto, graph: Graph) -> None:
                 dimension.dim_param = re.sub(
                     r"s\d+", lambda symbol: names.get(symbol[0], symbol[0]), dimension.dim_param
                 )
+
+
+def _drop_traces(model: onnx.ModelProto) -> None:
+    """Drop what the tracer notes on every node and tensor: stack traces, with paths of the exporting machine."""
+    model.ClearField("metadata_props")
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
 
 
 def save(models: Sequence[onnx.ModelProto], paths: Sequence[Path], weights: Path) -> None:

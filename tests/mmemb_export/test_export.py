@@ -104,6 +104,15 @@ def test_the_manifest_names_every_tensor_and_axis(tiny_bundle: Path) -> None:
     assert shapes[abi.GENERATOR][abi.MASK] == ("batch", "all_tokens")
 
 
+def test_a_graph_tells_nothing_of_the_machine_that_exported_it(tiny_bundle: Path) -> None:
+    root = str(Path(write.__file__).parents[2]).encode()
+    for name in abi.GRAPHS:
+        graph = (tiny_bundle / f"{name}.onnx").read_bytes()
+        assert root not in graph
+        assert b"site-packages" not in graph
+        assert b".py" not in graph
+
+
 def test_a_model_without_deepstack_has_no_such_tensor(odd_bundle: Path) -> None:
     graphs = Bundle.open(odd_bundle).manifest.graphs
     names = {tensor.name for facts in graphs.values() for tensor in (*facts.inputs, *facts.outputs)}
