@@ -6,6 +6,8 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
 
 from mmemb_deploy import OptionError
 from mmemb_deploy.digitchain import FAMILIES, MIXED_SHARES, NAMES, DigitChain, Example, drawings, solve
@@ -71,6 +73,21 @@ def test_a_chain_shows_as_many_digits_as_its_name_says() -> None:
         (example,) = DigitChain("test", 0).examples(f"chain-{terms}", 1)
         assert len(example.content["images"]) == terms
         assert all(image.shape == (32, 32) and image.dtype == np.uint8 for image in example.content["images"])
+
+
+def test_a_chain_shows_the_digits_of_its_rationale_in_their_order() -> None:
+    known = drawings("train")
+    flat = known.images.reshape(len(known.images), -1)
+
+    def read(image: NDArray[np.uint8]) -> int:
+        """Name a drawn digit by its nearest training drawing."""
+        small = np.asarray(Image.fromarray(image).crop((3, 3, 29, 29)).resize((8, 8), Image.Resampling.BOX)).ravel()
+        return int(known.values[(flat @ small / np.linalg.norm(flat, axis=1)).argmax()])
+
+    examples = DigitChain("test", 0).examples("chain-5", 40)
+    told = [int(digit) for example in examples for digit in re.findall(r"\d", example.rationale.split(";")[0])]
+    shown = [read(image) for example in examples for image in example.content["images"]]
+    assert np.mean(np.array(told) == shown) >= 0.85
 
 
 def test_mixed_traffic_keeps_its_shares_in_every_twenty() -> None:

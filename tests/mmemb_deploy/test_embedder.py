@@ -26,11 +26,13 @@ class CountingSession:
         self.session = session
         self.tokens = 0
         self.rows: list[int] = []
+        self.padded: list[int] = []  # tokens of each batch, padding included
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         new = inputs[abi.TOKEN_IDS].shape[1]
         self.tokens += int(inputs[abi.MASK][:, -new:].sum())
         self.rows.append(len(inputs[abi.MASK]))
+        self.padded.append(inputs[abi.TOKEN_IDS].size)
         return self.session.run(inputs)
 
 
@@ -68,6 +70,32 @@ def test_a_row_alone_equals_the_row_in_any_batch(
     for batch_size in (2, 3, 32):
         together = tiny_embedder.encode(mixed_inputs, reasoning=reasoning, batch_size=batch_size)
         assert cosines(alone, together).min() >= 0.99999
+
+
+def test_batches_stay_within_the_memory_limits_and_give_the_same(
+    tiny_embedder: Embedder, mixed_inputs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [*mixed_inputs, {"images": [np.full((16, 16), shade, np.uint8) for shade in range(0, 250, 50)]}]
+    whole = tiny_embedder.encode(inputs, reasoning="never")
+    prefill, _ = counted(tiny_embedder, monkeypatch)
+    fast_path = tiny_embedder._pipeline.fast_path  # pyright: ignore[reportPrivateUsage]
+    vision = fast_path._vision  # pyright: ignore[reportPrivateUsage]
+    patches: list[int] = []
+
+    class CountingPatches:
+        def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            patches.append(inputs[abi.PATCHES].shape[0] * inputs[abi.PATCHES].shape[1])
+            return vision.run(inputs)
+
+    limits = tiny_embedder.manifest.batch.model_copy(update={"tokens": 300})
+    monkeypatch.setattr(tiny_embedder._pipeline, "_limits", limits)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(fast_path, "_vision", CountingPatches())
+    monkeypatch.setattr(fast_path, "_max_patches", 40)
+    split = tiny_embedder.encode(inputs, reasoning="never")
+    assert max(prefill.padded) <= 300
+    assert max(prefill.rows) > 1
+    assert max(patches) <= 40
+    assert cosines(whole, split).min() >= 0.99999
 
 
 def test_the_reasoned_embedding_equals_one_full_forward_pass(
@@ -173,6 +201,22 @@ def test_a_rate_whose_caches_exceed_the_limit_is_refused_before_anything_runs(
     with pytest.raises(OptionError, match="pass fewer inputs, or a threshold"):
         tiny_embedder.encode(mixed_inputs, reasoning_rate=1.0)
     assert prefill.rows == []
+
+
+def test_a_given_rationale_is_followed_beside_the_rate(tiny_embedder: Embedder, mixed_inputs: list[Any]) -> None:
+    rationales = [None, "a", *[None] * 5]
+    details = tiny_embedder.encode(mixed_inputs, rationales=rationales, reasoning_rate=0.3, return_details=True).details
+    others = sorted((detail for detail in (details[0], *details[2:]) if detail), key=lambda detail: -detail.gate_score)
+    assert details[1] is not None
+    assert (details[1].route, details[1].rationale) == ("reason", "a")
+    assert [detail.route for detail in others] == ["reason"] * 2 + ["fast"] * 4
+
+
+def test_a_call_cannot_raise_the_bundle_s_token_limit(tiny_embedder: Embedder, mixed_inputs: list[Any]) -> None:
+    limit = tiny_embedder.manifest.model.max_rationale_tokens
+    options: dict[str, Any] = {"reasoning": "always", "max_rationale_tokens": 4 * limit}
+    details = tiny_embedder.encode(mixed_inputs, return_details=True, **options).details
+    assert max(detail.rationale_tokens for detail in details if detail) == limit
 
 
 def test_the_token_limit_closes_a_rationale_and_says_so(tiny_embedder: Embedder) -> None:

@@ -1,5 +1,6 @@
 """Export works for any Qwen3-VL config, shares weights, certifies what it writes, and leaves nothing half done."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from mmemb_deploy import CertificateError, Embedder, OptionError, abi
 from mmemb_deploy.backends.session import choose_backend
 from mmemb_deploy.bundle import Bundle, CurvePoint
-from mmemb_deploy.evaluation import Pair
+from mmemb_deploy.evaluation import Judge, Pair, encode_queries
 from mmemb_export import write
 from mmemb_export.calibrate import _reference, default_threshold  # pyright: ignore[reportPrivateUsage]
-from mmemb_export.certify import FLOAT32_BOUNDS
+from mmemb_export.certify import FLOAT32_BOUNDS, certify
+from mmemb_export.probes import synthetic_probes
+from mmemb_export.reference import Reference
 from mmemb_export.write import export_bundle
 from mmemb_training.checkpoint import load_checkpoint
 
@@ -29,7 +32,10 @@ ODD_VISION: dict[str, Any] = {
 }  # fmt: skip
 PAIRS = [
     Pair(
-        query=f"word {place}", candidates=["yes", "no"], relevant=[place % 2 == 0, place % 2 == 1], group=str(place % 3)
+        query=f"word {place}",
+        candidates=[f"word {place}", "no"],
+        relevant=[place % 4 > 0, place % 4 == 0],
+        group=str(place % 3),
     )
     for place in range(12)
 ]
@@ -60,6 +66,19 @@ def test_any_config_is_certified_in_every_modality(fixture: str, request: pytest
         assert parity.min_cosine >= 0.9999
         assert parity.gate_flips == 0
     assert certificate.token_agreement >= 0.995
+
+
+def test_a_certificate_tells_another_model_apart(tiny_embedder: Embedder, tiny_checkpoint: Path) -> None:
+    other = load_checkpoint(tiny_checkpoint)
+    with torch.no_grad():
+        other.model.lm_head.weight.neg_()
+        other.model.model.language_model.layers[2].mlp.down_proj.weight.mul_(0.7)
+    certificate = certify(tiny_embedder, other, Reference(other), synthetic_probes(8), FLOAT32_BOUNDS)
+    assert max(parity.min_cosine for parity in [*certificate.modalities.values(), certificate.reasoned]) < 0.9999
+    assert sum(parity.gate_flips for parity in certificate.modalities.values()) == 8
+    assert certificate.token_agreement < 0.5
+    with pytest.raises(CertificateError):
+        certificate.check()
 
 
 def test_both_decoder_graphs_share_one_copy_of_the_weights(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
@@ -129,6 +148,18 @@ def test_the_curve_s_rate_falls_with_the_threshold(odd_bundle: Path) -> None:
     assert Embedder.load(odd_bundle).manifest.gate == gate
 
 
+def test_the_curve_s_ends_are_the_quality_of_always_and_never(odd_bundle: Path) -> None:
+    embedder = Embedder.load(odd_bundle)
+    judge, points = Judge(embedder, PAIRS), embedder.manifest.gate.curve
+    always, never = (encode_queries(embedder, PAIRS, reasoning=mode) for mode in ("always", "never"))
+    assert (points[0].threshold, points[-1].reasoning_rate) == (0.0, 0.0)
+    assert points[0].quality == judge.hits(always.embeddings_QD).mean()
+    assert points[-1].quality == judge.hits(never.embeddings_QD).mean()
+    assert points[0].quality != points[-1].quality
+    assert points[0].rationale_tokens == np.mean([detail.rationale_tokens for detail in always.details])
+    assert points[-1].rationale_tokens == 0
+
+
 def curve(*points: tuple[float, float]) -> list[CurvePoint]:
     """A curve at thresholds 0.1, 0.5 and 0.9 of the given qualities and worst groups."""
     zeros: dict[str, Any] = {"reasoning_rate": 0, "rationale_tokens": 0, "latency_ms": 0}
@@ -160,13 +191,15 @@ def test_reasoning_has_to_earn_its_place_as_a_reference() -> None:
     assert _reference(np.stack([much_better, never])) == 1.0
 
 
-def test_a_failed_certificate_leaves_nothing_behind(
-    odd_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failed_certificate_leaves_nothing_behind_and_an_older_bundle_whole(
+    odd_checkpoint: Path, odd_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    older = Path(shutil.copytree(odd_bundle, tmp_path / "bundle"))
     monkeypatch.setattr(write, "FLOAT32_BOUNDS", FLOAT32_BOUNDS.model_copy(update={"min_cosine": 1.1}))
     with pytest.raises(CertificateError, match=r"below 1\.1"):
-        export_bundle(odd_checkpoint, tmp_path / "bundle", report=lambda _: None)
-    assert list(tmp_path.iterdir()) == []
+        export_bundle(odd_checkpoint, older, overwrite=True, report=lambda _: None)
+    assert list(tmp_path.iterdir()) == [older]
+    assert Bundle.open(older).manifest == Bundle.open(odd_bundle).manifest
 
 
 def test_an_existing_bundle_is_not_overwritten_unasked(odd_checkpoint: Path, odd_bundle: Path) -> None:

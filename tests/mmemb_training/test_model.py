@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from mmemb_deploy.inputs import parse
@@ -14,9 +15,21 @@ from mmemb_training.batches import encode_batch
 from mmemb_training.checkpoint import load_checkpoint
 from mmemb_training.model import decoder_forward
 
+CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "two levels": ({}, {}),
+    "no level, nothing merged": ({"num_key_value_heads": 1}, {"spatial_merge_size": 1, "deepstack_visual_indexes": []}),
+    "late level, merged by 3": (
+        {"num_attention_heads": 3, "tie_word_embeddings": True},
+        {"spatial_merge_size": 3, "patch_size": 3, "num_heads": 4, "deepstack_visual_indexes": [1]},
+    ),
+}
 
-def test_a_padded_batch_of_all_modalities_equals_transformers(tiny_checkpoint: Path, mixed_inputs: list[Any]) -> None:
-    checkpoint = load_checkpoint(tiny_checkpoint)
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_padded_batch_of_all_modalities_equals_transformers(
+    tmp_path: Path, make_checkpoint: Any, mixed_inputs: list[Any], config: str
+) -> None:
+    checkpoint = load_checkpoint(make_checkpoint(tmp_path, *CONFIGS[config]))
     reference = Reference(checkpoint)
     requests = [parse(content) for content in mixed_inputs]
     rows = [checkpoint.rows.row(request, "Find the result.") for request in requests]
