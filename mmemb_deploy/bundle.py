@@ -76,6 +76,7 @@ class CurvePoint(_Part):
     threshold: float
     reasoning_rate: Share
     quality: Share  # hit@1 over all pairs
+    quality_interval: tuple[Share, Share]  # of 95% confidence
     worst_group: float  # the smallest, over groups of pairs, of quality minus what the group must reach
     rationale_tokens: float  # mean per input
     latency_ms: float  # expected per input, from the mean of each route on the machine that calibrated
@@ -232,6 +233,13 @@ def file_hash(path: Path) -> str:
     """Return a file's sha256, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, replacing an older one in a single step."""
+    new = folder / f".{MANIFEST}.new"
+    new.write_text(manifest.model_dump_json(indent=1) + "\n")
+    new.replace(folder / MANIFEST)
 
 
 def bundle_files(folder: Path) -> Iterator[str]:

@@ -7,12 +7,15 @@ import sys
 import time
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import mmemb_deploy
-from mmemb_deploy.errors import MmembError
+from mmemb_deploy.errors import MmembError, OptionError
+
+if TYPE_CHECKING:
+    from mmemb_deploy.bundle import GateFacts
 
 COMMANDS = "mmemb.commands"  # each entry is `register(app: typer.Typer) -> None`
 
@@ -117,7 +120,6 @@ def embed(
 def inspect(bundle: Bundle = None, as_json: Json = False) -> None:
     """Show what a bundle is: model, graphs, gate, certificate."""
     from rich.console import Console
-    from rich.table import Table
 
     from mmemb_deploy.bundle import NANO, read_manifest
 
@@ -138,17 +140,25 @@ def inspect(bundle: Bundle = None, as_json: Json = False) -> None:
             more = [f"... {len(tensors)} in all"] if len(tensors) > 6 else []
             console.print(f"  {side:<3} " + "  ".join(shown + more), markup=False)
     gate = manifest.gate
-    curve = Table(title=f"gate: default threshold {gate.threshold}, calibrated on {gate.calibration}")
-    for column in ("threshold", "reasoning rate", "quality", "worst group", "rationale tokens", "latency ms"):
-        curve.add_column(column, justify="right")
-    for point in gate.curve:
-        curve.add_row(
-            f"{point.threshold:.2f}", f"{point.reasoning_rate:.1%}", f"{point.quality:.4f}",
-            f"{point.worst_group:+.4f}", f"{point.rationale_tokens:.2f}", f"{point.latency_ms:.2f}",
-        )  # fmt: skip
-    console.print(curve)
+    console.print(_curve(gate))
     if manifest.certificate is not None:
         _print_certificate(console, manifest.certificate)
+
+
+def _curve(gate: GateFacts) -> Any:
+    from rich.table import Table
+
+    curve = Table(title=f"gate: default threshold {gate.threshold:.4g}, calibrated on {gate.calibration}")
+    for column in ("threshold", "reasoning rate", "quality", "95%", "worst group", "rationale tokens", "latency ms"):
+        curve.add_column(column, justify="right")
+    for point in gate.curve:
+        low, high = point.quality_interval
+        style = "bold" if point.threshold == gate.threshold else None
+        curve.add_row(
+            f"{point.threshold:.2f}", f"{point.reasoning_rate:.1%}", f"{point.quality:.4f}", f"{low:.3f} to {high:.3f}",
+            f"{point.worst_group:+.4f}", f"{point.rationale_tokens:.2f}", f"{point.latency_ms:.2f}", style=style,
+        )  # fmt: skip
+    return curve
 
 
 def _print_certificate(console: Any, certificate: Any) -> None:
@@ -186,3 +196,44 @@ def verify(bundle: Bundle = None, as_json: Json = False) -> None:
         print(json.dumps({"verified": True, "backend": embedder.backend}))
     else:
         print(f"verified: {len(embedder.manifest.files)} files, the certificate, and a run on {embedder.backend}")
+
+
+@app.command()
+def calibrate(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, whose manifest is rewritten.")],
+    data: Annotated[str, typer.Option(help="'digitchain', or JSON lines of query, candidates, relevant.")],
+    reasoning_rate: Annotated[float | None, typer.Option(help="Reason on at most this share.")] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Expect at most this latency per input.")] = None,
+    quality: Annotated[float | None, typer.Option(help="Reach at least this hit@1, reasoning least.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of one operator; all cores by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose a bundle's gate threshold anew, on pairs of your own that it was not trained on.
+
+    Without a target, the threshold is the largest that keeps quality within half a point of the best, and every group
+    of pairs whole.
+    """
+    from rich.console import Console
+
+    from mmemb_deploy.bundle import Bundle, write_manifest
+    from mmemb_deploy.calibration import Budget, Target
+    from mmemb_deploy.calibration import calibrate as measure
+    from mmemb_deploy.embedder import Embedder
+    from mmemb_deploy.evaluation import held_out_pairs
+
+    given: dict[Budget, float | None] = {
+        "reasoning_rate": reasoning_rate, "latency_ms": latency_ms, "quality": quality
+    }  # fmt: skip
+    asked = [Target(budget, value) for budget, value in given.items() if value is not None]
+    if len(asked) > 1:
+        raise OptionError("pass one target: --reasoning-rate, --latency-ms or --quality")
+    pairs = held_out_pairs(data)
+    opened = Bundle.open(bundle)
+    embedder = Embedder.of_bundle(opened, threads=threads)
+    with Console(stderr=True).status(f"calibrating on {len(pairs)} pairs"):
+        gate = measure(embedder, pairs, data, asked[0] if asked else None)
+    write_manifest(bundle, opened.manifest.model_copy(update={"gate": gate}))
+    if as_json:
+        print(gate.model_dump_json())
+    else:
+        Console(highlight=False).print(_curve(gate))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmemb_deploy import abi
-from mmemb_deploy.backends.session import choose_backend
-from mmemb_deploy.bundle import TOKENIZER, Bundle
+from mmemb_deploy.backends.session import Session, choose_backend
+from mmemb_deploy.bundle import TOKENIZER, Bundle, Manifest
 from mmemb_deploy.errors import InputError, MissingExtraError, OptionError, check_known
 from mmemb_deploy.fast_path import FastPath
 from mmemb_deploy.generation import Generator
@@ -37,28 +37,25 @@ class Embedder:
         vectors = embedder.encode(["three plus four", {"image": "photo.png", "text": "what is the sum?"}])
     """
 
-    def __init__(self, bundle: Bundle, *, backend: str = "auto", threads: int | None = None) -> None:
-        try:
-            from tokenizers import Tokenizer
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("tokenizers", "cpu") from error
-        engine = choose_backend(backend, threads)
-        self.manifest = bundle.manifest
-        self.backend = engine.name
-        model, markers = self.manifest.model, self.manifest.markers
-        tokenizer = Tokenizer.from_file(str(bundle.folder / TOKENIZER))
-        self._encoder = RowEncoder(PromptEncoder(tokenizer, self.manifest.prompt), self.manifest.vision)
+    def __init__(
+        self, manifest: Manifest, encoder: RowEncoder, sessions: Mapping[str, Session], *, backend: str
+    ) -> None:
+        """Assemble an embedder from its parts: one session per name of `abi.GRAPHS`; `load` does it for bundles."""
+        self.manifest = manifest
+        self.backend = backend
+        model, markers = manifest.model, manifest.markers
+        self._encoder = encoder
         fast_path = FastPath(
-            *(engine.open(bundle.graph(name)) for name in (abi.VISION, abi.EMBEDDER, abi.GATE)),
-            spec=self.manifest.vision,
+            *(sessions[name] for name in (abi.VISION, abi.EMBEDDER, abi.GATE)),
+            spec=manifest.vision,
             hidden_size=model.hidden_size,
             layers=model.layers,
             deepstack_levels=model.deepstack_levels,
             pad_id=markers[PAD],
-            max_patches=self.manifest.batch.patches,
+            max_patches=manifest.batch.patches,
         )
-        generator = Generator(engine.open(bundle.graph(abi.GENERATOR)), layers=model.layers, markers=markers)
-        self._pipeline = Pipeline(fast_path, generator, model, self.manifest.batch)
+        generator = Generator(sessions[abi.GENERATOR], layers=model.layers, markers=markers)
+        self._pipeline = Pipeline(fast_path, generator, model, manifest.batch)
 
     @classmethod
     def load(cls, bundle: str | Path | None = None, *, backend: str = "auto", threads: int | None = None) -> Embedder:
@@ -68,7 +65,20 @@ class Embedder:
         Raises BundleError and its kin for a bundle that fails a check, BackendError where the backend cannot run.
         """
         opened = Bundle.nano() if bundle is None else Bundle.open(Path(bundle))
-        return cls(opened, backend=backend, threads=threads)
+        return cls.of_bundle(opened, backend=backend, threads=threads)
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle, *, backend: str = "auto", threads: int | None = None) -> Embedder:
+        """Load the graphs of a bundle that is open."""
+        try:
+            from tokenizers import Tokenizer
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("tokenizers", "cpu") from error
+        engine = choose_backend(backend, threads)
+        tokenizer = Tokenizer.from_file(str(bundle.folder / TOKENIZER))
+        encoder = RowEncoder(PromptEncoder(tokenizer, bundle.manifest.prompt), bundle.manifest.vision)
+        sessions = {name: engine.open(bundle.graph(name)) for name in abi.GRAPHS}
+        return cls(bundle.manifest, encoder, sessions, backend=engine.name)
 
     @property
     def dim(self) -> int:

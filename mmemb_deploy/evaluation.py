@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mmemb_deploy.digitchain import Example
+from mmemb_deploy.digitchain import FAMILIES, DigitChain, Example
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.options import EncodeOptions
@@ -23,6 +23,9 @@ from mmemb_deploy.preprocess import Floats
 from mmemb_deploy.results import Detail
 
 Bools = NDArray[np.bool_]
+
+CALIBRATION_SEED = 0
+CALIBRATION_QUERIES = 400  # of each DigitChain family
 
 
 class Pair(BaseModel):
@@ -46,6 +49,14 @@ class Pair(BaseModel):
             instruction=example.instruction,
             group=example.family,
         )
+
+
+def held_out_pairs(data: str) -> list[Pair]:
+    """Return the pairs to calibrate on: "digitchain", or a file that `read_pairs` reads."""
+    if data != "digitchain":
+        return read_pairs(Path(data))
+    source = DigitChain("calibration", CALIBRATION_SEED)
+    return [Pair.of(example) for family in FAMILIES for example in source.examples(family, CALIBRATION_QUERIES)]
 
 
 def read_pairs(path: Path) -> list[Pair]:

@@ -9,9 +9,6 @@ import typer
 
 from mmemb_deploy.errors import MissingExtraError
 
-CALIBRATION_SEED = 0
-CALIBRATION_QUERIES = 400  # of each DigitChain family
-
 
 def register(app: typer.Typer) -> None:
     """Add the export command to `mmemb`."""
@@ -38,14 +35,9 @@ def export(
         raise MissingExtraError(error.name or "torch", "export") from error
     from rich.console import Console
 
-    from mmemb_deploy.digitchain import FAMILIES, DigitChain
-    from mmemb_deploy.evaluation import Pair, read_pairs
+    from mmemb_deploy.evaluation import held_out_pairs
 
-    if calibrate == "digitchain":
-        source = DigitChain("calibration", CALIBRATION_SEED)
-        pairs = [Pair.of(example) for family in FAMILIES for example in source.examples(family, CALIBRATION_QUERIES)]
-    else:
-        pairs = [] if calibrate == "none" else read_pairs(Path(calibrate))
+    pairs = [] if calibrate == "none" else held_out_pairs(calibrate)
     notes = Console(stderr=True)
     manifest = export_bundle(
         checkpoint, bundle, pairs=pairs, pairs_name=calibrate, overwrite=overwrite, report=notes.print

@@ -25,16 +25,17 @@ ALIGNMENT = 4096  # of a tensor in a weight file, in bytes, so that it can be ma
 
 def to_onnx(graph: Graph) -> onnx.ModelProto:
     """Trace one graph; its inputs, outputs and the axes that vary carry the ABI's names."""
-    values = list(graph.inputs.values())
-    shapes = [dict.fromkeys(graph.axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in graph.inputs]
-    split = len(values) - graph.listed
+    part = graph.part
+    values = [graph.examples[name] for name in part.inputs]
+    shapes = [dict.fromkeys(graph.axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in part.inputs]
+    split = len(values) - part.listed
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            graph.module.eval(),
-            (*values[:split], *([values[split:]] if graph.listed else [])),
-            dynamic_shapes=(*shapes[:split], *([shapes[split:]] if graph.listed else [])),
-            input_names=list(graph.inputs),
-            output_names=list(graph.outputs),
+            part.eval(),
+            (*values[:split], *([values[split:]] if part.listed else [])),
+            dynamic_shapes=(*shapes[:split], *([shapes[split:]] if part.listed else [])),
+            input_names=list(part.inputs),
+            output_names=list(part.outputs),
             dynamo=True,
             opset_version=OPSET,
             verbose=False,
@@ -42,7 +43,7 @@ def to_onnx(graph: Graph) -> onnx.ModelProto:
     assert program is not None
     for node in program.model.graph:
         for value in node.outputs:  # the tracer calls a token lookup "embedding", as the ABI calls an output
-            if value.name in graph.outputs and not value.is_graph_output():
+            if value.name in part.outputs and not value.is_graph_output():
                 value.name = f"{value.name}_inner"
     model: onnx.ModelProto = program.model_proto
     _name_axes(model, graph)

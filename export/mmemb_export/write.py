@@ -9,38 +9,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import mmemb_deploy
 from mmemb_deploy import abi
-from mmemb_deploy.bundle import (
-    MANIFEST,
-    SCHEMA_VERSION,
-    TOKENIZER,
-    BatchLimits,
-    Bundle,
-    GraphFacts,
-    Manifest,
-    ModelFacts,
-    bundle_files,
-    file_hash,
-)
+from mmemb_deploy.bundle import TOKENIZER, Bundle, GraphFacts, Manifest, bundle_files, file_hash, write_manifest
+from mmemb_deploy.calibration import calibrate
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.evaluation import Pair
-from mmemb_deploy.inputs import Limits
-from mmemb_export.calibrate import UNCALIBRATED, calibrate
 from mmemb_export.certify import FLOAT32_BOUNDS, certify
 from mmemb_export.graphs import graphs
 from mmemb_export.onnx_files import describe, save, to_onnx
 from mmemb_export.probes import synthetic_probes
 from mmemb_export.reference import Reference
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint
+from mmemb_training.runtime import manifest as uncertified
 
 SYNTHETIC_PROBES = 200
 CERTIFIED_PAIRS = 1000  # about as many queries of the pairs are certified, evenly drawn
-MAX_ROW_TOKENS = 8192  # or as many as the model has positions for
-MAX_BATCH_TOKENS = 32768
-MAX_BATCH_PATCHES = 32768
-MAX_CACHE_BYTES = 4 * 2**30
 WEIGHT_FILES = {
     "vision.onnx.data": (abi.VISION,),
     "decoder.onnx.data": (abi.EMBEDDER, abi.GENERATOR),
@@ -75,8 +59,9 @@ def export_bundle(
         facts = _write_graphs(checkpoint, folder, report)
         shutil.copy(source / TOKENIZER, folder / TOKENIZER)
         _write_pooling(checkpoint, folder)
-        manifest = _manifest(checkpoint, folder, facts, source.name)
-        embedder = Embedder(Bundle(folder, manifest))
+        files = {name: file_hash(folder / name) for name in bundle_files(folder)}
+        manifest = uncertified(checkpoint, source.name).model_copy(update={"graphs": facts, "files": files})
+        embedder = Embedder.of_bundle(Bundle(folder, manifest))
         if pairs:
             report(f"calibrating the gate on {len(pairs)} pairs")
             gate = calibrate(embedder, pairs, pairs_name)
@@ -86,7 +71,7 @@ def export_bundle(
         certificate = certify(embedder, checkpoint, Reference(checkpoint), probes, FLOAT32_BOUNDS)
         certificate.check()
         manifest = manifest.model_copy(update={"certificate": certificate})
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+        write_manifest(folder, manifest)
         Bundle.open(folder)
         if target.exists():
             shutil.rmtree(target)
@@ -128,37 +113,3 @@ def _write_pooling(checkpoint: Checkpoint, folder: Path) -> None:
     for name, content in documents.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _manifest(checkpoint: Checkpoint, folder: Path, facts: dict[str, GraphFacts], source: str) -> Manifest:
-    text = checkpoint.model.config.text_config
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        written_by=mmemb_deploy.__version__,
-        model=ModelFacts(
-            name=source,
-            hidden_size=text.hidden_size,
-            layers=text.num_hidden_layers,
-            kv_heads=text.num_key_value_heads,
-            head_dim=text.head_dim,
-            vocabulary_size=text.vocab_size,
-            deepstack_levels=len(checkpoint.model.config.vision_config.deepstack_visual_indexes),
-            max_rationale_tokens=checkpoint.facts.max_rationale_tokens,
-            dims=checkpoint.facts.dims,
-        ),
-        vision=checkpoint.vision,
-        prompt=checkpoint.facts.prompt,
-        markers=checkpoint.rows.prompt.ids,
-        limits=Limits(),
-        batch=BatchLimits(
-            row_tokens=min(MAX_ROW_TOKENS, text.max_position_embeddings),
-            tokens=MAX_BATCH_TOKENS,
-            patches=MAX_BATCH_PATCHES,
-            cache_bytes=MAX_CACHE_BYTES,
-        ),
-        gate=UNCALIBRATED,
-        graphs=facts,
-        files={name: file_hash(folder / name) for name in bundle_files(folder)},
-        certificate=None,
-        provenance=checkpoint.facts.provenance,
-    )

@@ -11,10 +11,9 @@ import torch
 
 from mmemb_deploy import CertificateError, Embedder, OptionError, abi
 from mmemb_deploy.backends.session import choose_backend
-from mmemb_deploy.bundle import Bundle, CurvePoint
+from mmemb_deploy.bundle import Bundle
 from mmemb_deploy.evaluation import Judge, Pair, encode_queries
 from mmemb_export import write
-from mmemb_export.calibrate import _reference, default_threshold  # pyright: ignore[reportPrivateUsage]
 from mmemb_export.certify import FLOAT32_BOUNDS, certify
 from mmemb_export.probes import synthetic_probes
 from mmemb_export.reference import Reference
@@ -158,37 +157,6 @@ def test_the_curve_s_ends_are_the_quality_of_always_and_never(odd_bundle: Path) 
     assert points[0].quality != points[-1].quality
     assert points[0].rationale_tokens == np.mean([detail.rationale_tokens for detail in always.details])
     assert points[-1].rationale_tokens == 0
-
-
-def curve(*points: tuple[float, float]) -> list[CurvePoint]:
-    """A curve at thresholds 0.1, 0.5 and 0.9 of the given qualities and worst groups."""
-    zeros: dict[str, Any] = {"reasoning_rate": 0, "rationale_tokens": 0, "latency_ms": 0}
-    return [
-        CurvePoint(threshold=threshold, quality=quality, worst_group=worst, **zeros)
-        for threshold, (quality, worst) in zip((0.1, 0.5, 0.9), points, strict=True)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("points", "threshold"),
-    [
-        (((0.950, 0.0), (0.946, 0.0), (0.944, 0.0)), 0.5),  # the largest within half a point of the best
-        (((0.950, 0.0), (0.949, 0.0), (0.949, -0.01)), 0.5),  # 0.9 spoils a group
-        (((0.950, -0.02), (0.949, -0.01), (0.949, -0.01)), 0.9),  # all do: the one that spoils it least
-    ],
-)
-def test_the_default_threshold_keeps_quality_overall_and_in_every_group(
-    points: tuple[tuple[float, float], ...], threshold: float
-) -> None:
-    assert default_threshold(curve(*points)) == threshold
-
-
-def test_reasoning_has_to_earn_its_place_as_a_reference() -> None:
-    never = np.array([True] * 50 + [False] * 50)
-    much_better, by_chance = np.array([True] * 100), np.array([True] * 51 + [False] * 49)
-    assert _reference(np.stack([never, much_better])) == 1.0
-    assert _reference(np.stack([never, by_chance])) == 0.5
-    assert _reference(np.stack([much_better, never])) == 1.0
 
 
 def test_a_failed_certificate_leaves_nothing_behind_and_an_older_bundle_whole(

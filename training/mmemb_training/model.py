@@ -8,6 +8,8 @@ without a Python loop over images and export sees no data-dependent shape:
   where transformers scatters by boolean masks;
 - cache: plain tensors in, plain tensors out.
 
+Gradient checkpointing is switched on by `checkpoint_layers`.
+
 Axes: N images of one grid, P patches, F values of a patch, M visual tokens of an image, V visual tokens of a batch and
 the zero row, L DeepStack levels, B prompts, S new tokens, K cached and new tokens, D hidden size, H heads, E head size.
 """
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, (B, H, K, E) each
 
@@ -42,8 +45,12 @@ def vision_forward(
     hidden_NPD = hidden_NPD + table_PD
     levels = []
     for depth, block in enumerate(visual.blocks):
-        hidden_NPD = hidden_NPD + _vision_attention(block.attn, block.norm1(hidden_NPD), rotary_cos_PE, rotary_sin_PE)
-        hidden_NPD = hidden_NPD + block.mlp(block.norm2(hidden_NPD))
+        if block.gradient_checkpointing and torch.is_grad_enabled():
+            hidden_NPD = checkpoint(
+                _vision_block, block, hidden_NPD, rotary_cos_PE, rotary_sin_PE, use_reentrant=False
+            )  # fmt: skip
+        else:
+            hidden_NPD = _vision_block(block, hidden_NPD, rotary_cos_PE, rotary_sin_PE)
         if depth in visual.deepstack_visual_indexes:
             merger = visual.deepstack_merger_list[list(visual.deepstack_visual_indexes).index(depth)]
             levels.append(merger(hidden_NPD.flatten(0, 1)))
@@ -51,6 +58,12 @@ def vision_forward(
     if not levels:
         return tokens_NMD, tokens_NMD.new_zeros(0, *tokens_NMD.shape)
     return tokens_NMD, torch.stack(levels).unflatten(1, (images, -1))
+
+
+def _vision_block(block: Any, hidden_NPD: Tensor, cos_PE: Tensor, sin_PE: Tensor) -> Tensor:
+    hidden_NPD = hidden_NPD + _vision_attention(block.attn, block.norm1(hidden_NPD), cos_PE, sin_PE)
+    mixed_NPD: Tensor = hidden_NPD + block.mlp(block.norm2(hidden_NPD))
+    return mixed_NPD
 
 
 def _vision_attention(attention: Any, hidden_NPD: Tensor, cos_PE: Tensor, sin_PE: Tensor) -> Tensor:
@@ -92,12 +105,24 @@ def decoder_forward(
         total - new
     )
     allowed_B1SK = reach_SK & (mask_BK[:, None, None, :] > 0)
-    cache = _Cache(past)
+    present: list[KeyValue] = []
     for depth, layer in enumerate(language_model.layers):
+        cache = _LayerCache(None if past is None else past[depth])
         hidden_BSD = layer(hidden_BSD, position_embeddings=rotary, attention_mask=allowed_B1SK, past_key_values=cache)
+        present.append(cache.grown)
         if deepstack_LVD is not None and visual_index_BS is not None and depth < deepstack_LVD.shape[0]:
             hidden_BSD = hidden_BSD + deepstack_LVD[depth][visual_index_BS]
-    return language_model.norm(hidden_BSD), cache.layers
+    return language_model.norm(hidden_BSD), present
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Recompute every layer's activations in the backward pass of a training model instead of keeping them.
+
+    The text layers checkpoint themselves, with our cache: its update has the same effect when it is replayed.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.model.language_model.layers:
+        layer._can_checkpoint_with_cache = True
 
 
 def _rotary_tables(rotary: Any, position_ids_3BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,16 +138,15 @@ def _rotary_tables(rotary: Any, position_ids_3BS: Tensor) -> tuple[Tensor, Tenso
     return angles_BSE.cos() * rotary.attention_scaling, angles_BSE.sin() * rotary.attention_scaling
 
 
-class _Cache:
-    """The part of transformers' cache interface that attention calls: append, and return the whole."""
+class _LayerCache:
+    """The part of transformers' cache interface that one layer's attention calls: append, and return the whole."""
 
-    def __init__(self, past: list[KeyValue] | None) -> None:
-        self.past = past
-        self.layers: list[KeyValue] = []
+    def __init__(self, past: KeyValue | None) -> None:
+        self._past = past
+        self.grown: KeyValue
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> KeyValue:
-        if self.past is not None:
-            keys = torch.cat((self.past[layer][0], keys), dim=2)
-            values = torch.cat((self.past[layer][1], values), dim=2)
-        self.layers.append((keys, values))
-        return keys, values
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KeyValue:
+        if self._past is not None:
+            keys, values = torch.cat((self._past[0], keys), dim=2), torch.cat((self._past[1], values), dim=2)
+        self.grown = keys, values
+        return self.grown

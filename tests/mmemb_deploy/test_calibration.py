@@ -1,0 +1,119 @@
+"""The gate's threshold: the default, a user's targets, and `mmemb calibrate`."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmemb_deploy import OptionError
+from mmemb_deploy.bundle import NANO, CurvePoint, read_manifest
+from mmemb_deploy.calibration import (
+    Budget,
+    Measured,
+    Target,
+    _reference,  # pyright: ignore[reportPrivateUsage]
+    default_threshold,
+    meet,
+    wilson_interval,
+)
+
+
+def curve(*points: tuple[float, float]) -> list[CurvePoint]:
+    """A curve at thresholds 0.1, 0.5 and 0.9 of the given qualities and worst groups."""
+    zeros: dict[str, Any] = {
+        "reasoning_rate": 0,
+        "rationale_tokens": 0,
+        "latency_ms": 0,
+        "quality_interval": (0, 1),
+    }
+    return [
+        CurvePoint(threshold=threshold, quality=quality, worst_group=worst, **zeros)
+        for threshold, (quality, worst) in zip((0.1, 0.5, 0.9), points, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("points", "threshold"),
+    [
+        (((0.950, 0.0), (0.946, 0.0), (0.944, 0.0)), 0.5),  # the largest within half a point of the best
+        (((0.950, 0.0), (0.949, 0.0), (0.949, -0.01)), 0.5),  # 0.9 spoils a group
+        (((0.950, -0.02), (0.949, -0.01), (0.949, -0.01)), 0.9),  # all do: the one that spoils it least
+    ],
+)
+def test_the_default_threshold_keeps_quality_overall_and_in_every_group(
+    points: tuple[tuple[float, float], ...], threshold: float
+) -> None:
+    assert default_threshold(curve(*points)) == threshold
+
+
+def test_reasoning_has_to_earn_its_place_as_a_reference() -> None:
+    never = np.array([True] * 50 + [False] * 50)
+    much_better, by_chance = np.array([True] * 100), np.array([True] * 51 + [False] * 49)
+    assert _reference(np.stack([never, much_better])) == 1.0
+    assert _reference(np.stack([never, by_chance])) == 0.5
+    assert _reference(np.stack([much_better, never])) == 1.0
+
+
+def measured(scores: list[float]) -> Measured:
+    """Pairs that reasoning answers and the fast path does not; it takes 1 ms without and 5 ms with reasoning."""
+    count = len(scores)
+    hits = np.stack([np.zeros(count, bool), np.ones(count, bool)])
+    seconds = np.stack([np.full(count, 0.001), np.full(count, 0.005)])
+    everyone = (np.ones(count, bool),)
+    return Measured(hits, np.array(scores), np.full(count, 7), np.arange(count), seconds, everyone)
+
+
+@pytest.mark.parametrize(
+    ("budget", "value", "rate"),
+    [
+        ("reasoning_rate", 0.5, 0.5),
+        ("reasoning_rate", 0.49, 0.25),
+        ("reasoning_rate", 0.0, 0.0),
+        ("latency_ms", 3.0, 0.5),
+        ("latency_ms", 5.0, 1.0),
+        ("quality", 0.6, 0.75),
+        ("quality", 0.0, 0.0),
+    ],
+)
+def test_a_target_spends_its_budget_and_no_more(budget: Budget, value: float, rate: float) -> None:
+    point = meet(Target(budget, value), measured([0.9, 0.2, 0.6, 0.4]))
+    assert point.reasoning_rate == rate
+    assert point.rationale_tokens == 7 * rate
+
+
+def test_a_target_out_of_reach_says_what_is_in_reach() -> None:
+    with pytest.raises(OptionError, match=r"latency_ms 0\.5 is not reached.*the least is 1$"):
+        meet(Target("latency_ms", 0.5), measured([0.1, 0.2]))
+    with pytest.raises(OptionError, match=r"quality 1\.1 is not reached.*the best on these pairs is 1\.0000"):
+        meet(Target("quality", 1.1), measured([0.1, 0.2]))
+
+
+def test_an_interval_holds_the_share_it_is_of_and_narrows_with_more_pairs() -> None:
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Wilson 1927, by hand
+    low, high = wilson_interval(800, 1000)
+    assert 0.7 < low < 0.8 < high < 0.85
+    assert wilson_interval(10, 10)[1] == 1.0
+
+
+def test_mmemb_calibrate_rewrites_the_gate_alone(tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(NANO, tmp_path / "bundle"))
+    pairs = [
+        {"query": {"text": text}, "candidates": ["seven", "one"], "relevant": [True, False], "instruction": "Find it."}
+        for text in ("three plus four", "seven", "two times six minus five", "eight minus one")
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    command = [sys.executable, "-c", "from mmemb_deploy.cli import main; main()", "calibrate", str(bundle), "--json"]
+    run = subprocess.run(
+        [*command, "--data", str(tmp_path / "pairs.jsonl"), "--reasoning-rate", "0.5"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    before, after = read_manifest(NANO), read_manifest(bundle)
+    assert after.model_copy(update={"gate": before.gate}) == before
+    assert json.loads(run.stdout) == json.loads(after.gate.model_dump_json())
+    (chosen,) = (point for point in after.gate.curve if point.threshold == after.gate.threshold)
+    assert chosen.reasoning_rate == 0.5

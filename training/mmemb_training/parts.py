@@ -1,0 +1,115 @@
+"""The four parts of the model as modules that read and write the tensors of `mmemb_deploy.abi`.
+
+Export traces them into graphs; `mmemb_training.runtime` runs them as they are. Both decoder parts hold the same
+language model under the same names, so that their graphs can share one weight file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmemb_deploy import abi, prompts
+from mmemb_training.model import decoder_forward, vision_forward
+
+
+class Part(nn.Module):
+    """A module with named tensors: `inputs` in the order of `forward`, the last `listed` of them as one list."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    listed: int = 0
+
+
+class Vision(Part):
+    """Images of one grid to visual tokens and DeepStack levels."""
+
+    inputs = abi.PATCHES, abi.INTERPOLATION_INDEX, abi.INTERPOLATION_WEIGHT, abi.ROTARY_COS, abi.ROTARY_SIN
+
+    def __init__(self, visual: Any) -> None:
+        super().__init__()
+        self.visual = visual
+        levels = len(visual.deepstack_visual_indexes)
+        self.outputs = (abi.VISUAL_TOKENS, abi.DEEPSTACK) if levels else (abi.VISUAL_TOKENS,)
+
+    def forward(
+        self, patches: Tensor, index: Tensor, weight: Tensor, rotary_cos: Tensor, rotary_sin: Tensor
+    ) -> tuple[Tensor, ...]:
+        tokens_NMD, deepstack_LNMD = vision_forward(self.visual, patches, index, weight, rotary_cos, rotary_sin)
+        return (tokens_NMD, deepstack_LNMD)[: len(self.outputs)]
+
+
+class Prefill(Part):
+    """Prompts to their direct embeddings, the gate's input and the KV cache."""
+
+    def __init__(self, language_model: Any, *, levels: int) -> None:
+        super().__init__()
+        self.language_model = language_model
+        text = abi.TOKEN_IDS, abi.POSITION_IDS, abi.MASK, abi.VISUAL_INDEX, abi.VISUAL_TOKENS
+        self.inputs = (*text, abi.DEEPSTACK) if levels else text
+        self.outputs = abi.EMBEDDING, abi.STATE, *abi.present_names(len(language_model.layers))
+
+    def forward(
+        self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, visual_index: Tensor, visual_tokens: Tensor,
+        deepstack: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        hidden_BSD, cache = decoder_forward(
+            self.language_model, token_ids, position_ids, mask,
+            visual_tokens_VD=visual_tokens, visual_index_BS=visual_index, deepstack_LVD=deepstack,
+        )  # fmt: skip
+        state_BD = last_state(hidden_BSD, mask)
+        return F.normalize(state_BD, dim=-1), state_BD, *(tensor for layer in cache for tensor in layer)
+
+
+class Decode(Part):
+    """New tokens after a KV cache to logits, embeddings and the longer cache."""
+
+    def __init__(self, language_model: Any, lm_head: nn.Linear) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.lm_head = lm_head
+        past = tuple(abi.past_names(len(language_model.layers)))
+        self.inputs = abi.TOKEN_IDS, abi.POSITION_IDS, abi.MASK, *past
+        self.listed = len(past)
+        self.outputs = abi.LOGITS, abi.EMBEDDING, *abi.present_names(len(language_model.layers))
+
+    def forward(self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        layers = list(zip(past[::2], past[1::2], strict=True))
+        hidden_BTD, cache = decoder_forward(self.language_model, token_ids, position_ids, mask, past=layers)
+        state_BD = last_state(hidden_BTD, mask[:, past[0].shape[2] :])
+        return self.lm_head(state_BD), F.normalize(state_BD, dim=-1), *(tensor for layer in cache for tensor in layer)
+
+
+class Gate(Part):
+    """The model's own choice between two tokens: sigmoid(state @ (w_think - w_stop)), exactly sliced."""
+
+    inputs = (abi.STATE,)
+    outputs = (abi.SCORE,)
+
+    def __init__(self, lm_head: nn.Linear, think: int, stop: int) -> None:
+        super().__init__()
+        self.rows_2D = nn.Parameter(lm_head.weight[[think, stop]].detach().clone())
+
+    def forward(self, state: Tensor) -> Tensor:
+        think_B, stop_B = (state @ self.rows_2D.T).unbind(-1)
+        return torch.sigmoid(think_B - stop_B)
+
+
+def last_state(hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:
+    """Return each row's state at its last unmasked token, (B, D)."""
+    last_B11 = (mask_BS.sum(dim=1) - 1)[:, None, None]
+    return hidden_BSD.gather(1, last_B11.expand(-1, -1, hidden_BSD.shape[-1])).squeeze(1)
+
+
+def parts(model: Any, marker_ids: dict[str, int]) -> dict[str, Part]:
+    """Return the four parts of a `Qwen3VLForConditionalGeneration` by the names of `abi.GRAPHS`."""
+    visual, language_model = model.model.visual, model.model.language_model
+    return {
+        abi.VISION: Vision(visual),
+        abi.EMBEDDER: Prefill(language_model, levels=len(visual.deepstack_visual_indexes)),
+        abi.GATE: Gate(model.lm_head, marker_ids[prompts.THINK], marker_ids[prompts.STOP]),
+        abi.GENERATOR: Decode(language_model, model.lm_head),
+    }

@@ -1,0 +1,86 @@
+"""A checkpoint behind the project's own runtime: `Embedder` over torch modules instead of exported graphs.
+
+Training evaluates, mines and writes rollouts with it, so that what it measures is what the exported bundle will do.
+Arrays pass through host memory between the parts: exact everywhere, fast on a CPU; on a GPU, rollouts of real sizes
+belong on an inference server (`mmemb_training.control.rollouts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import mmemb_deploy
+from mmemb_deploy.bundle import SCHEMA_VERSION, BatchLimits, GateFacts, Manifest, ModelFacts
+from mmemb_deploy.embedder import Embedder
+from mmemb_deploy.inputs import Limits
+from mmemb_training.checkpoint import Checkpoint
+from mmemb_training.parts import Part, parts
+
+MAX_ROW_TOKENS = 8192  # or as many as the model has positions for
+MAX_BATCH_TOKENS = 32768
+MAX_BATCH_PATCHES = 32768
+MAX_CACHE_BYTES = 4 * 2**30
+UNCALIBRATED = GateFacts(threshold=0.5, calibration="none", curve=())
+
+
+class TorchSession:
+    """One part of a model as a `mmemb_deploy.backends.session.Session`."""
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self._device = next(part.parameters()).device
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run the part once, without gradients."""
+        values = [torch.from_numpy(np.ascontiguousarray(inputs[name])).to(self._device) for name in self._part.inputs]
+        split = len(values) - self._part.listed
+        with torch.inference_mode():
+            outputs = self._part(*values[:split], *([values[split:]] if self._part.listed else []))
+        return {name: value.float().numpy(force=True) for name, value in zip(self._part.outputs, outputs, strict=True)}
+
+
+def torch_embedder(checkpoint: Checkpoint, gate: GateFacts = UNCALIBRATED) -> Embedder:
+    """Return an Embedder that runs a checkpoint's weights as they are now; later training shows, except in its gate."""
+    sessions = {name: TorchSession(part) for name, part in parts(checkpoint.model, checkpoint.rows.prompt.ids).items()}
+    facts = manifest(checkpoint, "checkpoint").model_copy(update={"gate": gate})
+    return Embedder(facts, checkpoint.rows, sessions, backend=f"torch {torch.__version__}")
+
+
+def manifest(checkpoint: Checkpoint, name: str) -> Manifest:
+    """Return the manifest of a checkpoint's bundle before its graphs, files and certificate exist."""
+    text = checkpoint.model.config.text_config
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        written_by=mmemb_deploy.__version__,
+        model=ModelFacts(
+            name=name,
+            hidden_size=text.hidden_size,
+            layers=text.num_hidden_layers,
+            kv_heads=text.num_key_value_heads,
+            head_dim=text.head_dim,
+            vocabulary_size=text.vocab_size,
+            deepstack_levels=len(checkpoint.model.config.vision_config.deepstack_visual_indexes),
+            max_rationale_tokens=checkpoint.facts.max_rationale_tokens,
+            dims=checkpoint.facts.dims,
+        ),
+        vision=checkpoint.vision,
+        prompt=checkpoint.facts.prompt,
+        markers=checkpoint.rows.prompt.ids,
+        limits=Limits(),
+        batch=BatchLimits(
+            row_tokens=min(MAX_ROW_TOKENS, text.max_position_embeddings),
+            tokens=MAX_BATCH_TOKENS,
+            patches=MAX_BATCH_PATCHES,
+            cache_bytes=MAX_CACHE_BYTES,
+        ),
+        gate=UNCALIBRATED,
+        graphs={},
+        files={},
+        certificate=None,
+        provenance=checkpoint.facts.provenance,
+    )
