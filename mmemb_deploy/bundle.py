@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmemb_deploy import abi
 from mmemb_deploy.errors import BundleError, CertificateError, IntegrityError, SchemaError
+from mmemb_deploy.files import write_whole
 from mmemb_deploy.inputs import Limits
 from mmemb_deploy.preprocess import VisionSpec
 from mmemb_deploy.prompts import PromptFormat
@@ -237,9 +238,7 @@ def file_hash(path: Path) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, replacing an older one in a single step."""
-    new = folder / f".{MANIFEST}.new"
-    new.write_text(manifest.model_dump_json(indent=1) + "\n")
-    new.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
 
 
 def bundle_files(folder: Path) -> Iterator[str]:

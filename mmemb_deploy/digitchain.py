@@ -14,7 +14,7 @@ Needs numpy and Pillow; scikit-learn where the digits are read. Everything is a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -55,21 +55,27 @@ class Candidate:
 class Example:
     """A query, its candidates, and which of them are right.
 
-    `content` is an input for `encode_query`; `rationale` the reasoning an exact solver writes; `relevant[i]` says
-    whether `candidates[i]` answers the query. The first relevant candidate is the training target.
+    `content` is an input for `encode_query`, which shows or spells `terms` with `operators` between them; `value` is
+    their result; `relevant[i]` says whether `candidates[i]` answers the query.
     """
 
     family: str
     instruction: str
     content: dict[str, Any]
+    terms: tuple[int, ...]
+    operators: tuple[str, ...]
     value: int
-    rationale: str
     candidates: tuple[Candidate, ...]
     relevant: tuple[bool, ...]
 
     @property
+    def rationale(self) -> str:
+        """The reasoning an exact solver writes."""
+        return solve(self.terms, self.operators)[1]
+
+    @property
     def target(self) -> Candidate:
-        """The first relevant candidate."""
+        """The first relevant candidate, the one to train towards."""
         return self.candidates[self.relevant.index(True)]
 
 
@@ -112,12 +118,12 @@ def apply_operator(left: int, operator: str, right: int) -> int:
     return {"+": left + right, "-": left - right, "x": left * right}[operator] % 10
 
 
-def solve(values: list[int], operators: list[str]) -> tuple[int, str]:
+def solve(terms: Sequence[int], operators: Sequence[str]) -> tuple[int, str]:
     """Evaluate a chain from left to right modulo 10; return its result and the rationale: the chain, then its steps."""
     if not operators:
-        return values[0], f"one digit; it is {values[0]};"
-    result, chain, steps = values[0], str(values[0]), ""
-    for operator, right in zip(operators, values[1:], strict=True):
+        return terms[0], f"one digit; it is {terms[0]};"
+    result, chain, steps = terms[0], str(terms[0]), ""
+    for operator, right in zip(operators, terms[1:], strict=True):
         step = apply_operator(result, operator, right)
         chain += f"{operator}{right}"
         steps += f"{result}{operator}{right}={step};"
@@ -126,12 +132,17 @@ def solve(values: list[int], operators: list[str]) -> tuple[int, str]:
 
 
 class DigitChain:
-    """Draws examples from one split. Two instances of the same split and seed draw the same examples."""
+    """Draws examples from one split. Two instances of the same split and seed draw the same examples.
 
-    def __init__(self, split: Split, seed: int) -> None:
+    Another `rendering` draws the same digits with other distortions and noise.
+    """
+
+    def __init__(self, split: Split, seed: int, rendering: int = 0) -> None:
         self.drawings = drawings(split)
         self._distortion = 2 if split == "train" else 1
-        self._rng = np.random.default_rng([seed, list(_SPLIT_SIZES).index(split)])
+        place = list(_SPLIT_SIZES).index(split)
+        self._rng = np.random.default_rng([seed, place])
+        self._noise = np.random.default_rng([seed, place, rendering + 1])
 
     def examples(self, family: str, count: int) -> list[Example]:
         """Draw `count` examples of one family."""
@@ -175,27 +186,28 @@ class DigitChain:
             for shown in [drawing, *self.drawings.lookalikes[drawing].tolist()]
         ]
         content = {"image": self.render(drawing)}
-        return self._example("match", MATCH_INSTRUCTION, content, solve([value], []), candidates, drawing)
+        return self._example("match", MATCH_INSTRUCTION, content, [value], [], candidates, drawing)
 
     def _result(
         self, family: str, content: dict[str, Any], values: list[int], operators: list[str], *, images: bool
     ) -> Example:
         candidates = [self._candidate(value, image=images) for value in range(10)]
-        return self._example(family, RESULT_INSTRUCTION, content, solve(values, operators), candidates, None)
+        return self._example(family, RESULT_INSTRUCTION, content, values, operators, candidates, None)
 
     def _example(
         self,
         family: str,
         instruction: str,
         content: dict[str, Any],
-        solution: tuple[int, str],
+        terms: list[int],
+        operators: list[str],
         candidates: list[Candidate],
         drawing: int | None,
     ) -> Example:
-        value, rationale = solution
+        value, _ = solve(terms, operators)
         shuffled = tuple(candidates[place] for place in self._rng.permutation(len(candidates)))
         relevant = tuple(shown.value == value if drawing is None else shown.drawing == drawing for shown in shuffled)
-        return Example(family, instruction, content, value, rationale, shuffled, relevant)
+        return Example(family, instruction, content, tuple(terms), tuple(operators), value, shuffled, relevant)
 
     def _candidate(self, value: int, *, image: bool) -> Candidate:
         if not image:
@@ -211,7 +223,7 @@ class DigitChain:
 
         Rotation, scale and shift are small on every split; training rotates twice as far, shears and stretches.
         """
-        rng, more = self._rng, self._distortion
+        rng, more = self._noise, self._distortion
         angle = more * rng.uniform(-0.14, 0.14)
         shear, stretch = (more - 1) * rng.uniform(-0.25, 0.25), 1 + (more - 1) * rng.uniform(-0.12, 0.12)
         shift = rng.uniform(-0.4, 0.4, size=2)  # in pixels of the 8x8 source

@@ -55,7 +55,7 @@ class Embedder:
             max_patches=manifest.batch.patches,
         )
         generator = Generator(sessions[abi.GENERATOR], layers=model.layers, markers=markers)
-        self._pipeline = Pipeline(fast_path, generator, model, manifest.batch)
+        self.pipeline = Pipeline(fast_path, generator, model, manifest.batch)
 
     @classmethod
     def load(cls, bundle: str | Path | None = None, *, backend: str = "auto", threads: int | None = None) -> Embedder:
@@ -136,7 +136,7 @@ class Embedder:
         if settings.max_rationale_tokens is not None:
             limit = min(limit, settings.max_rationale_tokens)
         with counting(len(items), shown=settings.show_progress_bar) as done:
-            self._pipeline.run(items, policy, batch_size=settings.batch_size, max_rationale_tokens=limit, done=done)
+            self.pipeline.run(items, policy, batch_size=settings.batch_size, max_rationale_tokens=limit, done=done)
         embeddings = np.full((len(inputs), self.dim), np.nan, np.float32)
         details: list[Detail | None] = [None] * len(inputs)
         for item in items:

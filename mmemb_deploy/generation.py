@@ -5,7 +5,7 @@ Nothing is prefilled twice: the first token that enters the decoder here is `<th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,8 +36,17 @@ class _Live:
     truncated: bool = False
 
 
+Choose = Callable[[Floats], Ints]  # logits (B, W) to the next token of every row (B,)
+
+
+def greedy(logits_BW: Floats) -> Ints:
+    """Choose the likeliest token."""
+    chosen: Ints = logits_BW.argmax(axis=1)
+    return chosen
+
+
 class Generator:
-    """Greedy decoding over a batch in which finished rows leave."""
+    """Decoding over a batch in which finished rows leave."""
 
     def __init__(self, session: Session, *, layers: int, markers: Mapping[str, int]) -> None:
         self._session = session
@@ -46,10 +55,10 @@ class Generator:
         self._markers = dict(markers)
         self._marker_ids = frozenset(markers.values())
 
-    def generate(self, cache: KVCache, max_tokens: int) -> list[Reasoned]:
+    def generate(self, cache: KVCache, max_tokens: int, choose: Choose = greedy) -> list[Reasoned]:
         """Write a rationale of at most `max_tokens` words for every row and embed it, one token a step.
 
-        Any marker the model chooses closes the rationale, as `</think>` does.
+        Any marker that is chosen closes the rationale, as `</think>` does.
         """
         end_think, gen_emb = self._markers[END_THINK], self._markers[GEN_EMB]
         finished: dict[int, Reasoned] = {}
@@ -57,7 +66,7 @@ class Generator:
         while live:
             fed = [row.token for row in live]
             embeddings_BD, logits_BW, cache = self._step(cache, [[token] for token in fed])
-            for row, embedding_D, chosen in zip(live, embeddings_BD, logits_BW.argmax(axis=1).tolist(), strict=True):
+            for row, embedding_D, chosen in zip(live, embeddings_BD, choose(logits_BW).tolist(), strict=True):
                 if row.token == gen_emb:
                     finished[row.place] = Reasoned(embedding_D, row.words, row.truncated)
                 elif row.token == end_think:

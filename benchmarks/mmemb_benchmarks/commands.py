@@ -33,7 +33,7 @@ def digitchain(
     from rich.console import Console
     from rich.table import Table
 
-    from mmemb_benchmarks.digitchain import MODES, run_digitchain
+    from mmemb_deploy.controls import MODES, run_digitchain
     from mmemb_deploy.embedder import Embedder
 
     notes = Console(stderr=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmemb_benchmarks.digitchain import Outcome, compare_modes
+from mmemb_deploy.controls import Outcome, compare_modes
 from mmemb_deploy.digitchain import DigitChain, Example
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.evaluation import Judge, Pair, encode_queries

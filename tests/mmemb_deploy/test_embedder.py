@@ -38,7 +38,7 @@ class CountingSession:
 
 def counted(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> tuple[CountingSession, CountingSession]:
     """Count what enters the embedder graph and the generator graph."""
-    fast_path, generator = embedder._pipeline.fast_path, embedder._pipeline.generator  # pyright: ignore[reportPrivateUsage]
+    fast_path, generator = embedder.pipeline.fast_path, embedder.pipeline.generator
     counters = (
         CountingSession(fast_path._embedder),  # pyright: ignore[reportPrivateUsage]
         CountingSession(generator._session),  # pyright: ignore[reportPrivateUsage]
@@ -78,7 +78,7 @@ def test_batches_stay_within_the_memory_limits_and_give_the_same(
     inputs = [*mixed_inputs, {"images": [np.full((16, 16), shade, np.uint8) for shade in range(0, 250, 50)]}]
     whole = tiny_embedder.encode(inputs, reasoning="never")
     prefill, _ = counted(tiny_embedder, monkeypatch)
-    fast_path = tiny_embedder._pipeline.fast_path  # pyright: ignore[reportPrivateUsage]
+    fast_path = tiny_embedder.pipeline.fast_path
     vision = fast_path._vision  # pyright: ignore[reportPrivateUsage]
     patches: list[int] = []
 
@@ -88,7 +88,7 @@ def test_batches_stay_within_the_memory_limits_and_give_the_same(
             return vision.run(inputs)
 
     limits = tiny_embedder.manifest.batch.model_copy(update={"tokens": 300})
-    monkeypatch.setattr(tiny_embedder._pipeline, "_limits", limits)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(tiny_embedder.pipeline, "_limits", limits)
     monkeypatch.setattr(fast_path, "_vision", CountingPatches())
     monkeypatch.setattr(fast_path, "_max_patches", 40)
     split = tiny_embedder.encode(inputs, reasoning="never")
@@ -127,7 +127,7 @@ def test_no_token_is_prefilled_twice(
 
 def test_finished_rows_leave_the_batch(tiny_embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
     _, decode = counted(tiny_embedder, monkeypatch)
-    generator = tiny_embedder._pipeline.generator  # pyright: ignore[reportPrivateUsage]
+    generator = tiny_embedder.pipeline.generator
     lengths = {"short": 1, "longer": 4}
     session = decode.session
 
@@ -197,7 +197,7 @@ def test_a_rate_whose_caches_exceed_the_limit_is_refused_before_anything_runs(
 ) -> None:
     prefill, _ = counted(tiny_embedder, monkeypatch)
     limits = tiny_embedder.manifest.batch.model_copy(update={"cache_bytes": 1000})
-    monkeypatch.setattr(tiny_embedder._pipeline, "_limits", limits)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(tiny_embedder.pipeline, "_limits", limits)
     with pytest.raises(OptionError, match="pass fewer inputs, or a threshold"):
         tiny_embedder.encode(mixed_inputs, reasoning_rate=1.0)
     assert prefill.rows == []

@@ -34,6 +34,7 @@ class Outcome:
 
     hits_Q: NDArray[np.bool_]
     reasoned_Q: NDArray[np.bool_]
+    scores_Q: NDArray[np.float64]  # of the gate
     tokens_Q: NDArray[np.int64]  # of the rationale
     seconds_L: NDArray[np.float64]  # of a query embedded alone; empty where not timed
 
@@ -43,6 +44,7 @@ class Outcome:
         return cls(
             judge.hits(encoded.embeddings_QD),
             np.array([detail.route is Route.REASON for detail in encoded.details]),
+            np.array([detail.gate_score for detail in encoded.details]),
             np.array([detail.rationale_tokens for detail in encoded.details]),
             seconds_L,
         )
@@ -54,18 +56,21 @@ class Outcome:
         return Outcome(
             np.where(reasons_Q, always.hits_Q, never.hits_Q),
             reasons_Q,
+            always.scores_Q,
             np.where(reasons_Q, always.tokens_Q, 0),
             np.where(reasons_Q[:timed], always.seconds_L, never.seconds_L),
         )
 
     def summary(self) -> dict[str, float]:
-        """Return hit@1, mean rationale tokens, median milliseconds of a query alone, and the reasoning rate."""
-        return {
+        """Return hit@1, mean rationale tokens, reasoning rate, and the median milliseconds of a query alone."""
+        figures = {
             "hit_at_1": round(float(self.hits_Q.mean()), 4),
             "rationale_tokens": round(float(self.tokens_Q.mean()), 3),
-            "p50_ms": round(1000 * float(np.median(self.seconds_L)), 3),
             "reasoning_rate": round(float(self.reasoned_Q.mean()), 4),
         }
+        if len(self.seconds_L):
+            figures["p50_ms"] = round(1000 * float(np.median(self.seconds_L)), 3)
+        return figures
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,16 @@ class DigitChainResult:
         }
 
 
-def run_digitchain(embedder: Embedder, *, seed: int, queries: int, report: Callable[[str], None]) -> DigitChainResult:
-    """Measure `queries` pairs of every family, and as many of the mixed traffic, all from the test split."""
+def run_digitchain(
+    embedder: Embedder, *, seed: int, queries: int, report: Callable[[str], None], timed: int = TIMED_PAIRS
+) -> DigitChainResult:
+    """Measure `queries` pairs of every family, and as many of the mixed traffic, all from the test split.
+
+    `timed` queries of the mixed traffic are also embedded alone.
+    """
     source = DigitChain("test", seed)
     report("mixed traffic")
-    mixed = compare_modes(embedder, [Pair.of(example) for example in source.mixed(queries)], seed, timed=TIMED_PAIRS)
+    mixed = compare_modes(embedder, [Pair.of(example) for example in source.mixed(queries)], seed, timed=timed)
     rate = float(mixed["auto"].reasoned_Q.mean())
     families = {}
     for family in FAMILIES:
