@@ -53,7 +53,7 @@ def make_checkpoint() -> MakeCheckpoint:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     from mmemb_deploy import prompts
-    from mmemb_training.checkpoint import CheckpointFacts, save_checkpoint
+    from mmemb_training.checkpoint import new_checkpoint, save_checkpoint
     from mmemb_training.tokenizer import train_tokenizer
 
     def make(folder: Path, text: dict[str, Any], vision: dict[str, Any]) -> Path:
@@ -76,14 +76,11 @@ def make_checkpoint() -> MakeCheckpoint:
                 if weight.ndim > 1:
                     weight.mul_(4)  # or all inputs look alike
         size = text["hidden_size"]
-        facts = CheckpointFacts(
-            prompt=TINY_PROMPT,
-            dims=(size, size // 2),
-            max_rationale_tokens=9,
-            markers=ids,
-            provenance={"data": "random"},
-        )
-        save_checkpoint(folder, model, tokenizer, facts, pixels=256, video_pixels=1024)
+        checkpoint = new_checkpoint(
+            model, tokenizer, TINY_PROMPT, pixels=256, video_pixels=1024, dims=(size, size // 2),
+            max_rationale_tokens=9, provenance={"data": "random"},
+        )  # fmt: skip
+        save_checkpoint(checkpoint, folder)
         return folder
 
     return make

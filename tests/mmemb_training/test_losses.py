@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from mmemb_training.losses import cosine, info_nce, reasoning_helps
+from mmemb_training.losses import cosine, info_nce
 
 
 def slow_info_nce(queries: Tensor, candidates: Tensor, relevant: Tensor, temperature: float, dim: int) -> float:
@@ -39,18 +39,3 @@ def test_info_nce_falls_as_a_query_nears_its_target() -> None:
     candidates, relevant = torch.eye(3), torch.eye(3).bool()
     near, far = torch.eye(3) + 0.1, torch.eye(3) + 0.9
     assert info_nce(near, candidates, relevant, 0.1, (3,)) < info_nce(far, candidates, relevant, 0.1, (3,))
-
-
-def test_reasoning_helps_where_it_lifts_the_own_target_above_a_negative() -> None:
-    candidates = torch.eye(3)
-    target, relevant = torch.tensor([0, 0, 0]), torch.tensor([[True, False, False]] * 3)
-    direct = torch.tensor([[0.4, 0.9, 0.0], [0.9, 0.1, 0.0], [0.0, 0.5, 0.9]])
-    reasoned = torch.tensor([[0.9, 0.4, 0.0], [0.9, 0.2, 0.0], [0.0, 0.9, 0.5]])
-    assert reasoning_helps(direct, reasoned, candidates, target, relevant).tolist() == [True, False, False]
-
-
-def test_other_right_candidates_do_not_count_against_a_rank() -> None:
-    candidates = torch.eye(3)
-    target, relevant = torch.tensor([0]), torch.tensor([[True, True, False]])
-    direct, reasoned = torch.tensor([[0.4, 0.9, 0.0]]), torch.tensor([[0.9, 0.1, 0.0]])
-    assert reasoning_helps(direct, reasoned, candidates, target, relevant).tolist() == [False]

@@ -36,7 +36,7 @@ def test_a_padded_batch_of_all_modalities_equals_transformers(
     path = checkpoint.rows.prompt.rationale("a tiny corpus")
     batch = collate([row.extended(path) for row in rows], checkpoint.rows.prompt.ids[PAD])
     with torch.no_grad():
-        hidden_BTD = encode_batch(checkpoint.model, batch, checkpoint.vision)
+        hidden_BTD, _ = encode_batch(checkpoint.model, batch, checkpoint.vision)
     for place, (request, row) in enumerate(zip(requests, rows, strict=True)):
         expected = reference.run(request, row, path[1:-2])
         for token, vector_D in ((row.length - 1, expected.direct_D), (batch.last_B[place], expected.reasoned_D)):

@@ -1,6 +1,6 @@
-"""Rows to tensors, and the model's embeddings for them.
+"""Rows to tensors: the visuals of a batch through the vision tower, and a batch through the decoder.
 
-Axes: B rows, T padded tokens, D hidden size, V visual tokens and the zero row, L DeepStack levels.
+Axes: B rows, S padded tokens, D hidden size, V visual tokens and the zero row, L DeepStack levels, N images of a grid.
 """
 
 from __future__ import annotations
@@ -10,47 +10,63 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mmemb_deploy.preprocess import VisionSpec, Visual, patches, vision_tables
 from mmemb_deploy.rows import Batch, by_grid
-from mmemb_training.model import decoder_forward, vision_forward
+from mmemb_training.model import KeyValue, decoder_forward, vision_forward
+
+
+def encode_batch(model: Any, batch: Batch, spec: VisionSpec) -> tuple[Tensor, list[KeyValue]]:
+    """Return the states after the final norm, (B, S, D), and every layer's cache."""
+    tokens_VD, deepstack_LVD = encode_visuals(model, batch.visuals, spec)
+    device = tokens_VD.device
+    return decoder_forward(
+        model.model.language_model,
+        torch.from_numpy(batch.token_ids_BT).to(device),
+        torch.from_numpy(batch.position_ids_3BT).to(device),
+        torch.from_numpy(batch.mask_BT).to(device),
+        visual_tokens_VD=tokens_VD,
+        visual_index_BS=torch.from_numpy(batch.visual_index_BT).to(device),
+        deepstack_LVD=deepstack_LVD,
+    )
 
 
 def encode_visuals(model: Any, visuals: Sequence[Visual], spec: VisionSpec) -> tuple[Tensor, Tensor]:
-    """Return the visual tokens (V, D) of a batch and their DeepStack levels (L, V, D), behind a row of zeros."""
+    """Return the visual tokens (V, D) of a batch and their DeepStack levels (L, V, D), behind a row of zeros.
+
+    Images that share a grid are one batch. Where gradients are wanted, a batch without an image encodes a blank that no
+    token shows: its gradient is zero, so that every process of a distributed run has one for every weight.
+    """
+    if not visuals and torch.is_grad_enabled():
+        visuals = [_blank(spec)]
     visual = model.model.visual
-    hidden = model.config.text_config.hidden_size
-    levels = len(visual.deepstack_visual_indexes)
-    tokens: list[Tensor] = [torch.zeros(1, hidden)] * (len(visuals) + 1)
-    deepstack: list[Tensor] = [torch.zeros(levels, 1, hidden)] * (len(visuals) + 1)
+    weight = visual.patch_embed.proj.weight
+    zero = weight.new_zeros(len(visual.deepstack_visual_indexes) + 1, 1, model.config.text_config.hidden_size)
+    pieces, owners = [zero], [np.zeros(1, np.int64)]
     for grid, places in by_grid(visuals).items():
         tables = vision_tables(*grid, spec)
         patches_NPF = torch.from_numpy(np.stack([patches(visuals[place], spec) for place in places]))
         tokens_NMD, deepstack_LNMD = vision_forward(
             visual,
-            patches_NPF,
-            torch.from_numpy(tables.interpolation_index_P4),
-            torch.from_numpy(tables.interpolation_weight_P4),
-            torch.from_numpy(tables.rotary_cos_PD),
-            torch.from_numpy(tables.rotary_sin_PD),
+            patches_NPF.to(weight),
+            _on(weight, tables.interpolation_index_P4),
+            _on(weight, tables.interpolation_weight_P4),
+            _on(weight, tables.rotary_cos_PD),
+            _on(weight, tables.rotary_sin_PD),
         )
-        for row, place in enumerate(places):
-            tokens[place + 1] = tokens_NMD[row]
-            deepstack[place + 1] = deepstack_LNMD[:, row]
-    return torch.cat(tokens), torch.cat(deepstack, dim=1)
+        pieces.append(torch.cat((tokens_NMD[None], deepstack_LNMD)).flatten(1, 2))
+        owners.append(np.repeat(np.array(places) + 1, tokens_NMD.shape[1]))
+    order_V = np.argsort(np.concatenate(owners), kind="stable")  # back into the order of `visuals`
+    levels_LVD = torch.cat(pieces, dim=1)[:, _on(weight, order_V)]
+    return levels_LVD[0], levels_LVD[1:]
 
 
-def encode_batch(model: Any, batch: Batch, spec: VisionSpec) -> Tensor:
-    """Return the states after the final norm, (B, T, D)."""
-    tokens_VD, deepstack_LVD = encode_visuals(model, batch.visuals, spec)
-    hidden_BTD, _ = decoder_forward(
-        model.model.language_model,
-        torch.from_numpy(batch.token_ids_BT),
-        torch.from_numpy(batch.position_ids_3BT),
-        torch.from_numpy(batch.mask_BT),
-        visual_tokens_VD=tokens_VD,
-        visual_index_BS=torch.from_numpy(batch.visual_index_BT),
-        deepstack_LVD=deepstack_LVD,
-    )
-    return hidden_BTD
+def _blank(spec: VisionSpec) -> Visual:
+    pixels_THWC = np.zeros((1, spec.factor, spec.factor, 3), np.uint8)
+    return Visual(pixels_THWC, grid=(spec.merge_size, spec.merge_size), tokens=1)
+
+
+def _on(weight: Tensor, array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(array).to(weight.device)

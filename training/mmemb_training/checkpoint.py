@@ -58,29 +58,62 @@ class Checkpoint:
         return self.facts.prompt.query_instruction if given is None else given
 
 
-def save_checkpoint(
-    folder: Path, model: Any, tokenizer: Tokenizer, facts: CheckpointFacts, *, pixels: int, video_pixels: int
-) -> None:
-    """Write a checkpoint whose images are resized to `pixels` and whose videos to `video_pixels` in all."""
+def new_checkpoint(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompt: PromptFormat,
+    *,
+    pixels: int,
+    video_pixels: int,
+    dims: tuple[int, ...],
+    max_rationale_tokens: int,
+    provenance: dict[str, Any],
+) -> Checkpoint:
+    """Return the checkpoint of a model whose images are resized to `pixels`, and whose videos to `video_pixels`."""
     vision = model.config.vision_config
-    model.save_pretrained(folder)
+    image = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": pixels, "longest_edge": pixels}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+    )  # fmt: skip
+    spec = vision_spec(vision, image, {"shortest_edge": video_pixels, "longest_edge": video_pixels})
+    rows = RowEncoder(PromptEncoder(tokenizer, prompt), spec)
+    facts = CheckpointFacts(
+        prompt=prompt,
+        dims=dims,
+        max_rationale_tokens=max_rationale_tokens,
+        markers=rows.prompt.ids,
+        provenance=provenance,
+    )
+    return Checkpoint(model, rows, image, facts)
+
+
+def save_checkpoint(
+    checkpoint: Checkpoint, folder: Path, *, provenance: dict[str, Any] | None = None, weights: Any = None
+) -> None:
+    """Write a checkpoint; `provenance` adds to what it says of its origin.
+
+    `weights` is the model's state where it is not in the model itself, as after FSDP.
+    """
+    spec = checkpoint.vision
+    checkpoint.model.save_pretrained(folder, state_dict=weights)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=prompts.STOP, pad_token=prompts.PAD, clean_up_tokenization_spaces=False
-    ).save_pretrained(folder)
-    shared: dict[str, Any] = {
-        "patch_size": vision.patch_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-        "merge_size": vision.spatial_merge_size,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
-    Qwen2VLImageProcessorPil(size={"shortest_edge": pixels, "longest_edge": pixels}, **shared).save_pretrained(folder)
+        tokenizer_object=checkpoint.rows.prompt.tokenizer, eos_token=prompts.STOP, pad_token=prompts.PAD,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)  # fmt: skip
+    checkpoint.image_processor.save_pretrained(folder)
     video = {
-        **shared,
-        "size": {"shortest_edge": video_pixels, "longest_edge": video_pixels},
+        "patch_size": spec.patch_size,
+        "temporal_patch_size": spec.temporal_patch_size,
+        "merge_size": spec.merge_size,
+        "image_mean": spec.image_mean,
+        "image_std": spec.image_std,
+        "size": {"shortest_edge": spec.video_min_pixels, "longest_edge": spec.video_max_pixels},
         "video_processor_type": "Qwen3VLVideoProcessor",
     }
     (folder / VIDEO_PROCESSOR).write_text(json.dumps(video, indent=2))
+    origin = checkpoint.facts.provenance | (provenance or {})
+    facts = checkpoint.facts.model_copy(update={"provenance": origin})
     (folder / FACTS).write_text(facts.model_dump_json(indent=2))
 
 

@@ -1,122 +1,153 @@
-"""The joint objective of stage 3 on DigitChain (METHOD): both paths of every query in one forward pass.
+"""The joint objective of stage 3 (METHOD), as a function of what the encoder read.
 
-One sequence per query carries both paths, so a single pass gives the direct embedding at `<|disc_emb|>`, the decision
-there, the rationale's next-token loss and the reasoned embedding at `<|gen_emb|>`:
+    L = InfoNCE(z_r) + lambda_g (next-token loss on the rationale + on the decision) + lambda_d InfoNCE(z_d)
 
-    L = InfoNCE(z_r) + lambda_g * next-token loss on the rationale and the decision + lambda_d * InfoNCE(z_d)
-
-The decision's label is `<think>` where the reasoned embedding ranks the pair's own target higher than the direct one
-does, and stop elsewhere.
+z_d and z_r are the direct and the reasoned embedding of a query; targets are embedded by the direct path. A query whose
+rationales were all dropped is taught to stop: it has no z_r, and its decision's label is the stop token. InfoNCE is
+symmetric and over the negatives of all processes (`losses.info_nce`). Axes: Q queries, R of them with a rationale,
+C candidates, D hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, pad_across_processes
 from torch import Tensor
-from torch.nn import functional as F
 
-from mmemb_deploy import prompts
-from mmemb_deploy.digitchain import Candidate, DigitChain, Example
-from mmemb_deploy.inputs import parse
-from mmemb_deploy.rows import Row, RowEncoder, collate
-from mmemb_training.batches import encode_batch
-from mmemb_training.losses import info_nce, reasoning_helps
-from mmemb_training.nano import NANO_PROMPT, NanoRecipe
+from mmemb_deploy.rows import RowEncoder
+from mmemb_training.encoder import Path, Reading
+from mmemb_training.grad_cache import Chunk
+from mmemb_training.losses import info_nce
+from mmemb_training.samples import Sample, query_row, target_row
 
-FAMILY_SHARES = {"match": 5, "name": 4, "chain-2": 3, "chain-3": 3, "chain-4": 3, "chain-5": 3, "text": 4}
-LOOKALIKES_PER_MATCH = 2  # hard negatives
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The weights of the joint loss."""
+
+    temperature: float = 0.02
+    lambda_g: float = 1.0
+    lambda_d: float = 1.0
+    dims: tuple[int, ...]  # Matryoshka sizes, largest first
+    teach_decision: bool = True  # False while only rationales of one's own are at hand, as for a backbone
+
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss that the terms add up to."""
+        taught = terms["rationale"] + (terms["decision"] if self.teach_decision else 0)
+        return terms["reasoned"] + self.lambda_g * taught + self.lambda_d * terms["direct"]
 
 
 @dataclass(frozen=True)
-class Step:
-    """A training step's examples as rows, and which candidate answers which query.
+class Lesson:
+    """A sample as a step teaches it: with one of its rationales, or with none where the model is to stop."""
 
-    Candidates are every query's target, then the look-alikes of the match queries.
+    sample: Sample
+    rationale: str | None
+
+
+class JointStep:
+    """One process's share of a step: its chunks for the encoder, and the loss of what came back.
+
+    `query_chunks` and `target_chunks` are the same for all processes, which run the encoder equally often.
     """
 
-    queries: list[Row]  # each ends with its rationale's path
-    prompt_lengths: list[int]
-    candidates: list[Row]
-    relevant_QC: Tensor
+    def __init__(
+        self, lessons: Sequence[Lesson], encoder: RowEncoder, objective: Objective,
+        *, query_chunks: int, target_chunks: int,
+    ) -> None:  # fmt: skip
+        self._objective = objective
+        rows = [query_row(lesson.sample.question, encoder) for lesson in lessons]
+        words = [None if lesson.rationale is None else encoder.prompt.words(lesson.rationale) for lesson in lessons]
+        # Alike lengths share a chunk, the rationale's first: little padding.
+        order = sorted(range(len(rows)), key=lambda place: (len(words[place] or []), rows[place].length))
+        lessons, rows = [lessons[place] for place in order], [rows[place] for place in order]
+        words = [words[place] for place in order]
+        self._reasons_Q = torch.tensor([path is not None for path in words])
+        self._wanted = [lesson.sample.wanted for lesson in lessons]
+        targets = [lesson.sample.target for lesson in lessons]
+        targets += [negative for lesson in lessons for negative in lesson.sample.negatives]
+        self._labels = [target.labels for target in targets]
+        self._query_chunks = [
+            Chunk([rows[place] for place in places], _paths([words[place] for place in places]))
+            for places in _split(len(rows), query_chunks)
+        ]
+        self._target_chunks = [
+            Chunk([target_row(targets[place], encoder) for place in places], [])
+            for places in _split(len(targets), target_chunks)
+        ]
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """What the encoder is to read: the queries, then the targets."""
+        return [*self._query_chunks, *self._target_chunks]
+
+    def loss(self, readings: Sequence[Reading], accelerator: Accelerator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return this process's part of the loss, whose gradients add up to the whole's, and the whole's terms."""
+        objective = self._objective
+        queries, targets = readings[: len(self._query_chunks)], readings[len(self._query_chunks) :]
+        reasons_Q = self._reasons_Q.to(queries[0].direct_BD.device)
+        direct_QD = torch.cat([reading.direct_BD for reading in queries])
+        decision_Q2 = torch.cat([reading.decision_B2 for reading in queries])
+        reasoned_RD = torch.cat([reading.reasoned_RD for reading in queries])
+        words_R = torch.cat([reading.words_RT.sum(dim=1) for reading in queries])
+        counts_R = torch.cat([(reading.words_RT != 0).sum(dim=1) for reading in queries])
+        real_R = self._real_paths().to(reasons_Q.device)
+        reasoned_RD, words_R, counts_R = reasoned_RD[real_R], words_R[real_R], counts_R[real_R]
+        everyone_QD, everyone_RD = _gather(direct_QD, accelerator), _gather(reasoned_RD, accelerator)
+        candidates_CD = _gather(torch.cat([reading.direct_BD for reading in targets]), accelerator)
+        relevant_QC = self._relevance(accelerator).to(direct_QD.device)
+        reasons_everyone_Q = _gather(reasons_Q, accelerator)
+        total = _sum(torch.stack([counts_R.sum(), torch.tensor(len(reasons_Q), device=direct_QD.device)]), accelerator)
+        label_Q = (~reasons_Q).long()[:, None]
+        settings = objective.temperature, objective.dims
+        terms = {
+            "direct": info_nce(everyone_QD, candidates_CD, relevant_QC, *settings),
+            "reasoned": info_nce(everyone_RD, candidates_CD, relevant_QC[reasons_everyone_Q], *settings),
+            "rationale": -words_R.sum() / total[0].clamp(min=1),
+            "decision": -decision_Q2.gather(1, label_Q).sum() / total[1],
+        }
+        loss = objective.total(terms)
+        for name in ("rationale", "decision"):
+            terms[name] = _sum(terms[name].detach(), accelerator)
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+    def _real_paths(self) -> Tensor:
+        """Return which paths are a lesson's own, and not the empty one that fills a chunk without any."""
+        places = torch.split(self._reasons_Q, [len(chunk.rows) for chunk in self._query_chunks])
+        return torch.cat([torch.ones(int(part.sum()), dtype=torch.bool) if part.any() else part[:1] for part in places])
+
+    def _relevance(self, accelerator: Accelerator) -> Tensor:
+        wanted: list[str] = gather_object(self._wanted) if accelerator.num_processes > 1 else self._wanted
+        labels: list[frozenset[str]] = gather_object(self._labels) if accelerator.num_processes > 1 else self._labels
+        return torch.tensor([[one in found for found in labels] for one in wanted])
 
 
-def draw_step(encoder: RowEncoder, recipe: NanoRecipe, step: int) -> Step:
-    """Draw the examples of one step; a function of the recipe's seed and the step alone, so that a run can resume."""
-    rng = np.random.default_rng([recipe.seed, step])
-    shares = np.array(list(FAMILY_SHARES.values()), np.float64)
-    counts = rng.multinomial(recipe.batch, shares / shares.sum())
-    source = DigitChain("train", int(rng.integers(2**31)))
-    examples = [
-        example for family, count in zip(FAMILY_SHARES, counts, strict=True)
-        for example in source.examples(family, int(count))
-    ]  # fmt: skip
-    candidates = [example.target for example in examples]
-    for example in examples:
-        if example.family == "match":
-            lookalikes = (shown for shown in example.candidates if shown is not example.target)
-            candidates += islice(lookalikes, LOOKALIKES_PER_MATCH)
-    prompts_only = [encoder.row(parse(example.content), example.instruction) for example in examples]
-    return Step(
-        queries=[
-            row.extended(encoder.prompt.rationale(example.rationale))
-            for row, example in zip(prompts_only, examples, strict=True)
-        ],
-        prompt_lengths=[row.length for row in prompts_only],
-        candidates=[encoder.row(parse(shown.content), NANO_PROMPT.document_instruction) for shown in candidates],
-        relevant_QC=torch.tensor([[_answers(shown, example) for shown in candidates] for example in examples]),
-    )
+def _paths(words: Sequence[list[int] | None]) -> list[Path]:
+    """Return the paths of a chunk; one without any gets an empty one, so that all processes run the same layers."""
+    found = [Path(place, path) for place, path in enumerate(words) if path is not None]
+    return found or [Path(0, [])]
 
 
-def _answers(candidate: Candidate, example: Example) -> bool:
-    if example.family == "match":
-        return candidate.drawing == example.target.drawing
-    return candidate.value == example.value
+def _split(count: int, chunks: int) -> list[list[int]]:
+    return [part.tolist() for part in np.array_split(np.arange(count), chunks)]
 
 
-def step_loss(model: Any, encoder: RowEncoder, step: Step, recipe: NanoRecipe) -> tuple[Tensor, dict[str, float]]:
-    """Return the joint loss of one step and its parts."""
-    ids = encoder.prompt.ids
-    order = sorted(range(len(step.queries)), key=lambda place: step.queries[place].length)
-    direct: list[Tensor] = [torch.empty(0)] * len(order)
-    reasoned = list(direct)
-    decision = list(direct)
-    language = []
-    for places in np.array_split(order, recipe.micro_batches):
-        batch = collate([step.queries[place] for place in places], ids[prompts.PAD])
-        hidden_BTD = encode_batch(model, batch, encoder.vision)
-        starts = torch.tensor([step.prompt_lengths[place] - 1 for place in places])
-        rows = torch.arange(len(places))
-        direct_BD, reasoned_BD = hidden_BTD[rows, starts], hidden_BTD[rows, torch.from_numpy(batch.last_B)]
-        decision_BV = model.lm_head(direct_BD)
-        for row, place in enumerate(places):
-            direct[place], reasoned[place], decision[place] = direct_BD[row], reasoned_BD[row], decision_BV[row]
-        # `<think>` to the last word predict the next token, up to `</think>`; what follows is forced, not predicted.
-        where = torch.arange(hidden_BTD.shape[1])
-        predicts_BT = (where > starts[:, None]) & (where < torch.from_numpy(batch.last_B)[:, None] - 1)
-        targets_BT = torch.from_numpy(batch.token_ids_BT).roll(-1, dims=1)
-        language.append(
-            F.cross_entropy(model.lm_head(hidden_BTD[predicts_BT]), targets_BT[predicts_BT], reduction="sum")
-        )
-    predicted = sum(row.length - start - 2 for row, start in zip(step.queries, step.prompt_lengths, strict=True))
-    batch = collate(step.candidates, ids[prompts.PAD])
-    candidates_CD = encode_batch(model, batch, encoder.vision)[torch.arange(len(step.candidates)), batch.last_B]
-    direct_QD, reasoned_QD = torch.stack(direct), torch.stack(reasoned)
-    helps_Q = reasoning_helps(direct_QD, reasoned_QD, candidates_CD, torch.arange(len(order)), step.relevant_QC)
-    labels_Q = torch.where(helps_Q, ids[prompts.THINK], ids[prompts.STOP])
-    parts = {
-        "direct": info_nce(direct_QD, candidates_CD, step.relevant_QC, recipe.temperature, recipe.dims),
-        "reasoned": info_nce(reasoned_QD, candidates_CD, step.relevant_QC, recipe.temperature, recipe.dims),
-        "rationale": torch.stack(language).sum() / predicted,
-        "decision": F.cross_entropy(torch.stack(decision), labels_Q),
-    }
-    loss = (
-        parts["reasoned"]
-        + recipe.lambda_g * (parts["rationale"] + parts["decision"])
-        + recipe.lambda_d * parts["direct"]
-    )
-    return loss, {name: part.item() for name, part in parts.items()} | {"helps": helps_Q.float().mean().item()}
+def _gather(local: Tensor, accelerator: Accelerator) -> Tensor:
+    """Return the rows of all processes in their order; gradients reach the process's own rows alone."""
+    if accelerator.num_processes == 1:
+        return local
+    counts = accelerator.gather(torch.tensor([len(local)], device=local.device)).tolist()
+    padded = accelerator.gather(pad_across_processes(local.detach(), dim=0))
+    pieces = [piece[:count] for piece, count in zip(padded.chunk(len(counts)), counts, strict=True)]
+    pieces[accelerator.process_index] = local
+    return torch.cat(pieces)
+
+
+def _sum(local: Tensor, accelerator: Accelerator) -> Tensor:
+    total: Tensor = accelerator.reduce(local, "sum")
+    return total

@@ -1,124 +1,171 @@
-"""The training loop: metrics to JSON lines, checkpoints, and a resume that continues bit for bit."""
+"""The loop under every stage that trains: rates, clipping, metrics, states to resume from, and a stop for bad losses.
+
+A step is a function of its number, so that a run resumed from its last state continues as if it had never stopped: bit
+for bit on the CPU. A run's folder holds
+
+    state-000200/    accelerate's state after that step: weights, optimizer, random numbers
+    run.json         what the run is, so that another one does not continue it
+    metrics.jsonl    one line a step
+    stopped.json     the batch that stopped the run, if one did
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
+import statistics
 import time
-from collections.abc import Generator
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from tokenizers import Tokenizer
-from transformers import Qwen3VLForConditionalGeneration
+from accelerate import Accelerator
+from torch import Tensor, nn
 
-from mmemb_deploy.errors import OptionError
-from mmemb_deploy.prompts import PromptEncoder
-from mmemb_deploy.rows import RowEncoder
-from mmemb_training.checkpoint import CheckpointFacts, save_checkpoint
-from mmemb_training.joint import draw_step, step_loss
-from mmemb_training.nano import (
-    MAX_RATIONALE_TOKENS,
-    NANO_PROMPT,
-    NANO_VISION,
-    PIXELS,
-    VIDEO_PIXELS,
-    NanoRecipe,
-    nano_config,
-    nano_tokenizer,
-)
+from mmemb_deploy.errors import MmembError, OptionError
+from mmemb_deploy.files import write_whole
 
-STATE = "training_state.pt"
-METRICS = "metrics.jsonl"
+RUN, METRICS, STOPPED = "run.json", "metrics.jsonl", "stopped.json"
+RECENT = 50  # steps whose median loss tells a spike
 
 
-def learning_rate(recipe: NanoRecipe, step: int) -> float:
-    """Return the rate of a step: linear warm-up, then a cosine to zero."""
-    if step < recipe.warmup:
-        return recipe.learning_rate * (step + 1) / recipe.warmup
-    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.learning_rate * (1 + math.cos(math.pi * done)) / 2
+class TrainingError(MmembError):
+    """A loss that is not finite, or far above the recent ones; the message names where its batch was saved."""
 
 
-def train_nano(folder: Path, recipe: NanoRecipe) -> Generator[dict[str, float]]:
-    """Train into `folder`, yielding the metrics of every step; a folder that holds an unfinished run goes on.
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How the weights move: AdamW, linear warm-up, then a cosine to zero."""
 
-    Raises OptionError if the folder's run was started with another recipe.
+    seed: int = 0
+    steps: int
+    learning_rate: float  # the highest
+    warmup: int = 100  # steps
+    weight_decay: float = 0.05  # of matrices
+    betas: tuple[float, float] = (0.9, 0.98)
+    gradient_norm: float = 1.0  # clipped to this
+    spike: float | None = 20.0  # times the median of the recent losses stops the run; None for losses around zero
+    save_every: int = 200  # steps
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "learning_rate", "gradient_norm", "spike", "save_every"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise OptionError(f"{name} is {getattr(self, name)}: it must be positive")
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+    def optimizer(self, model: nn.Module) -> torch.optim.AdamW:
+        """Return AdamW over the weights that take gradients; vectors and norms are not decayed."""
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        groups = [
+            {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=self.betas)
+
+
+class Step(Protocol):
+    """One step of a stage: accumulates gradients; returns the loss and what to log of it."""
+
+    def __call__(self, step: int) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+def run_steps(
+    folder: Path,
+    identity: dict[str, Any],
+    schedule: Schedule,
+    accelerator: Accelerator,
+    weights: nn.Module,
+    optimizer: Any,
+    step_of: Step,
+    describe: Callable[[int], Any],
+) -> Iterator[dict[str, float]]:
+    """Run a stage's steps from where `folder` stopped, yielding metrics; `weights` and `optimizer` are prepared.
+
+    `identity` says what the run is, in JSON; `describe` names the samples of a step's batch. Raises OptionError if the
+    folder holds another run, TrainingError for a loss that is not finite or a spike.
     """
-    torch.manual_seed(recipe.seed)
-    tokenizer = nano_tokenizer()
-    encoder = RowEncoder(PromptEncoder(tokenizer, NANO_PROMPT), NANO_VISION)
-    model = Qwen3VLForConditionalGeneration(nano_config(encoder.prompt, tokenizer.get_vocab_size())).train()
-    decayed = [weight for weight in model.parameters() if weight.ndim > 1]
-    plain = [weight for weight in model.parameters() if weight.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        betas=(0.9, 0.98),
-    )
-    start, seconds = _resume(folder, recipe, model, optimizer)
-    for step in range(start, recipe.steps):
+    identity = json.loads(json.dumps(identity))
+    start, seconds = _resume(folder, identity, accelerator)
+    recent: deque[float] = deque(maxlen=RECENT)
+    for step in range(start, schedule.steps):
         began = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
-        loss, metrics = step_loss(model, encoder, draw_step(encoder, recipe, step), recipe)
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"the loss of step {step} is {loss.item()}: {metrics}")
+            group["lr"] = schedule.rate(step)
         optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_norm)
+        loss, terms = step_of(step)
+        value = loss.item()
+        if not math.isfinite(value) or (
+            schedule.spike is not None and len(recent) == RECENT and value > schedule.spike * statistics.median(recent)
+        ):
+            _stop(folder, step, value, terms, describe(step), accelerator)
+        recent.append(value)
+        norm = accelerator.clip_grad_norm_(weights.parameters(), schedule.gradient_norm)
+        if not math.isfinite(norm.item()):
+            _stop(folder, step, value, {**terms, "gradient_norm": norm}, describe(step), accelerator)
         optimizer.step()
         seconds += time.perf_counter() - began
-        row = {"step": step + 1, "loss": loss.item(), **metrics, "gradient_norm": norm.item(), "seconds": seconds}
-        with (folder / METRICS).open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-            _save(folder, recipe, model, optimizer, tokenizer, encoder, step + 1, seconds)
-        yield row
+        metrics = {"step": step + 1, "loss": value, **{name: term.item() for name, term in terms.items()}}
+        metrics |= {"gradient_norm": norm.item(), "seconds": round(seconds, 3)}
+        if accelerator.is_main_process:
+            with (folder / METRICS).open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        if (step + 1) % schedule.save_every == 0 or step + 1 == schedule.steps:
+            _save(folder, step + 1, accelerator)
+        yield metrics
 
 
-def _resume(folder: Path, recipe: NanoRecipe, model: Any, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Load an unfinished run's weights and optimizer; return the next step and the seconds spent so far."""
+def _resume(folder: Path, identity: dict[str, Any], accelerator: Accelerator) -> tuple[int, float]:
+    """Load the last state of an unfinished run; return the next step and the seconds spent so far."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / STATE).exists():
-        (folder / METRICS).unlink(missing_ok=True)
+    known = json.loads((folder / RUN).read_text()) if (folder / RUN).exists() else identity
+    if known != identity:
+        names = sorted(name for name in {*known, *identity} if known.get(name) != identity.get(name))
+        raise OptionError(f"{folder} holds a run with another {', '.join(names)}: choose another folder")
+    states = sorted(folder.glob("state-*[0-9]"))
+    step = int(states[-1].name.rpartition("-")[2]) if states else 0
+    lines = (folder / METRICS).read_text().splitlines()[:step] if step else []
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_whole(folder / RUN, json.dumps(identity, indent=1))
+        write_whole(folder / METRICS, "".join(line + "\n" for line in lines))
+    if not states:
         return 0, 0.0
-    state = torch.load(folder / STATE, weights_only=True)
-    if state["recipe"] != _plain(recipe):
-        raise OptionError(f"{folder} holds a run with another recipe, {state['recipe']}; choose another folder")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    kept = (folder / METRICS).read_text().splitlines()[: state["step"]]
-    (folder / METRICS).write_text("".join(line + "\n" for line in kept))
-    return state["step"], state["seconds"]
+    accelerator.load_state(str(states[-1]))
+    return step, float(json.loads(lines[-1])["seconds"])
 
 
-def _save(
-    folder: Path,
-    recipe: NanoRecipe,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    tokenizer: Tokenizer,
-    encoder: RowEncoder,
-    step: int,
-    seconds: float,
-) -> None:
-    facts = CheckpointFacts(
-        prompt=NANO_PROMPT,
-        dims=recipe.dims,
-        max_rationale_tokens=MAX_RATIONALE_TOKENS,
-        markers=encoder.prompt.ids,
-        provenance={"data": "digitchain", "recipe": _plain(recipe), "step": step, "seconds": round(seconds)},
+def _save(folder: Path, step: int, accelerator: Accelerator) -> None:
+    """Write a state under a temporary name, rename it, and drop the older ones: a kill leaves one that is whole."""
+    older, new = sorted(folder.glob("state-*[0-9]")), folder / "state.new"
+    if accelerator.is_main_process:
+        shutil.rmtree(new, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(new))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        new.rename(folder / f"state-{step:06d}")
+        for state in older:
+            shutil.rmtree(state)
+    accelerator.wait_for_everyone()
+
+
+def _stop(folder: Path, step: int, loss: float, terms: dict[str, Tensor], batch: Any, accelerator: Accelerator) -> None:
+    """Save what stopped the run, and raise TrainingError."""
+    path = folder / STOPPED
+    figures = {"step": step + 1, "loss": loss, **{name: term.item() for name, term in terms.items()}}
+    if accelerator.is_main_process:
+        path.write_text(json.dumps({"metrics": figures, "batch": batch}, indent=1, default=str))
+    raise TrainingError(
+        f"step {step + 1} has a loss of {loss} ({figures}); its batch is in {path}. Look at it, then lower the "
+        f"learning rate or drop the sample: the last good state is kept, and the same command goes on from it"
     )
-    save_checkpoint(folder, model, tokenizer, facts, pixels=PIXELS, video_pixels=VIDEO_PIXELS)
-    state = {
-        "recipe": _plain(recipe), "step": step, "seconds": seconds,
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-    }  # fmt: skip
-    torch.save(state, folder / f"{STATE}.new")
-    (folder / f"{STATE}.new").replace(folder / STATE)
-
-
-def _plain(recipe: NanoRecipe) -> dict[str, Any]:
-    return asdict(recipe) | {"dims": list(recipe.dims)}

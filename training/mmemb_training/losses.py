@@ -1,4 +1,4 @@
-"""The terms of the joint objective (METHOD stage 3) and the label that trains the decision.
+"""The contrastive term of the joint objective (METHOD stage 3).
 
 Axes: Q queries, C candidates, D embedding size.
 """
@@ -41,19 +41,3 @@ def _directed(similarity: Tensor, relevant: Tensor) -> Tensor:
 def cosine(left: Tensor, right: Tensor) -> Tensor:
     """Return the cosine of every row of `left` with every row of `right`."""
     return F.normalize(left, dim=-1) @ F.normalize(right, dim=-1).T
-
-
-def reasoning_helps(
-    direct_QD: Tensor, reasoned_QD: Tensor, candidates_CD: Tensor, target_Q: Tensor, relevant_QC: Tensor
-) -> Tensor:
-    """Return, per query, whether reasoning lifts its target: rank(reasoned) < rank(direct), a bool tensor (Q,).
-
-    A rank counts the negatives that score above the query's own target, whose column is `target_Q`. No gradient.
-    """
-    with torch.no_grad():
-        ranks = []
-        for queries_QD in (direct_QD, reasoned_QD):
-            similarity_QC = cosine(queries_QD, candidates_CD)
-            own_Q1 = similarity_QC.gather(1, target_Q[:, None])
-            ranks.append(((similarity_QC > own_Q1) & ~relevant_QC).sum(dim=1))
-        return ranks[1] < ranks[0]

@@ -42,7 +42,7 @@ def vision_forward(
     projection = visual.patch_embed.proj
     hidden_NPD = F.linear(patches_NPF, projection.weight.flatten(1), projection.bias)
     table_PD = (visual.pos_embed(interpolation_index_P4) * interpolation_weight_P4[:, :, None]).sum(1)
-    hidden_NPD = hidden_NPD + table_PD
+    hidden_NPD = hidden_NPD + table_PD.to(hidden_NPD.dtype)
     levels = []
     for depth, block in enumerate(visual.blocks):
         if block.gradient_checkpointing and torch.is_grad_enabled():
@@ -77,7 +77,7 @@ def _vision_attention(attention: Any, hidden_NPD: Tensor, cos_PE: Tensor, sin_PE
 
 def _rotate(states_NHPE: Tensor, cos_PE: Tensor, sin_PE: Tensor) -> Tensor:
     left, right = states_NHPE.chunk(2, dim=-1)
-    return states_NHPE * cos_PE + torch.cat((-right, left), dim=-1) * sin_PE
+    return (states_NHPE * cos_PE + torch.cat((-right, left), dim=-1) * sin_PE).to(states_NHPE.dtype)
 
 
 def decoder_forward(
@@ -99,7 +99,7 @@ def decoder_forward(
     hidden_BSD = language_model.embed_tokens(token_ids_BS)
     if visual_tokens_VD is not None and visual_index_BS is not None:
         hidden_BSD = torch.where(visual_index_BS[..., None] > 0, visual_tokens_VD[visual_index_BS], hidden_BSD)
-    rotary = _rotary_tables(language_model.rotary_emb, position_ids_3BS)
+    rotary = tuple(table.to(hidden_BSD.dtype) for table in _rotary_tables(language_model.rotary_emb, position_ids_3BS))
     new, total = token_ids_BS.shape[1], mask_BK.shape[1]
     reach_SK = torch.arange(total, device=mask_BK.device) <= torch.arange(new, device=mask_BK.device)[:, None] + (
         total - new
@@ -120,7 +120,7 @@ def checkpoint_layers(model: Any) -> None:
 
     The text layers checkpoint themselves, with our cache: its update has the same effect when it is replayed.
     """
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     for layer in model.model.language_model.layers:
         layer._can_checkpoint_with_cache = True
 
@@ -130,7 +130,7 @@ def _rotary_tables(rotary: Any, position_ids_3BS: Tensor) -> tuple[Tensor, Tenso
 
     The interleaved layout of `Qwen3VLTextRotaryEmbedding.recomposition_frequencies`, as a lookup instead of a scatter.
     """
-    axis_of_frequency = torch.zeros(len(rotary.inv_freq), dtype=torch.long)
+    axis_of_frequency = torch.zeros(len(rotary.inv_freq), dtype=torch.long, device=position_ids_3BS.device)
     for axis in (1, 2):
         axis_of_frequency[axis : rotary.mrope_section[axis] * 3 : 3] = axis
     angles = position_ids_3BS[axis_of_frequency].permute(1, 2, 0) * rotary.inv_freq

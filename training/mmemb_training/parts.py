@@ -93,9 +93,9 @@ class Gate(Part):
         super().__init__()
         self.rows_2D = nn.Parameter(lm_head.weight[[think, stop]].detach().clone())
 
-    def forward(self, state: Tensor) -> Tensor:
+    def forward(self, state: Tensor) -> tuple[Tensor]:
         think_B, stop_B = (state @ self.rows_2D.T).unbind(-1)
-        return torch.sigmoid(think_B - stop_B)
+        return (torch.sigmoid(think_B - stop_B),)
 
 
 def last_state(hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:

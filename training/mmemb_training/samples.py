@@ -5,12 +5,11 @@ A worker that writes rationales is handed a Question and nothing else, so that n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from mmemb_deploy.inputs import parse
+from mmemb_deploy.rows import Row, RowEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +41,13 @@ class Sample:
     negatives: tuple[Target, ...] = ()
 
 
-def relevance(samples: Sequence[Sample], targets: Sequence[Target]) -> Tensor:
-    """Return which target answers which sample, bool (samples, targets): what is true there is never a negative."""
-    return torch.tensor([[sample.wanted in target.labels for target in targets] for sample in samples])
+def query_row(question: Question, encoder: RowEncoder) -> Row:
+    """Return a question's prompt; raises InputError for a content that cannot be read."""
+    default = encoder.prompt.format.query_instruction
+    return encoder.row(parse(question.content), default if question.instruction is None else question.instruction)
+
+
+def target_row(target: Target, encoder: RowEncoder) -> Row:
+    """Return a target's prompt; raises InputError for a content that cannot be read."""
+    default = encoder.prompt.format.document_instruction
+    return encoder.row(parse(target.content), default if target.instruction is None else target.instruction)

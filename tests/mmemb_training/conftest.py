@@ -1,0 +1,43 @@
+"""A tiny random model, digits to teach it, and the pool and selection that go with them."""
+
+from pathlib import Path
+
+import pytest
+
+from mmemb_training.checkpoint import Checkpoint, load_checkpoint
+from mmemb_training.joint import Lesson
+from mmemb_training.nano.digits import Digits, digit_workers, draw_digits
+from mmemb_training.pool.job import Candidate
+
+
+@pytest.fixture
+def tiny(tiny_checkpoint: Path) -> Checkpoint:
+    """A fresh copy of the tiny random checkpoint, for tests that change its weights."""
+    return load_checkpoint(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Digits:
+    """Samples of all families."""
+    return draw_digits("train", 3, 48)
+
+
+@pytest.fixture(scope="session")
+def pool(digits: Digits) -> dict[str, list[Candidate]]:
+    """What the four workers write for `digits`."""
+    found: dict[str, list[Candidate]] = {}
+    for worker in digit_workers(digits):
+        questions = [sample.question for sample in digits.samples]
+        for question, written in zip(questions, worker.write(questions), strict=True):
+            candidates = (Candidate(worker.name, place, text) for place, text in enumerate(written.rationales))
+            found.setdefault(question.key, []).extend(candidates)
+    return found
+
+
+@pytest.fixture(scope="session")
+def lessons(digits: Digits, pool: dict[str, list[Candidate]]) -> list[Lesson]:
+    """Every sample with one rationale, but for the matches: they are taught to stop."""
+    return [
+        Lesson(sample, None if sample.question.task == "match" else pool[sample.question.key][place % 6].rationale)
+        for place, sample in enumerate(digits.samples)
+    ]

@@ -1,0 +1,159 @@
+"""Training resumes bit for bit, stops at a bad loss, and gives one loss curve alone, with DDP and with FSDP2."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmemb_deploy import OptionError
+from mmemb_training.checkpoint import Checkpoint, load_checkpoint
+from mmemb_training.joint import Lesson, Objective
+from mmemb_training.loop import METRICS, STOPPED, Schedule, TrainingError
+from mmemb_training.lora import LoraSettings
+from mmemb_training.trainer import JointRecipe, train_jointly
+
+SCRIPT = Path(__file__).with_name("train_briefly.py")
+RECIPE = JointRecipe(
+    schedule=Schedule(steps=4, learning_rate=1e-3, warmup=2, save_every=2), objective=Objective(dims=(48, 24))
+)
+
+
+def run_script(source: Path, folder: Path, *options: str, processes: int = 1, kill_after: int = -1) -> Any:
+    """Run train_briefly.py; return its losses, or None if it was to be killed."""
+    launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path), "KILL_AFTER": str(kill_after), "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    command = [sys.executable, *launch, str(SCRIPT), str(source), str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if kill_after > 0:
+        assert done.returncode == -9, done.stderr
+        return None
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """One process's run: its folder and its losses."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, run_script(tiny_checkpoint, folder, "alone")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoint" / "model.safetensors")
+
+
+def test_a_killed_run_goes_on_bit_for_bit(
+    tiny_checkpoint: Path, alone: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    run_script(tiny_checkpoint, tmp_path, "alone", kill_after=5)  # after the state of step 4
+    assert run_script(tiny_checkpoint, tmp_path, "alone") == alone[1]
+    expected = weights(alone[0])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("options", [(), ("lora",), ("checkpointing",)], ids=["full", "lora", "checkpointing"])
+def test_two_processes_give_the_loss_curve_of_one(
+    tiny_checkpoint: Path, tmp_path: Path, mode: str, options: tuple[str, ...]
+) -> None:
+    expected = run_script(tiny_checkpoint, tmp_path / "one", "alone", *options)
+    found = run_script(tiny_checkpoint, tmp_path / "two", mode, *options, processes=2)
+    np.testing.assert_allclose(found, expected, rtol=2e-4)  # sums of float32 in another order
+    for name, tensor in weights(tmp_path / "two").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "one")[name], rtol=1e-2, atol=2e-4)
+
+
+def test_training_in_bf16_stays_close(tiny_checkpoint: Path, alone: tuple[Path, list[float]], tmp_path: Path) -> None:
+    np.testing.assert_allclose(run_script(tiny_checkpoint, tmp_path, "alone", "bf16"), alone[1], rtol=0.05)
+
+
+def test_lora_moves_the_language_model_and_the_markers_alone(
+    tiny: Checkpoint, lessons: list[Lesson], tmp_path: Path
+) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
+    recipe = replace(RECIPE, lora=LoraSettings(rank=4))
+    list(train_jointly(tiny, lambda step: lessons[8 * step : 8 * step + 8], recipe, tmp_path))
+    after = tiny.model.state_dict()
+    assert before.keys() == after.keys()
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert all("language_model" in name for name in moved)
+    assert any("q_proj" in name for name in moved)
+    name = "model.language_model.embed_tokens.weight"
+    rows = {int(row) for row in (after[name] != before[name]).any(dim=1).nonzero()}
+    ids = tiny.rows.prompt.ids
+    assert rows == {ids["<|disc_emb|>"], ids["<|gen_emb|>"]}
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_batch_saved(
+    tiny: Checkpoint, lessons: list[Lesson], tmp_path: Path
+) -> None:
+    def draw(step: int) -> list[Lesson]:
+        if step == 2:
+            with torch.no_grad():
+                tiny.model.lm_head.weight[0, 0] = torch.nan
+        return lessons[8 * step : 8 * step + 8]
+
+    with pytest.raises(TrainingError, match=r"step 3 has a loss of nan.*stopped\.json"):
+        list(train_jointly(tiny, draw, RECIPE, tmp_path))
+    saved = json.loads((tmp_path / STOPPED).read_text())
+    assert [one["question"] for one in saved["batch"]] == [lesson.sample.question.key for lesson in lessons[16:24]]
+    assert (tmp_path / "state-000002").is_dir()
+
+
+def test_a_spike_stops_the_run(
+    tiny: Checkpoint, lessons: list[Lesson], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmemb_training.loop.RECENT", 2)
+    recipe = replace(RECIPE, schedule=replace(RECIPE.schedule, spike=1.5, learning_rate=1e-6))
+
+    def draw(step: int) -> list[Lesson]:
+        if step == 3:
+            with torch.no_grad():
+                tiny.model.lm_head.weight.mul_(30)
+        return lessons[:8]
+
+    with pytest.raises(TrainingError, match="step 4"):
+        list(train_jointly(tiny, draw, recipe, tmp_path))
+
+
+def test_a_folder_with_another_run_is_refused_by_what_differs(
+    tiny: Checkpoint, lessons: list[Lesson], tmp_path: Path
+) -> None:
+    draw: Callable[[int], list[Lesson]] = lambda _: lessons[:4]  # noqa: E731
+    next(train_jointly(tiny, draw, RECIPE, tmp_path, data="one"))
+    with pytest.raises(OptionError, match="holds a run with another data"):
+        next(train_jointly(tiny, draw, RECIPE, tmp_path, data="two"))
+
+
+def test_metrics_are_one_line_a_step(alone: tuple[Path, list[float]]) -> None:
+    rows = [json.loads(line) for line in (alone[0] / METRICS).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for name in ("direct", "reasoned", "rationale", "decision", "gradient_norm", "seconds"):
+        assert all(np.isfinite(row[name]) for row in rows)
+
+
+def test_a_checkpoint_says_what_it_was_trained_by(alone: tuple[Path, list[float]]) -> None:
+    assert load_checkpoint(alone[0] / "checkpoint").facts.provenance["data"] == "random"
+
+
+def test_the_rate_warms_up_and_decays_to_zero() -> None:
+    schedule = Schedule(steps=100, warmup=10, learning_rate=1.0)
+    rates = [schedule.rate(step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[100] == pytest.approx(0.0)
+    assert all(later <= earlier for earlier, later in pairwise(rates[10:]))

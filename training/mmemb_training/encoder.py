@@ -1,0 +1,128 @@
+"""The model as every stage of training reads it: one prefill per prompt, and any number of rationales after it.
+
+    prompt ... <|disc_emb|>                                   direct embedding, decision, KV cache
+                            <think> words </think> <|gen_emb|>    reasoned embedding, log-probabilities of the words
+
+Paths continue from their prompt's cache, as the runtime does: the candidates of one query, or the rollouts of one
+group, share its prefill. Axes: B prompts, R paths, T tokens of a path, D hidden size, 2 = (`<think>`, stop).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmemb_deploy import prompts
+from mmemb_deploy.rows import Batch, Row, collate
+from mmemb_training.batches import encode_batch
+from mmemb_training.checkpoint import Checkpoint
+from mmemb_training.model import KeyValue, decoder_forward
+
+
+@dataclass(frozen=True)
+class Path:
+    """A rationale of one prompt: `words` are its token ids without markers."""
+
+    prompt: int
+    words: Sequence[int]
+
+
+class Reading(NamedTuple):
+    """What one forward pass found. States are not normalised; log-probabilities are 0 where a path has no word.
+
+    `words_RT` counts the words and `</think>`; `<think>` is the decision, and `<|gen_emb|>` is forced.
+    """
+
+    direct_BD: Tensor
+    decision_B2: Tensor
+    reasoned_RD: Tensor
+    words_RT: Tensor
+
+
+class Encoder(nn.Module):
+    """A Qwen3-VL behind one forward pass, so that DDP and FSDP can wrap it. It owns the checkpoint's model."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.model = checkpoint.model
+        self.spec = checkpoint.vision
+        self.ids = checkpoint.rows.prompt.ids
+
+    def forward(self, rows: Sequence[Row], paths: Sequence[Path]) -> Reading:
+        """Read prompts, each up to `<|disc_emb|>`, and paths after some of them."""
+        batch = collate(rows, self.ids[prompts.PAD])
+        hidden_BSD, cache = encode_batch(self.model, batch, self.spec)
+        last_B = torch.from_numpy(batch.last_B).to(hidden_BSD.device)
+        direct_BD = hidden_BSD[torch.arange(len(rows), device=last_B.device), last_B]
+        choices = torch.tensor([self.ids[prompts.THINK], self.ids[prompts.STOP]], device=last_B.device)
+        decision_B2 = self.model.lm_head(direct_BD).float().log_softmax(dim=-1)[:, choices]
+        if not paths:
+            return Reading(
+                direct_BD, decision_B2, direct_BD.new_zeros(0, direct_BD.shape[1]), decision_B2.new_zeros(0, 1)
+            )
+        owners, tokens = [path.prompt for path in paths], [self._tokens(path) for path in paths]
+        hidden_RTD, ids_RT, lengths_R = self._follow(batch, cache, owners, tokens)
+        reasoned_RD = hidden_RTD[torch.arange(len(paths), device=last_B.device), lengths_R - 1]
+        predicts_RT = torch.arange(hidden_RTD.shape[1] - 2, device=last_B.device) < lengths_R[:, None] - 2
+        logits_NV = self.model.lm_head(hidden_RTD[:, :-2][predicts_RT]).float()
+        words_N = -nn.functional.cross_entropy(logits_NV, ids_RT[:, 1:-1][predicts_RT], reduction="none")
+        words_RT = words_N.new_zeros(predicts_RT.shape).masked_scatter(predicts_RT, words_N)
+        return Reading(direct_BD, decision_B2, reasoned_RD, words_RT)
+
+    def embed(
+        self, rows: Sequence[Row], paths: Sequence[Path], *, at_once: int = 128
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Return the states at `<|disc_emb|>` (B, D) and `<|gen_emb|>` (R, D) alone, `at_once` paths in a pass."""
+        batch = collate(rows, self.ids[prompts.PAD])
+        hidden_BSD, cache = encode_batch(self.model, batch, self.spec)
+        last_B = torch.from_numpy(batch.last_B).to(hidden_BSD.device)
+        direct_BD = hidden_BSD[torch.arange(len(rows), device=last_B.device), last_B]
+        reasoned_RD = direct_BD.new_empty(len(paths), direct_BD.shape[1])
+        order = sorted(range(len(paths)), key=lambda place: len(paths[place].words))
+        for start in range(0, len(paths), at_once):
+            places = order[start : start + at_once]
+            owners, tokens = [paths[place].prompt for place in places], [self._tokens(paths[place]) for place in places]
+            hidden_RTD, _, lengths_R = self._follow(batch, cache, owners, tokens)
+            reasoned_RD[places] = hidden_RTD[torch.arange(len(places), device=last_B.device), lengths_R - 1]
+        return direct_BD, reasoned_RD
+
+    def next_logits(self, rows: Sequence[Row], continued: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+        """Return the logits after prompts that go on with tokens, (R, V); `continued` holds prompts and tokens."""
+        batch = collate(rows, self.ids[prompts.PAD])
+        _, cache = encode_batch(self.model, batch, self.spec)
+        owners, tokens = [owner for owner, _ in continued], [list(words) for _, words in continued]
+        hidden_RTD, _, lengths_R = self._follow(batch, cache, owners, tokens)
+        last_RD = hidden_RTD[torch.arange(len(tokens), device=lengths_R.device), lengths_R - 1]
+        logits_RV: Tensor = self.model.lm_head(last_RD)
+        return logits_RV
+
+    def _tokens(self, path: Path) -> list[int]:
+        return [self.ids[prompts.THINK], *path.words, self.ids[prompts.END_THINK], self.ids[prompts.GEN_EMB]]
+
+    def _follow(
+        self, batch: Batch, cache: list[KeyValue], owners: Sequence[int], tokens: Sequence[list[int]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the states of tokens that follow the prompts `owners`, (R, T, D), their ids and their lengths."""
+        lengths_R = np.array([len(row) for row in tokens])
+        token_ids_RT = np.full((len(tokens), lengths_R.max()), self.ids[prompts.PAD], np.int64)
+        for place, row in enumerate(tokens):
+            token_ids_RT[place, : len(row)] = row
+        steps_T = np.arange(lengths_R.max())
+        owners_R = np.asarray(owners)
+        starts_R = batch.position_ids_3BT[0, owners_R, batch.last_B[owners_R]] + 1
+        mask_RK = np.concatenate([batch.mask_BT[owners_R], steps_T < lengths_R[:, None]], axis=1).astype(np.int64)
+        device = cache[0][0].device
+        index_R, ids_RT = torch.from_numpy(owners_R).to(device), torch.from_numpy(token_ids_RT).to(device)
+        hidden_RTD, _ = decoder_forward(
+            self.model.model.language_model,
+            ids_RT,
+            torch.from_numpy(starts_R[:, None] + steps_T).to(device).expand(3, -1, -1),
+            torch.from_numpy(mask_RK).to(device),
+            past=[(keys.index_select(0, index_R), values.index_select(0, index_R)) for keys, values in cache],
+        )
+        return hidden_RTD, ids_RT, torch.from_numpy(lengths_R).to(device)
