@@ -1,0 +1,184 @@
+"""Selection scores pairs by counterfactuals, keeps what helps by what it says, and never mines a right answer."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mmemb_deploy import OptionError
+from mmemb_deploy.inputs import parse
+from mmemb_deploy.rows import collate
+from mmemb_training.batches import encode_batch
+from mmemb_training.checkpoint import Checkpoint, load_checkpoint
+from mmemb_training.nano.digits import Digits
+from mmemb_training.pool.job import Candidate
+from mmemb_training.samples import Question, Sample, Target, query_row, target_row
+from mmemb_training.selection.bank import TargetBank, mine_negatives
+from mmemb_training.selection.evaluators import Confidence, EmbedderEvaluator, JudgeEvaluator
+from mmemb_training.selection.select import Judged, Margins, Verdict, choose, judge, report
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: FilePath) -> Checkpoint:
+    return load_checkpoint(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def mined(digits: Digits, model: Checkpoint) -> list[Sample]:
+    bank = TargetBank(digits.samples, model)
+    return mine_negatives(digits.samples, bank, model, hard=3, even=2, share_of_positive=None)
+
+
+def state(model: Checkpoint, row: Any, tokens: Sequence[int] = ()) -> torch.Tensor:
+    """The last state of one prompt and what follows it, by one forward pass of its own."""
+    with torch.no_grad():
+        return encode_batch(model.model, collate([row.extended(tokens)], 0), model.vision)[0][0, -1]
+
+
+def test_the_embedder_s_confidence_is_its_softmax_at_the_target(mined: list[Sample], model: Checkpoint) -> None:
+    samples, rationales = mined[8:12], [["3+4=7;", "?"], [], ["a"], ["no", "7", "3+4=7;"]]
+    evaluator = EmbedderEvaluator(model, TargetBank(mined, model), temperature=0.05)
+    found = evaluator.confidences(samples, rationales)
+    for sample, texts, confidence in zip(samples, rationales, found, strict=True):
+        row = query_row(sample.question, model.rows)
+        targets = [state(model, target_row(target, model.rows)) for target in (sample.target, *sample.negatives)]
+
+        def l(tokens: Sequence[int], row: Any = row, targets: list[torch.Tensor] = targets) -> torch.Tensor:  # noqa: E743
+            query_D = state(model, row, tokens)
+            cosines = torch.stack([F.cosine_similarity(query_D, target_D, dim=0) for target_D in targets])
+            return (cosines / 0.05).log_softmax(dim=0)
+
+        expected = [l(model.rows.prompt.rationale(text)) for text in texts]
+        assert confidence.without == pytest.approx(l([])[0].item(), abs=1e-3)
+        assert confidence.with_each == pytest.approx([one[0].item() for one in expected], abs=1e-3)
+        gains = [(one - l([]))[1:].mean().item() for one in expected]
+        assert confidence.gain_on_negatives == pytest.approx(gains, abs=1e-3)
+
+
+def test_the_judge_s_confidence_is_yes_against_no_after_the_rationale(model: Checkpoint) -> None:
+    image = np.full((16, 16, 3), 90, np.uint8)
+    sample = Sample(
+        question=Question(key="a", task="t", content={"image": image, "text": "what is it?"}, instruction="Find it."),
+        wanted="x",
+        target=Target(content={"text": "seven", "image": image}, labels=frozenset("x")),
+    )
+    (found,) = JudgeEvaluator(model).confidences([sample], [["it is a seven", "no idea"]])
+    words = model.rows.prompt.words
+    text = "Query: Find it. what is it?\nCandidate: seven"
+    instruction = "Decide whether the candidate is what the query asks for. The query's images come first."
+    prompt = model.rows.row(parse({"images": [image, image], "text": text}), instruction)
+    bare = replace(
+        prompt,
+        token_ids_S=prompt.token_ids_S[:-1],
+        position_ids_3S=prompt.position_ids_3S[:, :-1],
+        visual_index_S=prompt.visual_index_S[:-1],
+    )
+    yes, no = (words(f" {word}")[-1] for word in ("yes", "no"))
+    ask = words("Does the candidate match? Answer:")
+    odds = []
+    for tokens in (ask, *([*words(f"About the query: {one}\n"), *ask] for one in ("it is a seven", "no idea"))):
+        logits_V = model.model.lm_head(state(model, bare, tokens))
+        odds.append((logits_V[yes] - logits_V[no]).item())
+    assert [found.without, *found.with_each] == pytest.approx(odds, abs=1e-3)
+
+
+def test_the_judge_refuses_two_videos(model: Checkpoint) -> None:
+    video = {"video": [np.zeros((16, 16, 3), np.uint8)] * 2}
+    question = Question(key="clip", task="t", content=video)
+    sample = Sample(question=question, wanted="x", target=Target(content=video, labels=frozenset("x")))
+    with pytest.raises(OptionError, match="clip: the judge reads one video per pair"):
+        JudgeEvaluator(model).confidences([sample], [["a"]])
+
+
+class KnownConfidence:
+    """An evaluator that is sure of rationales by what they say: "good", "bad", or nothing ("hollow")."""
+
+    def confidences(self, samples: Sequence[Sample], rationales: Sequence[Sequence[str]]) -> list[Confidence]:
+        value = {"good": 3.0, "bad": -4.0, "hollow": 1.0}
+        found = []
+        for sample, texts in zip(samples, rationales, strict=True):
+            own = [
+                value[text.split()[0]] if sample.question.key in text or "hollow" in text else -2.0 for text in texts
+            ]
+            found.append(Confidence(0.0, tuple(own), (0.5,) * len(texts)))
+        return found
+
+
+def questions(count: int) -> list[Sample]:
+    return [
+        Sample(
+            question=Question(key=f"q{place}", task="t", content="x"),
+            wanted="a",
+            target=Target(content="y", labels=frozenset("a")),
+        )
+        for place in range(count)
+    ]
+
+
+def test_content_tells_a_hollow_rationale_from_a_good_one() -> None:
+    samples = questions(6)
+    pool = {
+        sample.question.key: [
+            Candidate("solver", 0, f"good {sample.question.key}"),
+            Candidate("liar", 0, f"bad {sample.question.key}"),
+            Candidate("poser", 0, "hollow"),
+        ]
+        for sample in samples
+    }
+    judged = list(judge(samples, pool, KnownConfidence(), batch=4))
+    found = {(one.candidate.worker, one.verdict(Margins())) for one in judged}
+    assert found == {("solver", Verdict.KEPT), ("liar", Verdict.HARMFUL), ("poser", Verdict.FORMAT_ONLY)}
+    assert {one.content for one in judged if one.candidate.worker == "solver"} == {5.0}  # 3 against strangers' -2
+    counts = report(judged, Margins())
+    assert counts["worker"]["poser"] == {"kept": 0, "format-only": 6, "useless": 0, "harmful": 0}
+    assert counts["task"]["t"] == {"kept": 6, "format-only": 6, "useless": 0, "harmful": 6}
+    against = next(iter(judge(samples, pool, KnownConfidence(), against_negatives=True)))
+    assert against.gain == 2.5
+
+
+def judged(question: str, gain: float, text: str) -> Judged:
+    return Judged(question, "t", Candidate("w", 0, text), gain, gain)
+
+
+def test_a_query_draws_by_gain_and_one_that_kept_nothing_is_taught_to_stop() -> None:
+    found = [judged("a", 2.0, "two"), judged("a", 1.0, "one"), judged("a", -1.0, "worse"), judged("b", -1.0, "bad")]
+    choices = choose(found, lambda one: one.gain > 0, temperature=1.0)
+    assert choices["a"].rationales == ("two", "one")
+    assert choices["a"].weights == pytest.approx((np.e / (1 + np.e), 1 / (1 + np.e)))
+    rng = np.random.default_rng(0)
+    drawn = [choices["a"].draw(rng) for _ in range(1000)]
+    assert drawn.count("two") == pytest.approx(731, abs=45)
+    assert choices["b"].draw(rng) is None
+    assert choose(found, lambda _: True, temperature=float("inf"))["a"].weights == pytest.approx((1 / 3,) * 3)
+
+
+def test_mined_negatives_never_answer_and_the_hardest_come_first(
+    digits: Digits, mined: list[Sample], model: Checkpoint
+) -> None:
+    bank = TargetBank(digits.samples, model)
+    for before, after in zip(digits.samples, mined, strict=True):
+        new = after.negatives[len(before.negatives) :]
+        assert len(new) == 5
+        assert not any(after.wanted in negative.labels for negative in after.negatives)
+        query_D = F.normalize(state(model, query_row(after.question, model.rows)), dim=0).numpy()
+        similarity = [float(bank.embeddings_CD[bank.place(target)] @ query_D) for target in new]
+        wrong = [place for place, target in enumerate(bank.targets) if after.wanted not in target.labels]
+        best = sorted((float(bank.embeddings_CD[place] @ query_D) for place in wrong), reverse=True)
+        assert similarity[:3] == pytest.approx(best[:3], abs=1e-5)
+
+
+def test_a_target_too_like_the_right_one_is_taken_for_an_unlabelled_right_one(
+    digits: Digits, model: Checkpoint
+) -> None:
+    bank = TargetBank(digits.samples, model)
+    for sample in mine_negatives(digits.samples, bank, model, hard=500, share_of_positive=0.9):
+        query_D = F.normalize(state(model, query_row(sample.question, model.rows)), dim=0).numpy()
+        own = float(bank.embeddings_CD[bank.place(sample.target)] @ query_D)
+        known = digits.samples[[one.question.key for one in digits.samples].index(sample.question.key)].negatives
+        for negative in sample.negatives[len(known) :]:
+            assert float(bank.embeddings_CD[bank.place(negative)] @ query_D) <= 0.9 * own + 1e-6

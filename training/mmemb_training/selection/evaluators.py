@@ -1,0 +1,131 @@
+"""Frozen evaluators: how sure is a model that a question and its target match, with and without a rationale?
+
+Two behind one interface: an embedder's softmax over hard negatives, and a judge's "yes" against "no". Both read a
+question once and every rationale from its KV cache. Axes: Q questions, C candidates, R rationales, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmemb_deploy.errors import OptionError
+from mmemb_deploy.inputs import Request, parse
+from mmemb_deploy.rows import Row
+from mmemb_training.checkpoint import Checkpoint
+from mmemb_training.encoder import Encoder, Path
+from mmemb_training.samples import Sample, query_row
+from mmemb_training.selection.bank import TargetBank
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """Log-odds or log-probabilities l of a match: without a rationale, and with each of those that were asked about.
+
+    `gain_on_negatives` is, per rationale, the mean of l(with) - l(without) over the question's negatives, where the
+    evaluator has negatives.
+    """
+
+    without: float
+    with_each: tuple[float, ...]
+    gain_on_negatives: tuple[float, ...] | None = None
+
+
+class Evaluator(Protocol):
+    """Scores pairs; nothing of it is trained."""
+
+    def confidences(self, samples: Sequence[Sample], rationales: Sequence[Sequence[str]]) -> list[Confidence]:
+        """Return the confidence in every sample, given each of its rationales in turn."""
+        ...
+
+
+class EmbedderEvaluator:
+    """Ours; needs no second model: l = log softmax over {t} and the sample's negatives of cos(z, .) / tau, at t."""
+
+    def __init__(self, checkpoint: Checkpoint, bank: TargetBank, *, temperature: float) -> None:
+        self._encoder = Encoder(checkpoint).eval()
+        self._rows = checkpoint.rows
+        self._bank = bank
+        self._temperature = temperature
+
+    def confidences(self, samples: Sequence[Sample], rationales: Sequence[Sequence[str]]) -> list[Confidence]:
+        """Return the confidence in every sample, given each of its rationales in turn."""
+        words = self._rows.prompt.words
+        paths = [Path(place, words(text)) for place, given in enumerate(rationales) for text in given]
+        with torch.inference_mode():
+            states = self._encoder.embed([query_row(sample.question, self._rows) for sample in samples], paths)
+        direct_QD, reasoned_RD = (F.normalize(state.float(), dim=-1) for state in states)
+        groups = reasoned_RD.split([len(given) for given in rationales])
+        return [
+            self._confidence(direct_D, group_RD, torch.from_numpy(self._bank.candidates(sample)).to(direct_D))
+            for direct_D, group_RD, sample in zip(direct_QD, groups, samples, strict=True)
+        ]
+
+    def _confidence(self, direct_D: Tensor, reasoned_RD: Tensor, candidates_CD: Tensor) -> Confidence:
+        views_VD = torch.cat((direct_D[None], reasoned_RD))
+        l_VC = (views_VD @ candidates_CD.T / self._temperature).log_softmax(dim=-1)
+        gain_RC = l_VC[1:] - l_VC[0]
+        on_negatives = gain_RC[:, 1:].mean(dim=1) if len(candidates_CD) > 1 else gain_RC.new_zeros(len(gain_RC))
+        return Confidence(float(l_VC[0, 0]), tuple(l_VC[1:, 0].tolist()), tuple(on_negatives.tolist()))
+
+
+JUDGE_INSTRUCTION = "Decide whether the candidate is what the query asks for. The query's images come first."
+
+
+class JudgeEvaluator:
+    """As the paper: a model answers whether q, with r, matches t; l = logit("yes") - logit("no").
+
+    The model is any Qwen3-VL in this project's checkpoint format, such as a public Instruct model after `mmemb train
+    prepare`. Question and candidate are read once; each rationale follows as the beginning of the answer.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._encoder = Encoder(checkpoint).eval()
+        self._rows = checkpoint.rows
+        self._answers = [self._word("yes"), self._word("no")]
+
+    def confidences(self, samples: Sequence[Sample], rationales: Sequence[Sequence[str]]) -> list[Confidence]:
+        """Return the confidence in every sample, given each of its rationales in turn."""
+        words = self._rows.prompt.words
+        ask = words("Does the candidate match? Answer:")
+        tails = [[ask, *(words(f"About the query: {text}\n") + ask for text in given)] for given in rationales]
+        prompts = [self._pair_row(sample) for sample in samples]
+        continued = [(place, tail) for place, group in enumerate(tails) for tail in group]
+        with torch.inference_mode():
+            logits_RV = self._encoder.next_logits(prompts, continued)
+        yes_R, no_R = logits_RV[:, self._answers].unbind(dim=1)
+        odds = iter((yes_R - no_R).tolist())
+        return [Confidence(next(odds), tuple(next(odds) for _ in given)) for given in rationales]
+
+    def _pair_row(self, sample: Sample) -> Row:
+        """Return one prompt that shows both sides of a pair, up to where an answer begins."""
+        query, candidate = parse(sample.question.content), parse(sample.target.content)
+        if query.frames and candidate.frames:
+            raise OptionError(
+                f"{sample.question.key}: the judge reads one video per pair, and both sides have one; choose the "
+                f"embedder as evaluator"
+            )
+        video = query if query.frames else candidate
+        asked = sample.question.instruction or self._rows.prompt.format.query_instruction
+        text = f"Query: {asked} {query.text}\nCandidate: {candidate.text}"
+        both = Request(text, (*query.images, *candidate.images), video.frames, video.timestamps)
+        row = self._rows.row(both, JUDGE_INSTRUCTION)
+        return replace(  # up to the answer: without `<|disc_emb|>`
+            row,
+            token_ids_S=row.token_ids_S[:-1],
+            position_ids_3S=row.position_ids_3S[:, :-1],
+            visual_index_S=row.visual_index_S[:-1],
+        )
+
+    def _word(self, word: str) -> int:
+        (*_, token) = self._rows.prompt.words(f" {word}")
+        return token

@@ -1,0 +1,62 @@
+"""Tables that grow in parts: parquet files of one folder, each whole or absent, for jobs that survive a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmemb_deploy.errors import MissingExtraError, OptionError
+
+LOCK = ".lock"
+
+
+def write_part(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows as a new part, under a temporary name until it is whole. No rows, no part."""
+    if not rows:
+        return
+    arrow, parquet = _arrow()
+    number = 1 + max((int(path.stem.rpartition("-")[2]) for path in folder.glob("part-*.parquet")), default=-1)
+    new = folder / "part.new"
+    parquet.write_table(arrow.Table.from_pylist([dict(row) for row in rows]), new)
+    new.replace(folder / f"part-{number:05d}.parquet")
+
+
+def read_parts(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of all parts in order. Raises OptionError for a file that is no part of such a table."""
+    arrow, parquet = _arrow()
+    for path in sorted(folder.glob("part-*.parquet")):
+        try:
+            table = parquet.read_table(path, columns=list(columns))
+        except (arrow.ArrowException, OSError) as error:
+            raise OptionError(f"{path} cannot be read: {error}. Delete it, and the job writes it again") from error
+        missing = set(columns) - set(table.column_names)
+        if missing:
+            raise OptionError(f"{path} has no column {', '.join(sorted(missing))}: it is not a part of this table")
+        yield from table.to_pylist()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for one process. Raises OptionError if another has it; a process that dies lets go."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OptionError(
+                f"{folder} is in use by another process: wait for it, or choose another folder"
+            ) from error
+        yield
+
+
+def _arrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("pyarrow", "train") from error
+    return pyarrow, pyarrow.parquet
