@@ -1,0 +1,181 @@
+"""Rewards are the formulas of METHOD, groups are paired, and the policy moves towards what is rewarded."""
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmemb_deploy import OptionError
+from mmemb_training.checkpoint import Checkpoint
+from mmemb_training.control import grpo
+from mmemb_training.control.grpo import Batch, ControlRecipe, train_control
+from mmemb_training.control.rewards import Rewards, Rollout, advantages, score_group
+from mmemb_training.control.rollouts import decisions, draw_groups
+from mmemb_training.encoder import Encoder, Path, Reading
+from mmemb_training.loop import Schedule
+from mmemb_training.nano.digits import Digits
+from mmemb_training.selection.bank import TargetBank, mine_negatives
+
+CANDIDATES_CD = np.eye(4, dtype=np.float32)
+RECIPE = ControlRecipe(
+    schedule=Schedule(steps=4, learning_rate=1e-3, warmup=1, save_every=2, spike=None), group=4, updates=2
+)
+
+
+def rollout(similarity: list[float], words: int | None, **flags: bool) -> Rollout:
+    return Rollout(None if words is None else (5,) * words, np.array(similarity, np.float32), **flags)
+
+
+def test_rewards_are_the_formulas_by_hand() -> None:
+    rewards = Rewards(cost=0.2, sigma=0.5, well_formed=0.1, embedding=2.0, temperature=0.1)
+    group = [
+        rollout([0.8, 0.1, 0.0, 0.0], 10),
+        rollout([0.3, 0.5, 0.0, 0.0], 40, truncated=True),
+        rollout([0.4, 0.3, 0.2, 0.0], None),
+    ]
+    scored = score_group(group, CANDIDATES_CD, rewards, max_tokens=40)
+
+    def s(own: float, others: list[float]) -> float:
+        return own - 0.1 * float(np.log(np.exp(np.array(others) / 0.1).sum()))
+
+    direct = s(0.4, [0.3, 0.2, 0.0])
+    gaps = [s(0.8, [0.1, 0, 0]) - direct, s(0.3, [0.5, 0, 0]) - direct]
+    assert scored.gap_G[:2] == pytest.approx(gaps, abs=1e-5)
+    assert np.isnan(scored.gap_G[2])
+    clipped = [float(np.clip(gap / 0.5, -1, 1)) for gap in gaps]
+    stop = -float(np.clip(np.mean(gaps) / 0.5, -1, 1))
+    assert scored.adaptive_G == pytest.approx([clipped[0] - 0.2 * 0.25, clipped[1] - 0.2, stop], abs=1e-5)
+    assert scored.well_formed_G.tolist() == [1, 0, 1]
+    assert scored.embedding_G == pytest.approx([0.7, 0, 0.1], abs=1e-6)  # the second's target is not on top
+    expected = scored.adaptive_G + 0.1 * scored.well_formed_G + 2.0 * scored.embedding_G
+    assert scored.reward_G == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("words", [3, None])
+def test_a_group_of_one_kind_knows_no_gap(words: int | None) -> None:
+    group = [rollout([0.9, 0, 0, 0], words), rollout([0.1, 0.5, 0, 0], words)]
+    scored = score_group(group, CANDIDATES_CD, Rewards(cost=0.0), max_tokens=10)
+    assert scored.adaptive_G.tolist() == [0, 0]
+
+
+def test_advantages_compare_members_alone() -> None:
+    found = advantages(np.array([1, 2, 6, 100], np.float32), np.array([True, True, True, False]))
+    assert found[3] == 0
+    assert found[:3].mean() == pytest.approx(0, abs=1e-6)
+    assert found[:3].std() == pytest.approx(1, abs=1e-5)
+    assert not advantages(np.ones(4, np.float32), np.ones(4, bool)).any()
+    assert not advantages(np.array([1, 5], np.float32), np.array([True, False])).any()
+
+
+def test_paired_groups_hold_both_kinds_and_force_only_where_they_must() -> None:
+    rng = np.random.default_rng(0)
+    think_Q = np.array([0.0, 1.0, 0.5, 0.02], np.float32)
+    reasons_QG, forced_QG = decisions(think_Q, 8, rng, paired=True)
+    assert reasons_QG.any(axis=1).all()
+    assert not reasons_QG.all(axis=1).any()
+    assert forced_QG[:2].sum(axis=1).tolist() == [1, 1]
+    assert not forced_QG[2].any()
+    alone, forced = decisions(think_Q, 8, rng, paired=False)
+    assert not alone[0].any()
+    assert alone[1].all()
+    assert not forced.any()
+
+
+@pytest.fixture
+def drawn(tiny: Checkpoint, digits: Digits) -> tuple[Any, TargetBank, Batch]:
+    samples = mine_negatives(
+        digits.samples[::6], TargetBank(digits.samples, tiny), tiny, hard=3, share_of_positive=None
+    )  # fmt: skip
+    bank = TargetBank(samples, tiny)
+    groups = draw_groups(tiny, samples, size=4, paired=True, max_tokens=9, seed=(0, 0))
+    scored = [
+        score_group(group, bank.candidates(sample), Rewards(), 9) for sample, group in zip(samples, groups, strict=True)
+    ]
+    encoder = Encoder(tiny).eval()
+    with torch.no_grad():
+        reading = encoder(*grpo._inputs(tiny, samples, groups))  # pyright: ignore[reportPrivateUsage]
+    return samples, bank, Batch(samples, groups, scored, reading, reading)
+
+
+def test_rollouts_carry_the_embedding_that_the_encoder_gives_them(drawn: Any, tiny: Checkpoint) -> None:
+    _, _, batch = drawn
+    reasoned = iter(torch.nn.functional.normalize(batch.old.reasoned_RD, dim=1).numpy())
+    direct = torch.nn.functional.normalize(batch.old.direct_BD, dim=1).numpy()
+    for place, group in enumerate(batch.groups):
+        for one in group:
+            expected = direct[place] if one.words is None else next(reasoned)
+            np.testing.assert_allclose(one.embedding_D, expected, atol=1e-4)
+            assert one.words is None or len(one.words) <= 9
+    ids = set(tiny.rows.prompt.ids.values())
+    assert not any(set(one.words or ()) & ids for group in batch.groups for one in group)
+
+
+def test_the_policy_gradient_prefers_what_is_rewarded_and_skips_what_was_forced(drawn: Any, tiny: Checkpoint) -> None:
+    samples, bank, batch = drawn
+    encoder = Encoder(tiny).eval()
+
+    def loss_gradient(batch: Batch) -> torch.Tensor:
+        reading = encoder(*grpo._inputs(tiny, samples, batch.groups))  # pyright: ignore[reportPrivateUsage]
+        reading = Reading(*(part.detach().requires_grad_() for part in reading))
+        terms = grpo._terms(reading, batch, RECIPE, bank)  # pyright: ignore[reportPrivateUsage]
+        terms["policy_decision"].backward()
+        assert reading.decision_B2.grad is not None
+        return reading.decision_B2.grad
+
+    def rewarded(batch: Batch, kind: bool) -> Batch:
+        scored = [
+            replace(one, reward_G=np.array([float((member.words is not None) is kind) for member in group], np.float32))
+            for one, group in zip(batch.scored, batch.groups, strict=True)
+        ]
+        return replace(batch, scored=scored)
+
+    free = replace(batch, groups=[[replace(one, forced=False) for one in group] for group in batch.groups])
+    towards, away = loss_gradient(rewarded(free, True)), loss_gradient(rewarded(free, False))
+    assert (towards[:, 0] < 0).all()  # descending raises the log-probability of `<think>`
+    assert (away[:, 0] > 0).all()
+    forced = replace(batch, groups=[[replace(one, forced=True) for one in group] for group in batch.groups])
+    assert not loss_gradient(rewarded(forced, True)).any()
+
+
+def test_control_trains_logs_every_term_and_resumes_bit_for_bit(
+    drawn: Any, tiny_checkpoint: FilePath, tiny: Checkpoint, tmp_path: FilePath
+) -> None:
+    from mmemb_training.checkpoint import load_checkpoint
+
+    samples, bank, _ = drawn
+
+    def run(checkpoint: Checkpoint, folder: FilePath, steps: int) -> list[dict[str, float]]:
+        iterator = train_control(checkpoint, lambda turn: samples[turn : turn + 4], RECIPE, folder, bank=bank)
+        return list(islice(iterator, steps))
+
+    whole = run(tiny, tmp_path / "whole", 4)
+    terms = {"policy_decision", "policy_words", "kl", "anchor", "reward_adaptive", "reward_well_formed",
+             "reward_embedding", "reasoning_rate", "rationale_tokens", "norm_policy", "norm_anchor"}  # fmt: skip
+    assert terms <= whole[0].keys()
+    assert any(name.startswith("gap_") for name in whole[0])
+    assert whole[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert whole[-1]["kl"] > 0
+    run(load_checkpoint(tiny_checkpoint), tmp_path / "parts", 3)
+    rest = run(load_checkpoint(tiny_checkpoint), tmp_path / "parts", 4)
+    assert [row["step"] for row in rest] == [3, 4]
+    assert [row["loss"] for row in rest] == [row["loss"] for row in whole[2:]]
+
+
+def test_a_recipe_that_cannot_resume_is_refused() -> None:
+    with pytest.raises(OptionError, match="save_every is 2: it must be a multiple of updates"):
+        replace(RECIPE, updates=3)
+    with pytest.raises(OptionError, match="cost is -1"):
+        Rewards(cost=-1)
+
+
+def test_paths_follow_the_order_of_the_groups(drawn: Any, tiny: Checkpoint) -> None:
+    samples, _, batch = drawn
+    _, paths = grpo._inputs(tiny, samples, batch.groups)  # pyright: ignore[reportPrivateUsage]
+    expected = [
+        Path(place, one.words) for place, group in enumerate(batch.groups) for one in group if one.words is not None
+    ]
+    assert paths == expected

@@ -1,0 +1,74 @@
+"""Rollouts: groups of answers to one question, drawn from the policy as it is.
+
+Our own runtime draws them (the same decoding as in a bundle); for real sizes an inference server writes the rationales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmemb_deploy.generation import Choose
+from mmemb_deploy.preprocess import Floats, Ints
+from mmemb_deploy.prompts import END_THINK
+from mmemb_training.checkpoint import Checkpoint
+from mmemb_training.control.rewards import Rollout
+from mmemb_training.runtime import torch_embedder
+from mmemb_training.samples import Sample, query_row
+
+Group = list[Rollout]
+
+
+def decisions(
+    think_Q: Floats, size: int, rng: np.random.Generator, *, paired: bool
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Draw who reasons from the policy's probabilities (Q,); return decisions and which were forced, (Q, size) each.
+
+    Where `paired`, a group that would hold one kind only gets its last rollout of the other kind, by force.
+    """
+    reasons_QG = rng.random((len(think_Q), size)) < think_Q[:, None]
+    forced_QG = np.zeros_like(reasons_QG)
+    if paired:
+        alike_Q = reasons_QG.all(axis=1) | ~reasons_QG.any(axis=1)
+        reasons_QG[alike_Q, -1] ^= True
+        forced_QG[alike_Q, -1] = True
+    return reasons_QG, forced_QG
+
+
+def draw_groups(
+    checkpoint: Checkpoint, samples: Sequence[Sample], *, size: int, paired: bool, max_tokens: int, seed: Sequence[int]
+) -> list[Group]:
+    """Return `size` rollouts of every question, sampled at temperature 1 from the checkpoint's weights as they are."""
+    rng = np.random.default_rng(seed)
+    pipeline = torch_embedder(checkpoint).pipeline
+    fast = pipeline.fast_path.run([query_row(sample.question, checkpoint.rows) for sample in samples])
+    reasons_QG, forced_QG = decisions(fast.scores_B, size, rng, paired=paired)
+    owners, members = np.nonzero(reasons_QG)
+    markers = checkpoint.rows.prompt.ids
+    never = [token for marker, token in markers.items() if marker != END_THINK]
+    groups = [
+        [Rollout(None, embedding_D, forced=bool(forced)) for forced in forced_G]
+        for embedding_D, forced_G in zip(fast.embeddings_BD, forced_QG, strict=True)
+    ]
+    if not len(owners):
+        return groups
+    written = pipeline.generator.generate(fast.cache.take(owners.tolist()), max_tokens, sampling(rng, never))
+    for owner, member, reasoned in zip(owners, members, written, strict=True):
+        forced = bool(forced_QG[owner, member])
+        words = tuple(reasoned.token_ids)
+        groups[owner][member] = Rollout(words, reasoned.embedding_D, reasoned.truncated, forced)
+    return groups
+
+
+def sampling(rng: np.random.Generator, never: Sequence[int]) -> Choose:
+    """Return a choice that samples at temperature 1, and never the tokens `never` (Gumbel-max)."""
+
+    def choose(logits_BW: Floats) -> Ints:
+        noisy_BW = logits_BW + rng.gumbel(size=logits_BW.shape)
+        noisy_BW[:, list(never)] = -np.inf
+        chosen: Ints = noisy_BW.argmax(axis=1)
+        return chosen
+
+    return choose
