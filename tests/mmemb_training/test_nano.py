@@ -1,133 +1,158 @@
-"""The nano recipe is deterministic, resumes exactly, and leaves a standard transformers folder."""
+"""The nano model goes through all stages, resumes between them, and every row of the ablation is measured."""
 
 import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from mmemb_deploy import OptionError
-from mmemb_deploy.prompts import END_THINK, GEN_EMB, STOP, THINK
-from mmemb_deploy.rows import collate
-from mmemb_training.batches import encode_batch
+from mmemb_deploy.digitchain import apply_operator
 from mmemb_training.checkpoint import load_checkpoint
-from mmemb_training.joint import LOOKALIKES_PER_MATCH, draw_step, step_loss
-from mmemb_training.loop import METRICS, STATE, learning_rate, train_nano
-from mmemb_training.losses import info_nce, reasoning_helps
-from mmemb_training.nano import NanoRecipe
+from mmemb_training.nano.ablation import COSTS, RULES, SEEDS, Ablation
+from mmemb_training.nano.ablation_report import draw, markdown
+from mmemb_training.nano.digits import (
+    MISREMEMBERED,
+    Digits,
+    draw_digits,
+    exact,
+    hollow,
+    slips,
+    states_only_truths,
+    verbose,
+)
+from mmemb_training.nano.model import MAX_RATIONALE_TOKENS, nano_checkpoint
+from mmemb_training.nano.stages import NanoRecipe, NanoRun, pair_aware
+from mmemb_training.selection.select import Choice, choose
 
-RECIPE = NanoRecipe(steps=4, batch=8, micro_batches=2, save_every=2, warmup=2)
+RECIPE = NanoRecipe(backbone_steps=2, pool=100, joint_steps=2, control_steps=2, control_questions=4)
 
 
-def weights(folder: Path) -> dict[str, Any]:
-    model: dict[str, Any] = torch.load(folder / STATE, weights_only=True)["model"]
-    return model
+class Watched:
+    """Runs stages, and remembers which."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+
+    def __call__(self, name: str, metrics: Iterator[dict[str, float]], steps: int) -> None:
+        rows = list(metrics)
+        assert len(rows) == steps
+        self.stages.append(name)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run of RECIPE."""
-    folder = tmp_path_factory.mktemp("nano") / "whole"
-    assert [metrics["step"] for metrics in train_nano(folder, RECIPE)] == [1, 2, 3, 4]
-    return folder
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], Watched]:
+    """A whole ablation of a recipe that learns nothing: its folder, tables and stages."""
+    folder = tmp_path_factory.mktemp("nano")
+    watched = Watched()
+    ablation = Ablation(folder, RECIPE, watched, report=lambda _: None, queries=20)
+    return folder, ablation.tables(), watched
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(finished: Path, tmp_path: Path) -> None:
-    run = train_nano(tmp_path, RECIPE)
-    for _ in range(3):  # the third step comes after the last checkpoint, and is lost
-        next(run)
-    run.close()
-    assert [metrics["step"] for metrics in train_nano(tmp_path, RECIPE)] == [3, 4]
-    expected = weights(finished)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path).items())
-    steps = [json.loads(line)["step"] for line in (tmp_path / METRICS).read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
+def test_the_ablation_runs_every_row_once(finished: tuple[Path, dict[str, Any], Watched]) -> None:
+    folder, tables, watched = finished
+    assert len(watched.stages) == len(set(watched.stages)) == 1 + len(RULES) + len(COSTS) + 1
+    assert tuple(tables["selection"]) == tuple(RULES)
+    assert set(tables["control"]["rows"]) == {
+        "never", "always", "random_gate", "stage3_decision", "auto", "oracle_gate"
+    }  # fmt: skip
+    assert len(tables["reward"]) == 1 + len(COSTS) + 1
+    assert all(len(values) == len(SEEDS) for row in tables["dependence"].values() for values in row.values())
+    again = Watched()
+    assert Ablation(folder, RECIPE, again, report=lambda _: None, queries=20).tables() == tables
+    assert again.stages == []
 
 
-def test_a_folder_with_another_recipe_is_refused(finished: Path) -> None:
-    with pytest.raises(OptionError, match="holds a run with another recipe"):
-        next(train_nano(finished, NanoRecipe(seed=1, steps=4)))
+def test_the_ablation_s_report_names_every_row(finished: tuple[Path, dict[str, Any], Watched], tmp_path: Path) -> None:
+    _, tables, _ = finished
+    text = markdown(tables)
+    for name in (*RULES, "GRPO decision", "stage-3 decision", "oracle", "without paired groups", "shuffled", "emptied"):
+        assert name in text
+    draw(tables, tmp_path / "ablation.png")
+    assert (tmp_path / "ablation.png").stat().st_size > 10_000
 
 
-def test_a_checkpoint_is_a_standard_transformers_folder(finished: Path) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(finished)
+def test_the_rates_of_the_control_table_are_equal(finished: tuple[Path, dict[str, Any], Watched]) -> None:
+    rows = finished[1]["control"]["rows"]
+    assert rows["auto"]["reasoning_rate"] == rows["random_gate"]["reasoning_rate"]
+    assert rows["auto"]["reasoning_rate"] == rows["stage3_decision"]["reasoning_rate"]
+
+
+def test_the_final_checkpoint_is_a_standard_transformers_folder(finished: tuple[Path, dict[str, Any], Watched]) -> None:
+    watched = Watched()
+    target = NanoRun(finished[0], RECIPE, watched).full()
+    assert watched.stages == []  # the ablation made it already
+    model = AutoModelForImageTextToText.from_pretrained(target)
     assert model.config.model_type == "qwen3_vl"
-    tokenizer = AutoTokenizer.from_pretrained(finished)
-    assert tokenizer.convert_tokens_to_ids("<|disc_emb|>") == load_checkpoint(finished).facts.markers["<|disc_emb|>"]
-    provenance = load_checkpoint(finished).facts.provenance
-    assert (provenance["data"], provenance["step"], provenance["recipe"]["batch"]) == ("digitchain", 4, 8)
+    facts = load_checkpoint(target).facts
+    assert AutoTokenizer.from_pretrained(target).convert_tokens_to_ids("<|disc_emb|>") == facts.markers["<|disc_emb|>"]
+    assert facts.provenance["data"] == "digitchain"
+    assert facts.provenance["stages"] == ["backbone", "joint", "control"]
 
 
-def test_a_folder_that_is_no_checkpoint_names_what_is_missing(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"it has no config\.json"):
+def test_another_recipe_does_not_continue_a_run(finished: tuple[Path, dict[str, Any], Watched], tmp_path: Path) -> None:
+    subprocess.run(["cp", "-r", finished[0] / "backbone", tmp_path / "backbone"], check=True)
+    (tmp_path / "backbone" / "checkpoint" / "mmemb.json").unlink()
+    with pytest.raises(OptionError, match="holds a run with another recipe"):
+        NanoRun(tmp_path, replace(RECIPE, seed=1), Watched()).backbone()
+
+
+def test_a_folder_that_is_no_checkpoint_names_what_is_missing(
+    finished: tuple[Path, dict[str, Any], Watched], tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=r"has no config\.json"):
         load_checkpoint(tmp_path)
     broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in finished.iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
-    (broken / "mmemb.json").write_text("{}")
+    subprocess.run(["cp", "-r", finished[0] / "joint" / "checkpoint", broken], check=True)
+    facts = json.loads((broken / "mmemb.json").read_text())
+    (broken / "mmemb.json").write_text(json.dumps(facts | {"colour": "blue"}))
     with pytest.raises(OptionError, match=r"mmemb\.json is malformed"):
         load_checkpoint(broken)
 
 
-def test_a_match_is_answered_by_its_drawing_alone_and_other_queries_by_any_right_value(finished: Path) -> None:
-    step = draw_step(load_checkpoint(finished).rows, NanoRecipe(batch=24), 0)
-    queries = len(step.queries)
-    matches = (len(step.candidates) - queries) // LOOKALIKES_PER_MATCH
-    assert 0 < matches < queries
-    assert step.relevant_QC[range(queries), range(queries)].all()
-    for match in range(matches):
-        first = queries + LOOKALIKES_PER_MATCH * match
-        assert not step.relevant_QC[match, first : first + LOOKALIKES_PER_MATCH].any()
-    assert step.relevant_QC[matches:, queries:].any()
+def test_digits_are_a_function_of_their_seed(digits: Digits) -> None:
+    again = draw_digits("train", 3, 48)
+    assert [sample.question.key for sample in again.samples] == [sample.question.key for sample in digits.samples]
+    assert again.told == digits.told
+    assert len({sample.question.key for sample in again.samples}) == 48
+    for sample in digits.samples:
+        assert sample.wanted in sample.target.labels
+        assert not any(sample.wanted in negative.labels for negative in sample.negatives)
 
 
-def test_a_step_s_loss_is_the_sum_of_its_parts_row_by_row(finished: Path) -> None:
-    checkpoint = load_checkpoint(finished)
-    model, ids = checkpoint.model, checkpoint.rows.prompt.ids
-    recipe = NanoRecipe(batch=12, micro_batches=3, lambda_g=0.7, lambda_d=0.3)
-    step = draw_step(checkpoint.rows, recipe, 0)
-
-    def states(row: Any) -> torch.Tensor:
-        return encode_batch(model, collate([row], 0), checkpoint.vision)[0]
-
-    with torch.no_grad():
-        loss, metrics = step_loss(model, checkpoint.rows, step, recipe)
-        hidden = [states(row) for row in step.queries]
-        candidates_CD = torch.stack([states(row)[-1] for row in step.candidates])
-    direct_QD = torch.stack([state[at - 1] for state, at in zip(hidden, step.prompt_lengths, strict=True)])
-    reasoned_QD = torch.stack([state[-1] for state in hidden])
-    helps = reasoning_helps(direct_QD, reasoned_QD, candidates_CD, torch.arange(12), step.relevant_QC).tolist()
-    words, decisions = [], []
-    for row, state, at, helped in zip(step.queries, hidden, step.prompt_lengths, helps, strict=True):
-        path = row.token_ids_S[at:].tolist()
-        assert (path[0], *path[-2:]) == (ids[THINK], ids[END_THINK], ids[GEN_EMB])
-        logits_SV = F.log_softmax(model.lm_head(state), dim=-1)
-        words += [-logits_SV[at + place, token].item() for place, token in enumerate(path[1:-1])]
-        decisions.append(-logits_SV[at - 1, ids[THINK if helped else STOP]].item())
-    expected = {
-        "direct": info_nce(direct_QD, candidates_CD, step.relevant_QC, recipe.temperature, recipe.dims).item(),
-        "reasoned": info_nce(reasoned_QD, candidates_CD, step.relevant_QC, recipe.temperature, recipe.dims).item(),
-        "rationale": sum(words) / len(words),
-        "decision": sum(decisions) / len(decisions),
-        "helps": sum(helps) / len(helps),
-    }
-    assert metrics == pytest.approx(expected, rel=1e-4)
-    total = metrics["reasoned"] + 0.7 * (metrics["rationale"] + metrics["decision"]) + 0.3 * metrics["direct"]
-    assert loss.item() == pytest.approx(total, rel=1e-5)
+def test_workers_are_flawed_as_their_names_say() -> None:
+    told = draw_digits("train", 5, 600).told.values()
+    chains = [(terms, operators) for terms, operators in told if operators]
+    for terms, operators in chains:
+        result = terms[0]
+        for operator, right in zip(operators, terms[1:], strict=True):
+            result = apply_operator(result, operator, right)
+        assert exact(terms, operators).endswith(f"={result};")
+        assert states_only_truths(exact(terms, operators))
+        assert states_only_truths(verbose(terms, operators))
+        assert not any(character.isdigit() for character in hollow(terms, operators))
+        assert states_only_truths(hollow(terms, operators))  # it states nothing
+        assert len(verbose(terms, operators)) > 1.5 * len(exact(terms, operators))
+    pairs = [(terms, operators) for terms, operators in chains if len(operators) == 1]
+    wrong = [not states_only_truths(slips(*pair)) for pair in pairs]
+    assert abs(sum(wrong) / len(wrong) - MISREMEMBERED) < 0.15
+    assert [slips(*pair) for pair in pairs] == [slips(*pair) for pair in pairs]
 
 
-def test_the_rate_warms_up_and_decays_to_zero() -> None:
-    recipe = NanoRecipe(steps=100, warmup=10, learning_rate=1.0)
-    rates = [learning_rate(recipe, step) for step in range(101)]
-    assert rates[0] == 0.1
-    assert max(rates) == rates[10] == 1.0
-    assert abs(rates[100]) < 1e-12
+def test_every_rationale_fits_the_token_limit() -> None:
+    words = nano_checkpoint(0).rows.prompt.words
+    told = draw_digits("train", 6, 400).told.values()
+    assert max(len(words(rule(*one))) for one in told for rule in (exact, verbose, slips, hollow)) <= (
+        MAX_RATIONALE_TOKENS
+    )
 
 
-def test_a_recipe_refuses_what_cannot_be() -> None:
-    with pytest.raises(OptionError, match="batch is 0"):
-        NanoRecipe(batch=0)
+def test_a_question_that_kept_nothing_is_taught_to_stop(finished: tuple[Path, dict[str, Any], Watched]) -> None:
+    run = NanoRun(finished[0], RECIPE, Watched())
+    choices = choose(run.selection(), pair_aware, temperature=1.0)
+    assert Choice() in choices.values()
+    assert len(choices) == RECIPE.pool

@@ -1,48 +1,85 @@
-"""The command `mmemb train`."""
+"""The commands `mmemb train ...`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmemb_deploy.errors import MissingExtraError
 
+if TYPE_CHECKING:
+    from mmemb_training.nano.stages import NanoRecipe, Watch
+
+SHOWN = ("direct", "reasoned", "rationale", "decision", "reward", "reasoning_rate")  # beside a progress bar
+
+Folder = Annotated[Path, typer.Argument(help="Where the run goes; a run that was interrupted goes on.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the weights and of the examples.")]
+Scale = Annotated[float, typer.Option(min=0.001, help="Share of the recipe's steps and questions, for a quick try.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for scripts.")]
+
 
 def register(app: typer.Typer) -> None:
     """Add the training commands to `mmemb`."""
     train = typer.Typer(no_args_is_help=True, help="Train a checkpoint.")
-    train.callback()(lambda: None)
     train.command("nano")(nano)
+    train.command("ablation")(ablation)
     app.add_typer(train, name="train")
 
 
-def nano(
-    folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes; a run that was interrupted goes on.")],
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and of the examples.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the run; the recipe's by default.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the last step's metrics as JSON.")] = False,
+def nano(folder: Folder, seed: Seed = 0, scale: Scale = 1.0, as_json: Json = False) -> None:
+    """Train the embedded default model on DigitChain by the full method: about 40 minutes on 2 cores."""
+    recipe, watch = _setting(seed, scale)
+    from mmemb_training.nano.stages import NanoRun
+
+    checkpoint = NanoRun(folder, recipe, watch).full()
+    print(json.dumps({"checkpoint": str(checkpoint)}) if as_json else f"checkpoint: {checkpoint}")
+
+
+def ablation(
+    folder: Folder,
+    seed: Seed = 0,
+    scale: Scale = 1.0,
+    queries: Annotated[int, typer.Option(min=20, help="Queries of the mixed traffic in every measurement.")] = 1000,
+    as_json: Json = False,
 ) -> None:
-    """Train the embedded default model on DigitChain: about 25 minutes on 2 cores."""
+    """Train every row of the ablation table, and write ablation.json, ablation.md and ablation.png."""
+    recipe, watch = _setting(seed, scale)
+    from rich.console import Console
+
+    from mmemb_training.nano.ablation import Ablation
+    from mmemb_training.nano.ablation_report import draw, markdown
+
+    notes = Console(stderr=True)
+    tables = Ablation(folder, recipe, watch, notes.print, queries).tables()
+    (folder / "ablation.json").write_text(json.dumps(tables, indent=1) + "\n")
+    (folder / "ablation.md").write_text(markdown(tables))
+    draw(tables, folder / "ablation.png")
+    print(json.dumps(tables) if as_json else f"tables: {folder / 'ablation.md'}, {folder / 'ablation.png'}")
+
+
+def _setting(seed: int, scale: float) -> tuple[NanoRecipe, Watch]:
     try:
-        from mmemb_training.loop import train_nano
-        from mmemb_training.nano import NanoRecipe
+        from mmemb_training.nano.stages import NanoRecipe
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train") from error
+    return NanoRecipe(seed=seed).scaled(scale), show_progress
+
+
+def show_progress(name: str, metrics: Iterator[dict[str, float]], steps: int) -> None:
+    """Run a stage's steps beside a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    recipe = NanoRecipe(seed=seed) if steps is None else NanoRecipe(seed=seed, steps=steps)
-    metrics: dict[str, float] = {}
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns: tuple[Any, ...] = (
+        TextColumn(f"{name:<18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("starting", total=recipe.steps)
-        for metrics in train_nano(folder, recipe):
-            parts = " ".join(f"{name} {metrics[name]:.3f}" for name in ("direct", "reasoned", "rationale", "decision"))
-            progress.update(task, completed=metrics["step"], description=parts)
-    if as_json:
-        print(json.dumps(metrics))
-    else:
-        print(f"checkpoint: {folder}")
+        task = progress.add_task("", total=steps)
+        for row in metrics:
+            parts = " ".join(f"{key} {row[key]:.3f}" for key in SHOWN if key in row)
+            progress.update(task, completed=row["step"], description=parts)

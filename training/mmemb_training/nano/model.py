@@ -1,46 +1,22 @@
-"""The recipe of the embedded default model: a Qwen3-VL of 1.5M parameters that learns DigitChain in one joint run."""
+"""The nano model before it learns: config, tokenizer, prompt, and random weights."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import torch
 from tokenizers import Tokenizer
-from transformers import Qwen3VLConfig
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from mmemb_deploy import prompts
-from mmemb_deploy.digitchain import MATCH_INSTRUCTION, NAMES, OPERATORS, RESULT_INSTRUCTION, DigitChain
-from mmemb_deploy.errors import OptionError
-from mmemb_deploy.preprocess import VisionSpec
+from mmemb_deploy.digitchain import MATCH_INSTRUCTION, NAMES, OPERATORS, RESULT_INSTRUCTION
 from mmemb_deploy.prompts import PromptEncoder, PromptFormat
+from mmemb_training.checkpoint import Checkpoint, new_checkpoint
+from mmemb_training.nano.digits import RULES, draw_digits
 from mmemb_training.tokenizer import train_tokenizer
 
 PIXELS = 1024  # every image becomes about 32 x 32: 4 visual tokens
 VIDEO_PIXELS = 8 * PIXELS
-MAX_RATIONALE_TOKENS = 48
-
-
-@dataclass(frozen=True, kw_only=True)
-class NanoRecipe:
-    """Everything that decides the outcome of a run."""
-
-    seed: int = 0
-    steps: int = 1800
-    batch: int = 96  # queries of a step
-    learning_rate: float = 2e-3  # AdamW's, after warm-up, before cosine decay
-    warmup: int = 100  # steps
-    weight_decay: float = 0.05
-    gradient_norm: float = 1.0  # clipped to this
-    temperature: float = 0.02
-    lambda_g: float = 2.0  # its loss is per token, and small beside InfoNCE's at this temperature
-    lambda_d: float = 1.0
-    dims: tuple[int, ...] = (128, 64)
-    micro_batches: int = 4  # a step's queries, sorted by length, are padded in this many groups
-    save_every: int = 200  # steps
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "learning_rate", "temperature", "micro_batches", "save_every"):
-            if getattr(self, name) <= 0:
-                raise OptionError(f"{name} is {getattr(self, name)}: it must be positive")
+MAX_RATIONALE_TOKENS = 64
+DIMS = 128, 64
 
 
 def nano_config(encoder: PromptEncoder, vocabulary_size: int) -> Qwen3VLConfig:
@@ -66,16 +42,23 @@ def nano_config(encoder: PromptEncoder, vocabulary_size: int) -> Qwen3VLConfig:
 
 
 NANO_PROMPT = PromptFormat("Represent the user's input.", RESULT_INSTRUCTION, "")
-NANO_VISION = VisionSpec(
-    patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=PIXELS, max_pixels=PIXELS,
-    video_min_pixels=VIDEO_PIXELS, video_max_pixels=VIDEO_PIXELS, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5),
-    position_side=8, head_dim=24, rope_theta=10000.0,
-)  # fmt: skip
 
 
 def nano_tokenizer() -> Tokenizer:
     """Train the tokenizer on DigitChain's words; any other text falls back to bytes."""
     words = [MATCH_INSTRUCTION, RESULT_INSTRUCTION, NANO_PROMPT.system, "system\nuser\nassistant\n", "<0.5 seconds>"]
-    words += [example.rationale for example in DigitChain("train", 0).mixed(200)]
+    digits = draw_digits("train", 0, 200)
+    words += [rule(*told) for told in digits.told.values() for rule in RULES.values()]
     words += [f" {word}" for word in (*NAMES, *OPERATORS, *OPERATORS.values())] + list(NAMES)
-    return train_tokenizer(words * 2, vocabulary_size=400)
+    return train_tokenizer(words * 2, vocabulary_size=512)
+
+
+def nano_checkpoint(seed: int) -> Checkpoint:
+    """Return the model with random weights."""
+    tokenizer = nano_tokenizer()
+    torch.manual_seed(seed)
+    config = nano_config(PromptEncoder(tokenizer, NANO_PROMPT), tokenizer.get_vocab_size())
+    return new_checkpoint(
+        Qwen3VLForConditionalGeneration(config), tokenizer, NANO_PROMPT, pixels=PIXELS, video_pixels=VIDEO_PIXELS,
+        dims=DIMS, max_rationale_tokens=MAX_RATIONALE_TOKENS, provenance={"data": "digitchain", "seed": seed},
+    )  # fmt: skip

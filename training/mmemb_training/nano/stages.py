@@ -1,0 +1,213 @@
+"""The full method on DigitChain, stage by stage: backbone, pool, selection, joint training, adaptive control.
+
+A run's folder holds one folder per stage; a stage that is finished is loaded, one that is not goes on.
+
+    backbone/checkpoint   reads digits and takes a rationale at its word; also the frozen evaluator
+    pool/                 candidates of four workers
+    selection/            what the evaluator found of each candidate
+    joint/checkpoint      contrastive and generative training on what was kept
+    control/checkpoint    adaptive control: the model to export
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from mmemb_deploy.files import write_whole
+from mmemb_training.checkpoint import FACTS, Checkpoint, load_checkpoint, save_checkpoint
+from mmemb_training.control.grpo import ControlRecipe, train_control
+from mmemb_training.control.rewards import Rewards
+from mmemb_training.joint import Lesson, Objective
+from mmemb_training.loop import Schedule
+from mmemb_training.nano.backbone import BATCH, train_backbone
+from mmemb_training.nano.digits import digit_workers, draw_digits, states_only_truths
+from mmemb_training.nano.model import DIMS, nano_checkpoint
+from mmemb_training.pool.job import Candidate, build_pool, read_pool
+from mmemb_training.samples import Sample
+from mmemb_training.selection.bank import TargetBank, mine_negatives
+from mmemb_training.selection.evaluators import EmbedderEvaluator
+from mmemb_training.selection.select import Judged, Keeps, Margins, Verdict, choose, judge, report
+from mmemb_training.tables import read_parts, write_part
+from mmemb_training.trainer import JointRecipe, train_jointly
+
+Metrics = Iterator[dict[str, float]]
+Watch = Callable[[str, Metrics, int], None]  # runs a stage's steps: its name, its metrics, how many there are
+
+POOL_SEED = 1_000_000  # apart from the backbone's draws
+NEGATIVES = {"hard": 12, "even": 12}
+MARGINS = Margins()
+SAMPLING_TEMPERATURE = 4.0  # nats of gain
+JUDGED = ("question", "task", "worker", "sample", "rationale", "gain", "content")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NanoRecipe:
+    """The sizes of a run. The defaults make the embedded bundle in about 40 minutes on 2 cores."""
+
+    seed: int = 0
+    backbone_steps: int = 1400
+    pool: int = 6000  # questions
+    joint_steps: int = 400
+    control_steps: int = 240
+    control_questions: int = 16  # of each batch of rollouts
+
+    def scaled(self, share: float) -> NanoRecipe:
+        """Return the recipe with a share of its steps and questions."""
+        names = ("backbone_steps", "pool", "joint_steps", "control_steps")
+        return replace(self, **{name: max(2, round(share * getattr(self, name))) for name in names})
+
+    def joint(self) -> JointRecipe:
+        """Return the recipe of stage 3."""
+        return JointRecipe(
+            schedule=Schedule(seed=self.seed, steps=self.joint_steps, learning_rate=1e-3, warmup=20),
+            objective=Objective(lambda_g=2.0, lambda_d=1.0, dims=DIMS),
+            query_chunks=4,
+        )
+
+    def control(self, rewards: Rewards, *, paired: bool = True) -> ControlRecipe:
+        """Return the recipe of stage 4."""
+        schedule = Schedule(
+            seed=self.seed, steps=self.control_steps, learning_rate=2e-4, warmup=10, weight_decay=0.0, spike=None
+        )
+        return ControlRecipe(schedule=schedule, rewards=rewards, paired=paired)
+
+
+def pair_aware(one: Judged) -> bool:
+    """Keep what helps its pair by what it says: the method's rule."""
+    return one.verdict(MARGINS) is Verdict.KEPT
+
+
+def gain_only(one: Judged) -> bool:
+    """Keep what helps its pair, whatever it says."""
+    return one.gain > MARGINS.gain
+
+
+def instance_level(one: Judged) -> bool:
+    """Keep what is right in itself, whatever it does for the pair."""
+    return states_only_truths(one.candidate.rationale)
+
+
+def everything(_: Judged) -> bool:
+    """Keep all candidates."""
+    return True
+
+
+class NanoRun:
+    """One run of the method in a folder; `watch` runs a stage's steps and shows them."""
+
+    def __init__(self, folder: Path, recipe: NanoRecipe, watch: Watch) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self._watch = watch
+        self._rendered = lru_cache(maxsize=1)(partial(draw_digits, "train", POOL_SEED + recipe.seed, recipe.pool))
+        self.digits = self._rendered(0)
+
+    def full(self) -> Path:
+        """Run all stages; return the folder of the final checkpoint."""
+        self.control("control", self.joint("joint", pair_aware), self.recipe.control(Rewards()))
+        return self.folder / "control" / "checkpoint"
+
+    def backbone(self) -> Checkpoint:
+        """Stage 0."""
+        recipe = self.recipe
+        start = nano_checkpoint(recipe.seed)
+        folder = self.folder / "backbone"
+        steps = train_backbone(start, recipe.seed, recipe.backbone_steps, folder)
+        return self._finish("backbone", start, steps, recipe.backbone_steps)
+
+    def selection(self) -> list[Judged]:
+        """Stages 1 and 2: every candidate of the pool, judged by the backbone."""
+        folder = self.folder / "selection"
+        if not (folder / "report.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            pool = self._pool()
+            backbone = self.backbone()
+            samples = self.mined(backbone)
+            evaluator = EmbedderEvaluator(backbone, TargetBank(samples, backbone), temperature=0.02)
+            for path in folder.glob("part-*"):
+                path.unlink()
+            judged = list(judge(samples, pool, evaluator, seed=self.recipe.seed))
+            write_part(folder, [_row(one) for one in judged])
+            write_whole(folder / "report.json", json.dumps(report(judged, MARGINS), indent=1))
+        return [
+            Judged(
+                row["question"],
+                row["task"],
+                Candidate(row["worker"], row["sample"], row["rationale"]),
+                row["gain"],
+                row["content"],
+            )
+            for row in read_parts(folder, JUDGED)
+        ]
+
+    def mined(self, backbone: Checkpoint) -> list[Sample]:
+        """Return the pool's samples with hard negatives, mined with the backbone; the labels of digits are exact."""
+        samples = self.digits.samples
+        bank = TargetBank(samples, backbone)
+        return mine_negatives(samples, bank, backbone, **NEGATIVES, share_of_positive=None, seed=self.recipe.seed)
+
+    def joint(self, name: str, keeps: Keeps) -> Checkpoint:
+        """Stage 3, from the backbone, on the candidates that `keeps` keeps."""
+        temperature = SAMPLING_TEMPERATURE if keeps in (pair_aware, gain_only) else float("inf")
+        choices = choose(self.selection(), keeps, temperature=temperature)
+
+        def draw(step: int) -> list[Lesson]:
+            rng = np.random.default_rng([self.recipe.seed, step])
+            return [Lesson(sample, choices[sample.question.key].draw(rng)) for sample in self._batch(step, BATCH)]
+
+        start = self.backbone()
+        steps = train_jointly(start, draw, self.recipe.joint(), self.folder / name, data={"rule": keeps.__name__})
+        return self._finish(name, start, steps, self.recipe.joint_steps)
+
+    def control(self, name: str, start: Checkpoint, recipe: ControlRecipe) -> Checkpoint:
+        """Stage 4, from what stage 3 left."""
+        count = self.recipe.control_questions
+
+        def steps() -> Metrics:
+            samples = self.mined(start)
+            bank = TargetBank(samples, start)
+
+            negatives = {sample.question.key: sample.negatives for sample in samples}
+
+            def draw(turn: int) -> list[Sample]:
+                return [
+                    replace(sample, negatives=negatives[sample.question.key]) for sample in self._batch(turn, count)
+                ]
+
+            yield from train_control(start, draw, recipe, self.folder / name, bank=bank, data={"questions": count})
+
+        return self._finish(name, start, steps(), self.recipe.control_steps)
+
+    def _batch(self, number: int, size: int) -> list[Sample]:
+        """Return one batch of the pool's samples; every pass over the pool is in another order and rendering."""
+        size = min(size, len(self.digits.samples))
+        passes, place = divmod(number, len(self.digits.samples) // size)
+        order = np.random.default_rng([self.recipe.seed, passes]).permutation(len(self.digits.samples))
+        shown = self._rendered(passes).samples
+        return [shown[index] for index in order[place * size : (place + 1) * size]]
+
+    def _pool(self) -> Mapping[str, Sequence[Candidate]]:
+        questions = [sample.question for sample in self.digits.samples]
+        build_pool(questions, digit_workers(self.digits), self.folder / "pool", batch=len(questions))
+        return read_pool(self.folder / "pool")
+
+    def _finish(self, name: str, checkpoint: Checkpoint, steps: Metrics, count: int) -> Checkpoint:
+        """Run a stage's steps and save what they made, unless that was done before; return it, as loaded."""
+        target = self.folder / name / "checkpoint"
+        if not (target / FACTS).exists():
+            self._watch(name, steps, count)
+            origin = {"stages": [*checkpoint.facts.provenance.get("stages", []), name], "recipe": asdict(self.recipe)}
+            save_checkpoint(checkpoint, target, provenance=origin)
+        return load_checkpoint(target)
+
+
+def _row(one: Judged) -> dict[str, object]:
+    return {
+        "question": one.question, "task": one.task, **asdict(one.candidate), "gain": one.gain, "content": one.content
+    }  # fmt: skip
