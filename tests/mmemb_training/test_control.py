@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from mmemb_deploy import OptionError
+from mmemb_deploy import BackendError, OptionError
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.control import grpo
 from mmemb_training.control.grpo import Batch, ControlRecipe, train_control
 from mmemb_training.control.rewards import Rewards, Rollout, advantages, score_group
 from mmemb_training.control.rollouts import decisions, draw_groups
+from mmemb_training.control.served import PolicyWorker, ServedRollouts
 from mmemb_training.encoder import Encoder, Path, Reading
 from mmemb_training.loop import Schedule
 from mmemb_training.nano.digits import Digits
+from mmemb_training.samples import query_row
 from mmemb_training.selection.bank import TargetBank, mine_negatives
 
 CANDIDATES_CD = np.eye(4, dtype=np.float32)
@@ -179,3 +182,53 @@ def test_paths_follow_the_order_of_the_groups(drawn: Any, tiny: Checkpoint) -> N
         Path(place, one.words) for place, group in enumerate(batch.groups) for one in group if one.words is not None
     ]
     assert paths == expected
+
+
+def test_a_served_policy_is_asked_in_the_layout_of_the_encoder(
+    endpoint: Any, tiny: Checkpoint, tiny_checkpoint: FilePath, digits: Digits
+) -> None:
+    sent: list[Checkpoint] = []
+    tasks = ("chain-3", "text", "chain-2")
+    samples = [next(one for one in digits.samples if one.question.task == task) for task in tasks]
+    worker = PolicyWorker(
+        tiny.rows.prompt.format, base_url=f"http://127.0.0.1:{endpoint.server_port}/v1", model="policy", samples=4,
+        max_tokens=6,
+    )  # fmt: skip
+    groups = ServedRollouts(worker, sent.append)(
+        tiny, samples, size=4, paired=True, max_tokens=6, seed=(0, 0)
+    )  # fmt: skip
+    assert sent == [tiny]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    ids = tiny.rows.prompt.ids
+    bodies = {endpoint.asked(body): body for body in endpoint.received}
+    for sample in samples:
+        row = query_row(sample.question, tiny.rows)
+        body = bodies[sample.question.content["text"]]
+        rendered = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False)
+        pad, shown = ids["<|image_pad|>"], iter(row.visuals)
+        expanded = [one for token in rendered for one in [token] * (next(shown).tokens if token == pad else 1)]
+        assert expanded == [*row.token_ids_S.tolist(), ids["<think>"]]
+        assert (body["n"], body["stop"], body["max_tokens"]) == (4, "</think>", 6)
+    encoder = Encoder(tiny).eval()
+    with torch.no_grad():
+        reading = encoder(*grpo._inputs(tiny, samples, groups))  # pyright: ignore[reportPrivateUsage]
+    reasoned = iter(torch.nn.functional.normalize(reading.reasoned_RD, dim=1).numpy())
+    for group in groups:
+        kinds = {one.words is None for one in group}
+        assert kinds == {True, False}
+        for one in group:
+            if one.words is not None:
+                np.testing.assert_allclose(one.embedding_D, next(reasoned), atol=1e-4)
+                assert len(one.words) <= 6
+
+
+def test_a_failing_server_stops_the_run(endpoint: Any, tiny: Checkpoint, digits: Digits) -> None:
+    endpoint.reply = lambda _: (400, {"error": {"message": "no such thing"}})
+    worker = PolicyWorker(
+        tiny.rows.prompt.format, base_url=f"http://127.0.0.1:{endpoint.server_port}/v1", model="policy", samples=4,
+        max_tokens=6,
+    )  # fmt: skip
+    with pytest.raises(BackendError, match=r"the policy's server failed on train-3-\d+: BadRequestError"):
+        ServedRollouts(worker, lambda _: None)(
+            tiny, digits.samples[:2], size=4, paired=True, max_tokens=6, seed=(0, 0)
+        )  # fmt: skip

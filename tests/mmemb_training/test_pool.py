@@ -9,10 +9,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,84 +20,17 @@ from rich.console import Console
 
 from mmemb_deploy import BackendError, OptionError
 from mmemb_deploy.prompts import IMAGE_PAD, VISION_END, VISION_START
-from mmemb_training.pool.endpoint import EndpointWorker, shown_parts
+from mmemb_training.pool.endpoint import shown_parts
 from mmemb_training.pool.job import FAILURES, build_pool, print_report, read_pool
 from mmemb_training.pool.workers import REQUEST, Worker, Written
 from mmemb_training.samples import Question
-
-Reply = Callable[[dict[str, Any]], tuple[int, Any]]  # a request's body -> status and body of the answer
 
 
 def ask(count: int) -> list[Question]:
     return [Question(key=f"q{place}", task=f"task{place % 2}", content=f"question {place}") for place in range(count)]
 
 
-def asked(body: dict[str, Any]) -> str:
-    """Return the last text that a request shows."""
-    text: str = body["messages"][-1]["content"][-1]["text"]
-    return text
-
-
-def answer(body: dict[str, Any], *messages: dict[str, Any]) -> tuple[int, Any]:
-    """Answer with the messages, or with as many as were asked for, each saying what it was asked."""
-    said = messages or tuple({"content": f"{place}: {asked(body)}"} for place in range(body["n"]))
-    choices = [
-        {"index": place, "finish_reason": "stop", "message": {"role": "assistant", **message}}
-        for place, message in enumerate(said)
-    ]
-    return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices}
-
-
-class Endpoint(ThreadingHTTPServer):
-    """Speaks /v1/chat/completions as `reply` says, and remembers what it was sent."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.reply: Reply = answer
-        self.received: list[dict[str, Any]] = []
-        self.keys: set[str | None] = set()
-
-    def worker(self, *, samples: int = 2, concurrency: int = 4, key: str | None = None) -> EndpointWorker:
-        url = f"http://127.0.0.1:{self.server_port}/v1"
-        return EndpointWorker(
-            "served", base_url=url, model="a-model", samples=samples, concurrency=concurrency, api_key_variable=key,
-            max_retries=3, max_frames=3, timeout=30,
-        )  # fmt: skip
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One request of an Endpoint."""
-
-    def do_POST(self) -> None:
-        endpoint = cast("Endpoint", self.server)
-        assert self.path == "/v1/chat/completions"
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        endpoint.received.append(body)
-        endpoint.keys.add(self.headers["Authorization"])
-        status, content = endpoint.reply(body)
-        page = isinstance(content, str)
-        payload = content.encode() if page else json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "text/html" if page else "application/json")
-        self.send_header("Retry-After-Ms", "1")  # or the client waits half a second and more
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name that http.server gives it
-        """Say nothing."""
-
-
-@pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
-    with Endpoint() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-def test_an_endpoint_is_shown_the_instruction_the_images_and_the_text(endpoint: Endpoint) -> None:
+def test_an_endpoint_is_shown_the_instruction_the_images_and_the_text(endpoint: Any) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
     question = Question(key="q", task="t", content={"image": picture, "text": "what?"}, instruction="Find it.")
     assert endpoint.worker().write([question]) == [Written(("0: what?", "1: what?"), None)]
@@ -135,13 +67,13 @@ def test_a_long_video_is_shown_from_its_first_frame_to_its_last_with_their_times
     ],
 )
 def test_reasoning_and_conclusion_are_one_rationale_whatever_the_server_parses(
-    endpoint: Endpoint, message: dict[str, Any]
+    endpoint: Any, message: dict[str, Any]
 ) -> None:
-    endpoint.reply = lambda body: answer(body, message, {"content": None})
+    endpoint.reply = lambda body: endpoint.answer(body, message, {"content": None})
     assert endpoint.worker().write(ask(1)) == [Written(("3 + 4\nso: 7", ""), None)]
 
 
-def test_as_many_requests_are_in_flight_as_allowed_and_no_more(endpoint: Endpoint) -> None:
+def test_as_many_requests_are_in_flight_as_allowed_and_no_more(endpoint: Any) -> None:
     together = threading.Barrier(3, timeout=20)  # lets requests go by threes: fewer at a time would never pass
     lock, flying, peak = threading.Lock(), 0, 0
 
@@ -153,7 +85,7 @@ def test_as_many_requests_are_in_flight_as_allowed_and_no_more(endpoint: Endpoin
         together.wait()
         with lock:
             flying -= 1
-        return answer(body)
+        return endpoint.answer(body)
 
     endpoint.reply = reply
     written = endpoint.worker(concurrency=3).write(ask(12))
@@ -161,15 +93,17 @@ def test_as_many_requests_are_in_flight_as_allowed_and_no_more(endpoint: Endpoin
     assert peak == 3
 
 
-def test_a_busy_or_failing_server_is_asked_again(endpoint: Endpoint) -> None:
+def test_a_busy_or_failing_server_is_asked_again(endpoint: Any) -> None:
     statuses = iter([429, 500, 503])
-    endpoint.reply = lambda body: answer(body) if (status := next(statuses, 200)) == 200 else (status, {"error": {}})
+    endpoint.reply = lambda body: (
+        endpoint.answer(body) if (status := next(statuses, 200)) == 200 else (status, {"error": {}})
+    )
     assert endpoint.worker(concurrency=1).write(ask(1))[0].error is None
     assert len(endpoint.received) == 4
 
 
 @pytest.mark.parametrize(("status", "error"), [(401, "AuthenticationError"), (404, "NotFoundError")])
-def test_a_refused_key_or_model_ends_the_job_at_once(endpoint: Endpoint, status: int, error: str) -> None:
+def test_a_refused_key_or_model_ends_the_job_at_once(endpoint: Any, status: int, error: str) -> None:
     endpoint.reply = lambda _: (status, {"error": {"message": "refused here"}})
     with pytest.raises(BackendError, match=r"model 'a-model': .*refused here.*Check the address") as raised:
         endpoint.worker(concurrency=1).write(ask(5))
@@ -177,20 +111,20 @@ def test_a_refused_key_or_model_ends_the_job_at_once(endpoint: Endpoint, status:
     assert len(endpoint.received) == 1
 
 
-def test_an_answer_without_its_samples_is_an_error_of_its_question(endpoint: Endpoint) -> None:
-    answers: dict[str, Reply] = {
-        "question 0": lambda body: answer(body, {"content": "only one"}),
+def test_an_answer_without_its_samples_is_an_error_of_its_question(endpoint: Any) -> None:
+    answers: dict[str, Any] = {
+        "question 0": lambda body: endpoint.answer(body, {"content": "only one"}),
         "question 1": lambda _: (200, "<html>sign in</html>"),
-        "question 2": answer,
+        "question 2": endpoint.answer,
     }
-    endpoint.reply = lambda body: answers[asked(body)](body)
+    endpoint.reply = lambda body: answers[endpoint.asked(body)](body)
     first, second, third = endpoint.worker().write(ask(3))
     assert (first.rationales, second.rationales, len(third.rationales)) == ((), (), 2)
     assert "1 of 2 samples" in str(first.error)
     assert "0 of 2 samples" in str(second.error)
 
 
-def test_the_key_comes_from_the_environment(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_comes_from_the_environment(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match="MY_POOL_KEY is not set"):
         endpoint.worker(key="MY_POOL_KEY")
     monkeypatch.setenv("MY_POOL_KEY", "abc")
@@ -198,9 +132,11 @@ def test_the_key_comes_from_the_environment(endpoint: Endpoint, monkeypatch: pyt
     assert endpoint.keys == {"Bearer abc"}
 
 
-def test_what_fails_is_reported_and_asked_again_by_the_next_run(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_what_fails_is_reported_and_asked_again_by_the_next_run(endpoint: Any, tmp_path: Path) -> None:
     questions = [*ask(5), Question(key="gone", task="task0", content={"image": "nowhere.png"})]
-    endpoint.reply = lambda body: (400, {"error": {"message": "no"}}) if "3" in asked(body) else answer(body)
+    endpoint.reply = lambda body: (
+        (400, {"error": {"message": "no"}}) if "3" in endpoint.asked(body) else endpoint.answer(body)
+    )
     report = build_pool(questions, [endpoint.worker()], tmp_path, batch=2)["served"]
     assert (report["questions"], report["failed"], report["missing"], report["candidates"]) == (4, 2, 0, 8)
     failures = [json.loads(line) for line in (tmp_path / FAILURES).read_text().splitlines()]
@@ -208,9 +144,9 @@ def test_what_fails_is_reported_and_asked_again_by_the_next_run(endpoint: Endpoi
         ("q3", "BadRequestError"),
         ("gone", "InputError"),
     ]
-    endpoint.reply, endpoint.received = answer, []
+    endpoint.reply, endpoint.received = endpoint.answer, []
     report = build_pool(questions, [endpoint.worker()], tmp_path, batch=2)["served"]
-    assert [asked(body) for body in endpoint.received] == ["question 3"]
+    assert [endpoint.asked(body) for body in endpoint.received] == ["question 3"]
     assert (report["questions"], report["failed"]) == (5, 1)
     assert [one.rationale for one in read_pool(tmp_path)["q3"]] == ["0: question 3", "1: question 3"]
 
@@ -389,8 +325,10 @@ def test_what_a_local_model_cannot_be_shown_fails_alone(chat_model: Path) -> Non
 
 
 def test_a_model_that_cannot_chat_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    silent = Path(shutil.copytree(tiny_checkpoint, tmp_path / "silent"))
+    (silent / "chat_template.jinja").unlink()
     with pytest.raises(OptionError, match="no chat template"):
-        local(tiny_checkpoint)
+        local(silent)
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     with pytest.raises(OptionError, match="model type 'llava' is not known"):
         local(tmp_path)

@@ -23,6 +23,16 @@ from mmemb_deploy.preprocess import VisionSpec
 from mmemb_deploy.prompts import PromptEncoder, PromptFormat
 from mmemb_deploy.rows import RowEncoder
 
+# The layout of `mmemb_deploy.prompts` for servers that render chats: system, instruction with its line end, images,
+# text; the answer begins after `<think>`, as the reasoning path does.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'text' -%}{{- part.text -}}"
+    "{%- else -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}{{- '<|im_end|>\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n<|disc_emb|><think>' -}}{%- endif -%}"
+)
 FACTS = "mmemb.json"
 VIDEO_PROCESSOR = "video_preprocessor_config.json"
 
@@ -99,7 +109,7 @@ def save_checkpoint(
     checkpoint.model.save_pretrained(folder, state_dict=weights)
     PreTrainedTokenizerFast(
         tokenizer_object=checkpoint.rows.prompt.tokenizer, eos_token=prompts.STOP, pad_token=prompts.PAD,
-        clean_up_tokenization_spaces=False,
+        clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)  # fmt: skip
     checkpoint.image_processor.save_pretrained(folder)
     video = {

@@ -57,7 +57,7 @@ def chat_messages(question: Question, max_frames: int) -> list[ChatCompletionMes
     content = [
         {"type": "text", "text": part}
         if isinstance(part, str)
-        else {"type": "image_url", "image_url": {"url": _data_url(part)}}
+        else {"type": "image_url", "image_url": {"url": data_url(part)}}
         for part in shown_parts(question, max_frames)
     ]
     chat = [{"role": "system", "content": REQUEST}, {"role": "user", "content": content}]
@@ -69,7 +69,8 @@ class EndpointWorker:
 
     `api_key_variable` names the environment variable with the key; None where the server wants none. The client waits
     and retries by itself where a server is busy, fails or cannot be reached, `max_retries` times; `timeout` is seconds
-    per request. Raises OptionError for a variable that is not set, MissingExtraError without openai.
+    per request; `stop` ends a rationale where the model writes it. Raises OptionError for a variable that is not set,
+    MissingExtraError without openai.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class EndpointWorker:
         max_retries: int = 5,
         timeout: float = 300.0,
         max_frames: int = 16,
+        stop: str | None = None,
     ) -> None:
         if find_spec("openai") is None:
             raise MissingExtraError("openai", "train")
@@ -105,6 +107,11 @@ class EndpointWorker:
         self._max_retries = max_retries
         self._timeout = timeout
         self._max_frames = max_frames
+        self._stop = stop
+
+    def messages(self, question: Question) -> list[ChatCompletionMessageParam]:
+        """Return what the model is sent for a question. Raises InputError for a content that cannot be read."""
+        return chat_messages(question, self._max_frames)
 
     def write(self, questions: Sequence[Question]) -> list[Written]:
         """Return what was written for each question, or why it failed after all retries.
@@ -133,13 +140,14 @@ class EndpointWorker:
 
         async with slots:
             try:
-                messages = await asyncio.to_thread(chat_messages, question, self._max_frames)
+                messages = await asyncio.to_thread(self.messages, question)
                 answer = await client.chat.completions.create(
                     model=self._model,
                     messages=messages,
                     n=self.samples,
                     temperature=self._temperature,
                     max_tokens=self._max_tokens,
+                    stop=self._stop,
                 )
             except (AuthenticationError, NotFoundError) as error:
                 raise BackendError(
@@ -166,7 +174,7 @@ def _rationale(message: Any) -> str:
     return plain_rationale(f"{reasoning}\n{message.content or ''}")
 
 
-def _data_url(image: Image.Image) -> str:
+def data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
