@@ -85,7 +85,8 @@ def test_as_many_requests_are_in_flight_as_allowed_and_no_more(endpoint: Any) ->
         together.wait()
         with lock:
             flying -= 1
-        return endpoint.answer(body)
+        said: tuple[int, Any] = endpoint.answer(body)
+        return said
 
     endpoint.reply = reply
     written = endpoint.worker(concurrency=3).write(ask(12))

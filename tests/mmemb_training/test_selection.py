@@ -1,5 +1,6 @@
 """Selection scores pairs by counterfactuals, keeps what helps by what it says, and never mines a right answer."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path as FilePath
@@ -20,7 +21,8 @@ from mmemb_training.pool.job import Candidate
 from mmemb_training.samples import Question, Sample, Target, query_row, target_row
 from mmemb_training.selection.bank import TargetBank, mine_negatives
 from mmemb_training.selection.evaluators import Confidence, EmbedderEvaluator, JudgeEvaluator
-from mmemb_training.selection.select import Judged, Margins, Verdict, choose, judge, report
+from mmemb_training.selection.job import judge_pool
+from mmemb_training.selection.select import Judged, Margins, Strangers, Verdict, choose, judge, report
 
 
 @pytest.fixture(scope="module")
@@ -130,15 +132,43 @@ def test_content_tells_a_hollow_rationale_from_a_good_one() -> None:
         ]
         for sample in samples
     }
-    judged = list(judge(samples, pool, KnownConfidence(), batch=4))
+    judged = list(judge(samples, pool, KnownConfidence(), Strangers(samples, pool, 2, 0), batch=4))
     found = {(one.candidate.worker, one.verdict(Margins())) for one in judged}
     assert found == {("solver", Verdict.KEPT), ("liar", Verdict.HARMFUL), ("poser", Verdict.FORMAT_ONLY)}
     assert {one.content for one in judged if one.candidate.worker == "solver"} == {5.0}  # 3 against strangers' -2
     counts = report(judged, Margins())
     assert counts["worker"]["poser"] == {"kept": 0, "format-only": 6, "useless": 0, "harmful": 0}
     assert counts["task"]["t"] == {"kept": 6, "format-only": 6, "useless": 0, "harmful": 6}
-    against = next(iter(judge(samples, pool, KnownConfidence(), against_negatives=True)))
+    against = next(
+        iter(judge(samples, pool, KnownConfidence(), Strangers(samples, pool, 2, 0), against_negatives=True))
+    )
     assert against.gain == 2.5
+
+
+def test_an_interrupted_selection_goes_on_and_judges_nothing_twice(
+    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmemb_training.selection.job.CHUNK", 2)
+    samples = questions(5)
+    pool = {one.question.key: [Candidate("solver", 0, f"good {one.question.key}")] for one in samples[:4]}
+    asked: list[str] = []
+
+    class Counting(KnownConfidence):
+        def confidences(self, samples: Sequence[Sample], rationales: Sequence[Sequence[str]]) -> list[Confidence]:
+            if len(asked) == 2 and not (tmp_path / "resumed").exists():
+                raise KeyboardInterrupt
+            asked.extend(sample.question.key for sample in samples)
+            return super().confidences(samples, rationales)
+
+    with pytest.raises(KeyboardInterrupt):
+        judge_pool(samples, pool, Counting(), tmp_path / "selection", Margins(), identity="known")
+    (tmp_path / "resumed").touch()
+    found = judge_pool(samples, pool, Counting(), tmp_path / "selection", Margins(), identity="known")
+    assert asked == ["q0", "q1", "q2", "q3"]  # q4 has no candidate
+    assert [one.question for one in found] == asked
+    assert json.loads((tmp_path / "selection" / "report.json").read_text())["worker"]["solver"]["kept"] == 4
+    with pytest.raises(OptionError, match="was judged with"):
+        judge_pool(samples, pool, Counting(), tmp_path / "selection", Margins(), identity="other")
 
 
 def judged(question: str, gain: float, text: str) -> Judged:

@@ -51,7 +51,7 @@ class CheckpointFacts(BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: the transformers model in float32, its row encoder, and its facts."""
+    """A loaded checkpoint: the transformers model, its row encoder, and its facts."""
 
     model: Any
     rows: RowEncoder
@@ -127,8 +127,8 @@ def save_checkpoint(
     (folder / FACTS).write_text(facts.model_dump_json(indent=2))
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """Load a checkpoint in float32. Raises OptionError if a file is missing or `mmemb.json` is malformed."""
+def load_checkpoint(folder: Path, *, dtype: str = "float32") -> Checkpoint:
+    """Load a checkpoint, its weights as `dtype`. Raises OptionError if a file is missing or `mmemb.json` malformed."""
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json", VIDEO_PROCESSOR, FACTS):
         if not (folder / name).is_file():
             raise OptionError(f"{folder} is not an MMEmb-R1 checkpoint: it has no {name}")
@@ -136,7 +136,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         facts = CheckpointFacts.model_validate_json((folder / FACTS).read_text())
     except ValidationError as error:
         raise OptionError(f"{folder / FACTS} is malformed: {error}") from error
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
     image = Qwen2VLImageProcessorPil.from_pretrained(folder)
     video = json.loads((folder / VIDEO_PROCESSOR).read_text())
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

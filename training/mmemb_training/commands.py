@@ -12,7 +12,8 @@ import typer
 from mmemb_deploy.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from mmemb_training.nano.stages import NanoRecipe, Watch
+    from mmemb_training.nano.stages import NanoRecipe
+    from mmemb_training.stage import Watch
 
 SHOWN = ("direct", "reasoned", "rationale", "decision", "reward", "reasoning_rate")  # beside a progress bar
 

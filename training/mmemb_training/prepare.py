@@ -49,7 +49,8 @@ def prepare(
     tokenizer = AutoTokenizer.from_pretrained(source).backend_tokenizer
     missing = [marker for marker in MARKERS if tokenizer.token_to_id(marker) is None]
     tokenizer.add_special_tokens([AddedToken(marker, special=True, normalized=False) for marker in missing])
-    _grow(model, [tokenizer.token_to_id(marker) for marker in missing])
+    known: dict[str, int] = tokenizer.get_vocab()
+    _grow(model, [known[marker] for marker in missing])
     image: Any = Qwen2VLImageProcessorPil.from_pretrained(source)
     if max_pixels is not None:
         size = {"shortest_edge": image.size["shortest_edge"], "longest_edge": max_pixels}

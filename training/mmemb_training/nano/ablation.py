@@ -28,13 +28,13 @@ from mmemb_training.control.rewards import Rewards
 from mmemb_training.nano.stages import (
     NanoRecipe,
     NanoRun,
-    Watch,
     everything,
     gain_only,
     instance_level,
     pair_aware,
 )
 from mmemb_training.runtime import torch_embedder
+from mmemb_training.stage import Watch
 
 RULES = {
     "none (all candidates)": ("joint-none", everything),

@@ -11,16 +11,14 @@ A run's folder holds one folder per stage; a stage that is finished is loaded, o
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
-from mmemb_deploy.files import write_whole
-from mmemb_training.checkpoint import FACTS, Checkpoint, load_checkpoint, save_checkpoint
+from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.control.grpo import ControlRecipe, train_control
 from mmemb_training.control.rewards import Rewards
 from mmemb_training.joint import Lesson, Objective
@@ -32,18 +30,15 @@ from mmemb_training.pool.job import Candidate, build_pool, read_pool
 from mmemb_training.samples import Sample
 from mmemb_training.selection.bank import TargetBank, mine_negatives
 from mmemb_training.selection.evaluators import EmbedderEvaluator
-from mmemb_training.selection.select import Judged, Keeps, Margins, Verdict, choose, judge, report
-from mmemb_training.tables import read_parts, write_part
-from mmemb_training.trainer import JointRecipe, train_jointly
-
-Metrics = Iterator[dict[str, float]]
-Watch = Callable[[str, Metrics, int], None]  # runs a stage's steps: its name, its metrics, how many there are
+from mmemb_training.selection.job import REPORT, judge_pool, read_judged
+from mmemb_training.selection.select import Judged, Keeps, Margins, Verdict, choose
+from mmemb_training.stage import Metrics, Watch, finish_stage
+from mmemb_training.trainer import JointRecipe, plain_accelerator, train_jointly
 
 POOL_SEED = 1_000_000  # apart from the backbone's draws
 NEGATIVES = {"hard": 12, "even": 12}
 MARGINS = Margins()
 SAMPLING_TEMPERATURE = 4.0  # nats of gain
-JUDGED = ("question", "task", "worker", "sample", "rationale", "gain", "content")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +58,13 @@ class NanoRecipe:
         return replace(self, **{name: max(2, round(share * getattr(self, name))) for name in names})
 
     def joint(self) -> JointRecipe:
-        """Return the recipe of stage 3."""
+        """Return the recipe of stage 3.
+
+        Most queries keep no rationale, and learn by their direct embedding alone: it weighs double.
+        """
         return JointRecipe(
-            schedule=Schedule(seed=self.seed, steps=self.joint_steps, learning_rate=1e-3, warmup=20),
-            objective=Objective(lambda_g=2.0, lambda_d=1.0, dims=DIMS),
+            schedule=Schedule(seed=self.seed, steps=self.joint_steps, learning_rate=7e-4, warmup=20),
+            objective=Objective(lambda_g=2.0, lambda_d=2.0, dims=DIMS),
             query_chunks=4,
         )
 
@@ -124,27 +122,12 @@ class NanoRun:
     def selection(self) -> list[Judged]:
         """Stages 1 and 2: every candidate of the pool, judged by the backbone."""
         folder = self.folder / "selection"
-        if not (folder / "report.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            pool = self._pool()
-            backbone = self.backbone()
-            samples = self.mined(backbone)
-            evaluator = EmbedderEvaluator(backbone, TargetBank(samples, backbone), temperature=0.02)
-            for path in folder.glob("part-*"):
-                path.unlink()
-            judged = list(judge(samples, pool, evaluator, seed=self.recipe.seed))
-            write_part(folder, [_row(one) for one in judged])
-            write_whole(folder / "report.json", json.dumps(report(judged, MARGINS), indent=1))
-        return [
-            Judged(
-                row["question"],
-                row["task"],
-                Candidate(row["worker"], row["sample"], row["rationale"]),
-                row["gain"],
-                row["content"],
-            )
-            for row in read_parts(folder, JUDGED)
-        ]
+        if (folder / REPORT).exists():
+            return read_judged(folder)
+        backbone = self.backbone()
+        samples = self.mined(backbone)
+        evaluator = EmbedderEvaluator(backbone, TargetBank(samples, backbone), temperature=0.02)
+        return judge_pool(samples, self._pool(), evaluator, folder, MARGINS, seed=self.recipe.seed)
 
     def mined(self, backbone: Checkpoint) -> list[Sample]:
         """Return the pool's samples with hard negatives, mined with the backbone; the labels of digits are exact."""
@@ -198,16 +181,7 @@ class NanoRun:
         return read_pool(self.folder / "pool")
 
     def _finish(self, name: str, checkpoint: Checkpoint, steps: Metrics, count: int) -> Checkpoint:
-        """Run a stage's steps and save what they made, unless that was done before; return it, as loaded."""
-        target = self.folder / name / "checkpoint"
-        if not (target / FACTS).exists():
-            self._watch(name, steps, count)
-            origin = {"stages": [*checkpoint.facts.provenance.get("stages", []), name], "recipe": asdict(self.recipe)}
-            save_checkpoint(checkpoint, target, provenance=origin)
-        return load_checkpoint(target)
-
-
-def _row(one: Judged) -> dict[str, object]:
-    return {
-        "question": one.question, "task": one.task, **asdict(one.candidate), "gain": one.gain, "content": one.content
-    }  # fmt: skip
+        return finish_stage(
+            self.folder / name, checkpoint, steps, count, self._watch, plain_accelerator(),
+            {"recipe": asdict(self.recipe)},
+        )  # fmt: skip

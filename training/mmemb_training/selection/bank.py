@@ -64,21 +64,22 @@ def mine_negatives(
     """Return the samples with more negatives: the `hard` most similar targets of others, and `even` drawn evenly.
 
     A target that answers the question by its labels is never a negative. Labels miss some, so a target whose cosine
-    exceeds `share_of_positive` times that of the question's own target is dropped too (NV-Retriever, arXiv 2407.15831);
-    None trusts the labels.
+    exceeds `share_of_positive` times that of the question's own target is not taken as a hard one (NV-Retriever, arXiv
+    2407.15831); None trusts the labels.
     """
     queries_QD = embed_rows(checkpoint, [query_row(sample.question, checkpoint.rows) for sample in samples])
     rng = np.random.default_rng(seed)
     mined = []
     for sample, query_D in zip(samples, queries_QD, strict=True):
         similarity_C = bank.embeddings_CD @ query_D
-        usable_C = np.ones(len(similarity_C), bool)
-        usable_C[bank.answers(sample.wanted)] = False
+        wrong_C = np.ones(len(similarity_C), bool)
+        wrong_C[bank.answers(sample.wanted)] = False
+        usable_C = wrong_C.copy()
         if share_of_positive is not None:
             usable_C &= similarity_C <= share_of_positive * similarity_C[bank.place(sample.target)]
         usable = np.flatnonzero(usable_C)
         hardest = usable[np.argsort(-similarity_C[usable], kind="stable")[:hard]]
-        others = np.setdiff1d(usable, hardest)
+        others = np.setdiff1d(np.flatnonzero(wrong_C), hardest)
         drawn = rng.choice(others, size=min(even, len(others)), replace=False)
         found = (bank.targets[place] for place in (*hardest, *drawn))
         mined.append(replace(sample, negatives=(*sample.negatives, *found)))

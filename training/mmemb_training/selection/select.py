@@ -61,17 +61,12 @@ def judge(
     samples: Sequence[Sample],
     pool: Mapping[str, Sequence[Candidate]],
     evaluator: Evaluator,
+    strangers: Strangers,
     *,
     batch: int = 64,
-    foreign: int = 2,
-    seed: int = 0,
     against_negatives: bool = False,
 ) -> Iterator[Judged]:
-    """Judge every candidate of the samples, `batch` samples at a time; equal words of a question are judged once.
-
-    `foreign` rationales of other questions stand beside each worker's own.
-    """
-    strangers = _Strangers(samples, pool, foreign, seed)
+    """Judge every candidate of the samples, `batch` samples at a time; equal words of a question are judged once."""
     for start in range(0, len(samples), batch):
         part = samples[start : start + batch]
         candidates = [pool.get(sample.question.key, ()) for sample in part]
@@ -102,11 +97,11 @@ def judge(
                 )  # fmt: skip
 
 
-class _Strangers:
-    """Draws rationales of other questions, by worker and task."""
+class Strangers:
+    """Draws, for a question, up to `count` rationales that a worker wrote for others of its task."""
 
     def __init__(
-        self, samples: Sequence[Sample], pool: Mapping[str, Sequence[Candidate]], count: int, seed: int
+        self, samples: Sequence[Sample], pool: Mapping[str, Sequence[Candidate]], count: int, seed: int | Sequence[int]
     ) -> None:  # fmt: skip
         self._count = count
         self._rng = np.random.default_rng(seed)
@@ -117,7 +112,7 @@ class _Strangers:
                 known.append((sample.question.key, one.rationale))
 
     def draw(self, sample: Sample, worker: str) -> list[str]:
-        """Return up to `count` rationales that the worker wrote for other questions of the sample's task."""
+        """Return what the worker wrote for some others."""
         known = self._known[sample.question.task, worker]
         drawn = [known[place] for place in self._rng.integers(len(known), size=2 * self._count)]
         return [text for question, text in drawn if question != sample.question.key][: self._count]
