@@ -118,13 +118,13 @@ def test_rollouts_carry_the_embedding_that_the_encoder_gives_them(drawn: Any, ti
 
 
 def test_the_policy_gradient_prefers_what_is_rewarded_and_skips_what_was_forced(drawn: Any, tiny: Checkpoint) -> None:
-    samples, bank, batch = drawn
+    samples, _, batch = drawn
     encoder = Encoder(tiny).eval()
 
     def loss_gradient(batch: Batch) -> torch.Tensor:
         reading = encoder(*grpo._inputs(tiny, samples, batch.groups))  # pyright: ignore[reportPrivateUsage]
         reading = Reading(*(part.detach().requires_grad_() for part in reading))
-        terms = grpo._terms(reading, batch, RECIPE, bank)  # pyright: ignore[reportPrivateUsage]
+        terms = grpo._terms(reading, batch, RECIPE)  # pyright: ignore[reportPrivateUsage]
         terms["policy_decision"].backward()
         assert reading.decision_B2.grad is not None
         return reading.decision_B2.grad
@@ -160,8 +160,9 @@ def test_control_trains_logs_every_term_and_resumes_bit_for_bit(
              "reward_embedding", "reasoning_rate", "rationale_tokens", "norm_policy", "norm_anchor"}  # fmt: skip
     assert terms <= whole[0].keys()
     assert any(name.startswith("gap_") for name in whole[0])
-    assert whole[0]["kl"] == pytest.approx(0, abs=1e-6)
-    assert whole[-1]["kl"] > 0
+    for name in ("kl", "anchor"):  # nothing has moved yet
+        assert whole[0][name] == pytest.approx(0, abs=1e-5)
+        assert whole[-1][name] > 1e-5
     run(load_checkpoint(tiny_checkpoint), tmp_path / "parts", 3)
     rest = run(load_checkpoint(tiny_checkpoint), tmp_path / "parts", 4)
     assert [row["step"] for row in rest] == [3, 4]

@@ -100,7 +100,7 @@ def rows_of(checkpoint: Checkpoint, count: int) -> list[Any]:
     return [query_row(question, checkpoint.rows)] * count
 
 
-def load_of(checkpoint: Checkpoint, row: Any, paths: int, words: int) -> Load:
+def load_of(row: Any, paths: int, words: int) -> Load:
     """What `rows_of` asks of the model."""
     grid = row.visuals[0].grid
     return Load(tokens=row.length, frames=1, patches=grid[0] * grid[1], paths=paths, words=words)
@@ -110,18 +110,18 @@ class Live(TorchDispatchMode):
     """Counts the bytes of storages that are alive, but for those of `known` tensors."""
 
     def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in known}
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._seen:
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self._seen:
                 storage = leaf.untyped_storage()
-                self._seen.add(storage._cdata)
+                self._seen.add(storage.data_ptr())
                 self.now += storage.nbytes()
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self._gone, storage.data_ptr(), storage.nbytes())
         self.peak = max(self.peak, self.now)
         return found
 
@@ -132,14 +132,14 @@ class Live(TorchDispatchMode):
 
 def saved_bytes(run: Any, known: list[Tensor]) -> int:
     """What autograd saves of a computation, but for `known` tensors."""
-    seen = {tensor.untyped_storage()._cdata for tensor in known}
+    seen = {tensor.untyped_storage().data_ptr() for tensor in known}
     kept: dict[int, int] = {}
     held: list[Tensor] = []  # so that no two storages share an address
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            kept[storage._cdata] = storage.nbytes()
+        if storage.data_ptr() not in seen:
+            kept[storage.data_ptr()] = storage.nbytes()
             held.append(tensor)
         return tensor
 
@@ -225,7 +225,7 @@ def test_operations_are_those_that_torch_counts(small: Path, paths: int) -> None
     rationales = [Rationale(place, [5] * 9) for place in range(2) for _ in range(paths)]
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         Encoder(checkpoint)(rows, rationales)
-    expected = 2 * forward_flops(read_shape(small), load_of(checkpoint, rows[0], paths, 9))
+    expected = 2 * forward_flops(read_shape(small), load_of(rows[0], paths, 9))
     assert counter.get_total_flops() == expected
 
 
@@ -233,11 +233,11 @@ def test_operations_are_those_that_torch_counts(small: Path, paths: int) -> None
 def test_autograd_saves_of_a_text_layer_what_the_formula_says(small: Path, new: int, context: int) -> None:
     checkpoint = load_checkpoint(small)
     layer = checkpoint.model.model.language_model.layers[0].to(torch.bfloat16)
-    half = {"dtype": torch.bfloat16}
-    states = torch.randn(3, new, 128, requires_grad=True, **half)
-    rotary = torch.randn(3, new, 32, **half), torch.randn(3, new, 32, **half)
+    half = torch.bfloat16
+    states = torch.randn(3, new, 128, dtype=half, requires_grad=True)
+    rotary = torch.randn(3, new, 32, dtype=half), torch.randn(3, new, 32, dtype=half)
     mask = torch.ones(3, 1, new, context, dtype=torch.bool)
-    past = [torch.randn(3, 2, context - new, 32, **half) for _ in range(2)]
+    past = [torch.randn(3, 2, context - new, 32, dtype=half) for _ in range(2)]
     cache = _LayerCache((past[0], past[1]) if context > new else None)
     saved = saved_bytes(
         lambda: layer(states, position_embeddings=rotary, attention_mask=mask, past_key_values=cache),
@@ -269,7 +269,7 @@ def test_a_real_backward_pass_peaks_just_below_the_estimate(small: Path, prompts
         reading = encoder(rows, [Rationale(place, [5] * words) for place in range(prompts)])
         torch.stack([part.float().sum() for part in reading]).sum().backward()
     shape = read_shape(small)
-    peaks = activation_peaks(shape, FULL, load_of(checkpoint, rows[0], 1, words), prompts)
+    peaks = activation_peaks(shape, FULL, load_of(rows[0], 1, words), prompts)
     waiting = next(term for term in state_terms(shape, FULL) if term.name == "waiting gradients")
     estimate = max(peaks.values()) + waiting.bytes
     assert live.peak <= estimate <= 1.2 * live.peak
@@ -364,7 +364,7 @@ def test_checkpointing_is_the_first_change_where_it_was_off() -> None:
     recipe = load_recipe("qwen3-vl-2b-full")
     joint = recipe.joint.model_copy(update={"gradient_checkpointing": False})
     made = make_plan(
-        SHAPES["qwen3-vl-2b"], recipe.model_copy(update={"joint": joint}), machine(8, device="l40s")
+        SHAPES["qwen3-vl-2b"], recipe.model_copy(update={"joint": joint}), machine(8, device="rtx4090")
     )  # fmt: skip
     assert made.changes[0] == "gradient_checkpointing = true"
 
@@ -478,7 +478,7 @@ def test_a_bad_recipe_names_key_value_and_limit(tmp_path: Path, text: str, messa
 
 def test_workers_of_one_name_are_refused(tmp_path: Path) -> None:
     worker = '[[pool.workers]]\nname = "a"\nmodel = "b"\n'
-    with pytest.raises(OptionError, match="pool.workers are named a, a"):
+    with pytest.raises(OptionError, match=r"pool\.workers are named a, a"):
         recipe_of(tmp_path, worker + worker)
 
 

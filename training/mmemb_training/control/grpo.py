@@ -1,12 +1,14 @@
 """GRPO on the decision and on the rationale, in paired groups (METHOD stage 4).
 
     policy   = - mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) over decisions, and over words
-    L        = policy + beta KL(policy || reference) + anchor * (InfoNCE(z_d) + InfoNCE(z_r)) towards frozen targets
+    L        = policy + beta KL(policy || reference) + anchor * mean of 1 - cos(z, z of the reference), both embeddings
 
 Decision and words are normalised apart, as in Thinkless (arXiv 2505.13379): one control token would drown among the
 words. The decision's advantage compares all rollouts of a group; the words' those that reason, so that bad words earn
 nothing for a good decision. A forced decision takes no policy gradient; the words after it do. Targets and negatives
-are those of a frozen snapshot; `anchor` keeps the policy's embeddings in its space, 0 trains the policy alone.
+are those of a frozen snapshot, and `anchor` keeps the embeddings where stage 3 left them, on the policy's own
+rationales: reinforcement learns when to reason and what to write, not what a rationale means. InfoNCE in its place
+was tried, and taught the reasoned embedding to distrust rationales, since some that are drawn are wrong.
 
 TRL's GRPOTrainer was judged first and does not serve: its rewards are functions of decoded text, where ours come from
 the policy's own embedding at `<|gen_emb|>`; it cannot force one token of a group without a gradient; and it has no
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.rows import Row
@@ -34,7 +37,6 @@ from mmemb_training.control.rewards import Rewards, Rollout, Scored, advantages,
 from mmemb_training.control.rollouts import Group, draw_groups
 from mmemb_training.encoder import Encoder, Path, Reading
 from mmemb_training.loop import Schedule, run_steps
-from mmemb_training.losses import cosine
 from mmemb_training.samples import Sample, query_row
 from mmemb_training.selection.bank import TargetBank
 from mmemb_training.trainer import plain_accelerator
@@ -53,7 +55,7 @@ class ControlRecipe:
     updates: int = 2  # steps on each batch of rollouts; the second and later ones are clipped
     clip: float = 0.2
     beta: float = 0.04  # of the KL to the model that stage 3 left
-    anchor: float = 0.1
+    anchor: float = 10.0
     paired: bool = True  # every group holds a rollout of each kind
     log_norms_every: int = 10  # steps between measurements of each term's gradient norm
 
@@ -107,7 +109,7 @@ def train_control(
             turn = step // recipe.updates
             seed = (recipe.schedule.seed, turn)
             batch = _roll_out(checkpoint, draw(turn), recipe, bank, reference, encoder, draw_rollouts, seed)
-        terms = _terms(encoder(*_inputs(checkpoint, batch.samples, batch.groups)), batch, recipe, bank)
+        terms = _terms(encoder(*_inputs(checkpoint, batch.samples, batch.groups)), batch, recipe)
         policy = terms["policy_decision"] + terms["policy_words"] + recipe.beta * terms["kl"]
         loss = policy + recipe.anchor * terms["anchor"]
         logged = {name: term.detach() for name, term in terms.items()} | _statistics(batch)
@@ -162,7 +164,7 @@ def _reasoning(groups: Sequence[Group]) -> list[tuple[int, Rollout]]:
     return [(place, rollout) for place, group in enumerate(groups) for rollout in group if rollout.words is not None]
 
 
-def _terms(reading: Reading, batch: Batch, recipe: ControlRecipe, bank: TargetBank) -> dict[str, Tensor]:
+def _terms(reading: Reading, batch: Batch, recipe: ControlRecipe) -> dict[str, Tensor]:
     """Return the terms of the loss."""
     device = reading.direct_BD.device
     reasons_QG = torch.tensor([[one.words is not None for one in group] for group in batch.groups], device=device)
@@ -179,20 +181,15 @@ def _terms(reading: Reading, batch: Batch, recipe: ControlRecipe, bank: TargetBa
     decided_QG = _clipped(logp.gather(1, action_QG) - old.gather(1, action_QG), whole_QG, recipe.clip)
     kl_Q = (logp.exp() * (logp - reference)).sum(dim=1)
 
-    owners = [place for place, _ in _reasoning(batch.groups)]
-    targets = [torch.from_numpy(bank.candidates(sample)).to(device) for sample in batch.samples]
-    states = [*enumerate(reading.direct_BD), *zip(owners, reading.reasoned_RD, strict=True)]
-    anchor = torch.stack([
-        -(cosine(state_D[None], targets[place]) / recipe.rewards.temperature).log_softmax(dim=1)[0, 0]
-        for place, state_D in states
-    ]).mean()  # fmt: skip
+    states = (torch.cat((part.direct_BD, part.reasoned_RD)) for part in (reading, batch.reference))
+    drift = 1 - F.cosine_similarity(*states, dim=1)
     terms = {
         "policy_decision": -(decided_QG * drawn_QG).sum() / drawn_QG.sum().clamp(min=1),
         "policy_words": reading.words_RT.sum() * 0.0,
         "kl": kl_Q.mean(),
-        "anchor": anchor,
+        "anchor": drift.mean(),
     }
-    if owners:
+    if reading.words_RT.numel():
         spoken_RT = _spoken(batch, reading.words_RT)
         count = spoken_RT.sum().clamp(min=1)
         gained_RT = _clipped(reading.words_RT - batch.old.words_RT, among_QG[reasons_QG][:, None], recipe.clip)

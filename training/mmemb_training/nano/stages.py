@@ -71,7 +71,7 @@ class NanoRecipe:
     def control(self, rewards: Rewards, *, paired: bool = True) -> ControlRecipe:
         """Return the recipe of stage 4."""
         schedule = Schedule(
-            seed=self.seed, steps=self.control_steps, learning_rate=2e-4, warmup=10, weight_decay=0.0, spike=None
+            seed=self.seed, steps=self.control_steps, learning_rate=1e-4, warmup=10, weight_decay=0.0, spike=None
         )
         return ControlRecipe(schedule=schedule, rewards=rewards, paired=paired)
 

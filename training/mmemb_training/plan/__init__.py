@@ -1,0 +1,1 @@
+"""What a training run will need before it is started: shapes, recipes, and a plan of memory, arithmetic and hours."""
