@@ -17,10 +17,10 @@ export ORT_DISABLE_TELEMETRY := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check nano clean
+.PHONY: help demo test check nano ablation clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(DEMO) ## install without torch, run the embedded nano bundle, draw demo.png
 	$(BIN)/mmemb demo
@@ -36,7 +36,10 @@ check: $(DEV) ## lint, formatting and types
 
 nano: $(DEV) ## retrain the nano model and export it into the package
 	$(BIN)/mmemb train nano runs/nano
-	$(BIN)/mmemb export runs/nano mmemb_deploy/assets/nano --calibrate digitchain --overwrite
+	$(BIN)/mmemb export runs/nano/control/checkpoint mmemb_deploy/assets/nano --calibrate digitchain --overwrite
+
+ablation: $(DEV) ## train and measure every row of the ablation table (about an hour and a half on 2 cores)
+	$(BIN)/mmemb train ablation runs/nano
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .benchmarks demo.png

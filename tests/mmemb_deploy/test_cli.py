@@ -21,7 +21,7 @@ def mmemb(*arguments: object, folder: Path | None = None) -> subprocess.Complete
 
 def test_help_lists_the_commands_of_every_package() -> None:
     shown = mmemb("--help").stdout
-    for command in ("embed", "inspect", "verify", "demo", "bench", "train", "export"):
+    for command in ("embed", "inspect", "verify", "calibrate", "demo", "bench", "train", "export", "eval"):
         assert f" {command} " in shown
     assert mmemb("--version").stdout.strip() == __version__
 

@@ -11,14 +11,15 @@ import torch
 from transformers import AutoTokenizer
 
 from mmemb_deploy import BackendError, OptionError
-from mmemb_training.checkpoint import Checkpoint
-from mmemb_training.control import grpo
-from mmemb_training.control.grpo import Batch, ControlRecipe, train_control
+from mmemb_training.checkpoint import Checkpoint, load_checkpoint
+from mmemb_training.control.grpo import ControlRecipe, train_control
+from mmemb_training.control.policy import Batch, chunks_of, policy_terms, read_alone
 from mmemb_training.control.rewards import Rewards, Rollout, advantages, score_group
 from mmemb_training.control.rollouts import decisions, draw_groups
 from mmemb_training.control.served import PolicyWorker, ServedRollouts
-from mmemb_training.encoder import Encoder, Path, Reading
+from mmemb_training.encoder import Encoder, Reading
 from mmemb_training.loop import Schedule
+from mmemb_training.lora import LoraSettings
 from mmemb_training.nano.digits import Digits
 from mmemb_training.samples import query_row
 from mmemb_training.selection.bank import TargetBank, mine_negatives
@@ -98,9 +99,7 @@ def drawn(tiny: Checkpoint, digits: Digits) -> tuple[Any, TargetBank, Batch]:
     scored = [
         score_group(group, bank.candidates(sample), Rewards(), 9) for sample, group in zip(samples, groups, strict=True)
     ]
-    encoder = Encoder(tiny).eval()
-    with torch.no_grad():
-        reading = encoder(*grpo._inputs(tiny, samples, groups))  # pyright: ignore[reportPrivateUsage]
+    reading = read_alone(Encoder(tiny).eval(), chunks_of(samples, groups, tiny.rows, 3))
     return samples, bank, Batch(samples, groups, scored, reading, reading)
 
 
@@ -122,9 +121,9 @@ def test_the_policy_gradient_prefers_what_is_rewarded_and_skips_what_was_forced(
     encoder = Encoder(tiny).eval()
 
     def loss_gradient(batch: Batch) -> torch.Tensor:
-        reading = encoder(*grpo._inputs(tiny, samples, batch.groups))  # pyright: ignore[reportPrivateUsage]
+        reading = read_alone(encoder, chunks_of(samples, batch.groups, tiny.rows, 64))
         reading = Reading(*(part.detach().requires_grad_() for part in reading))
-        terms = grpo._terms(reading, batch, RECIPE)  # pyright: ignore[reportPrivateUsage]
+        terms = policy_terms(reading, batch, RECIPE.clip)
         terms["policy_decision"].backward()
         assert reading.decision_B2.grad is not None
         return reading.decision_B2.grad
@@ -147,8 +146,6 @@ def test_the_policy_gradient_prefers_what_is_rewarded_and_skips_what_was_forced(
 def test_control_trains_logs_every_term_and_resumes_bit_for_bit(
     drawn: Any, tiny_checkpoint: FilePath, tiny: Checkpoint, tmp_path: FilePath
 ) -> None:
-    from mmemb_training.checkpoint import load_checkpoint
-
     samples, bank, _ = drawn
 
     def run(checkpoint: Checkpoint, folder: FilePath, steps: int) -> list[dict[str, float]]:
@@ -176,13 +173,29 @@ def test_a_recipe_that_cannot_resume_is_refused() -> None:
         Rewards(cost=-1)
 
 
-def test_paths_follow_the_order_of_the_groups(drawn: Any, tiny: Checkpoint) -> None:
-    samples, _, batch = drawn
-    _, paths = grpo._inputs(tiny, samples, batch.groups)  # pyright: ignore[reportPrivateUsage]
-    expected = [
-        Path(place, one.words) for place, group in enumerate(batch.groups) for one in group if one.words is not None
-    ]
-    assert paths == expected
+def test_questions_read_in_parts_give_the_same_run(drawn: Any, tiny_checkpoint: FilePath, tmp_path: FilePath) -> None:
+    samples, bank, _ = drawn
+    losses = []
+    for size in (64, 3):
+        recipe = replace(RECIPE, questions_at_once=size)
+        run = train_control(
+            load_checkpoint(tiny_checkpoint), lambda _: samples, recipe, tmp_path / str(size), bank=bank
+        )
+        losses.append([row["loss"] for row in run])
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)  # float32 sums, in another order, through four steps
+
+
+def test_adapters_leave_the_reference_where_it_was(drawn: Any, tiny_checkpoint: FilePath, tmp_path: FilePath) -> None:
+    samples, bank, _ = drawn
+    recipe = replace(RECIPE, lora=LoraSettings(rank=4))
+    rows = {
+        name: list(train_control(load_checkpoint(tiny_checkpoint), lambda _: samples, one, tmp_path / name, bank=bank))
+        for name, one in {"lora": recipe, "full": RECIPE}.items()
+    }
+    for name in ("kl", "anchor"):
+        assert rows["lora"][0][name] == pytest.approx(0, abs=1e-5)
+        assert rows["lora"][-1][name] > 0
+    assert rows["lora"][0]["reward"] == pytest.approx(rows["full"][0]["reward"], abs=1e-5)
 
 
 def test_a_served_policy_is_asked_in_the_layout_of_the_encoder(
@@ -210,9 +223,7 @@ def test_a_served_policy_is_asked_in_the_layout_of_the_encoder(
         expanded = [one for token in rendered for one in [token] * (next(shown).tokens if token == pad else 1)]
         assert expanded == [*row.token_ids_S.tolist(), ids["<think>"]]
         assert (body["n"], body["stop"], body["max_tokens"]) == (4, "</think>", 6)
-    encoder = Encoder(tiny).eval()
-    with torch.no_grad():
-        reading = encoder(*grpo._inputs(tiny, samples, groups))  # pyright: ignore[reportPrivateUsage]
+    reading = read_alone(Encoder(tiny).eval(), chunks_of(samples, groups, tiny.rows, 3))
     reasoned = iter(torch.nn.functional.normalize(reading.reasoned_RD, dim=1).numpy())
     for group in groups:
         kinds = {one.words is None for one in group}

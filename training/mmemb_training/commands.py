@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmemb_deploy.errors import MissingExtraError
+from mmemb_training.plan.commands import plan
 
 if TYPE_CHECKING:
     from mmemb_training.nano.stages import NanoRecipe
@@ -28,6 +29,8 @@ def register(app: typer.Typer) -> None:
     train = typer.Typer(no_args_is_help=True, help="Train a checkpoint.")
     train.command("nano")(nano)
     train.command("ablation")(ablation)
+    train.command("plan")(plan)
+    train.command("run")(run)
     app.add_typer(train, name="train")
 
 
@@ -60,6 +63,29 @@ def ablation(
     (folder / "ablation.md").write_text(markdown(tables))
     draw(tables, folder / "ablation.png")
     print(json.dumps(tables) if as_json else f"tables: {folder / 'ablation.md'}, {folder / 'ablation.png'}")
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A packaged recipe's name, or a .toml file.")],
+    folder: Folder,
+    data: Annotated[list[str], typer.Option(help="NAME=FOLDER of a public training set; repeat for several.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Samples of each data set; all by default.")] = None,
+    upto: Annotated[str, typer.Option(help="The last stage to run: pool, selection, joint or control.")] = "control",
+) -> None:
+    """Train a Qwen3-VL by the full method; start it with torchrun to use several GPUs."""
+    from mmemb_deploy.errors import check_known
+    from mmemb_training.plan.recipes import load_recipe
+
+    settings = load_recipe(recipe)
+    try:
+        from mmemb_training.run import STAGES, Run, read_samples
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "torch", "train") from error
+    from rich.console import Console
+
+    check_known("stage", upto, STAGES)
+    Run(settings, read_samples(data, limit), folder, show_progress, Console(stderr=True).print).upto(upto)
+    print(f"run: {folder}")
 
 
 def _setting(seed: int, scale: float) -> tuple[NanoRecipe, Watch]:

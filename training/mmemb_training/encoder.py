@@ -118,11 +118,13 @@ class Encoder(nn.Module):
         mask_RK = np.concatenate([batch.mask_BT[owners_R], steps_T < lengths_R[:, None]], axis=1).astype(np.int64)
         device = cache[0][0].device
         index_R, ids_RT = torch.from_numpy(owners_R).to(device), torch.from_numpy(token_ids_RT).to(device)
+        if list(owners) != list(range(len(batch.mask_BT))):  # else the cache serves as it is, uncopied
+            cache = [(keys.index_select(0, index_R), values.index_select(0, index_R)) for keys, values in cache]
         hidden_RTD, _ = decoder_forward(
             self.model.model.language_model,
             ids_RT,
             torch.from_numpy(starts_R[:, None] + steps_T).to(device).expand(3, -1, -1),
             torch.from_numpy(mask_RK).to(device),
-            past=[(keys.index_select(0, index_R), values.index_select(0, index_R)) for keys, values in cache],
+            past=cache,
         )
         return hidden_RTD, ids_RT, torch.from_numpy(lengths_R).to(device)

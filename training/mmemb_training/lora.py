@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,3 +52,13 @@ def add_lora(checkpoint: Checkpoint, settings: LoraSettings) -> Any:
 def merge_lora(adapter: Any) -> None:
     """Fold the adapters into the weights, in place: the model is an ordinary one again."""
     adapter.merge_and_unload()
+
+
+@contextmanager
+def without_lora(adapter: Any) -> Iterator[None]:
+    """Run the model as it was before its adapters."""
+    adapter.disable_adapter_layers()
+    try:
+        yield
+    finally:
+        adapter.enable_adapter_layers()

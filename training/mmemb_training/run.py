@@ -184,6 +184,7 @@ class Run:
                 steps=settings.steps, learning_rate=settings.learning_rate, weight_decay=0.0, spike=None, warmup=10,
                 save_every=50 * settings.updates,
             ),
+            questions_at_once=self.recipe.joint.micro_batch or DEFAULT_MICRO_BATCH, lora=self._lora(),
             rewards=rewards, group=settings.group, updates=settings.updates, clip=settings.clip, beta=settings.beta,
             anchor=settings.anchor,
         )  # fmt: skip

@@ -21,23 +21,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.rows import Row
 from mmemb_training.checkpoint import Checkpoint
-from mmemb_training.control.rewards import Rewards, Rollout, Scored, advantages, score_group
+from mmemb_training.control.policy import Batch, chunks_of, merged, policy_terms, read_alone, statistics
+from mmemb_training.control.rewards import Rewards, score_group
 from mmemb_training.control.rollouts import Group, draw_groups
-from mmemb_training.encoder import Encoder, Path, Reading
+from mmemb_training.encoder import Encoder, Reading
+from mmemb_training.grad_cache import Chunk, backward
 from mmemb_training.loop import Schedule, run_steps
-from mmemb_training.samples import Sample, query_row
+from mmemb_training.lora import LoraSettings, add_lora, merge_lora, without_lora
+from mmemb_training.samples import Sample
 from mmemb_training.selection.bank import TargetBank
 from mmemb_training.trainer import plain_accelerator
 
@@ -57,7 +57,9 @@ class ControlRecipe:
     beta: float = 0.04  # of the KL to the model that stage 3 left
     anchor: float = 10.0
     paired: bool = True  # every group holds a rollout of each kind
-    log_norms_every: int = 10  # steps between measurements of each term's gradient norm
+    questions_at_once: int = 64  # whose activations are held together; more questions are read twice (GradCache)
+    lora: LoraSettings | None = None  # None trains all weights
+    log_norms_every: int = 10  # steps between measurements of each term's gradient norm, where all are read at once
 
     def __post_init__(self) -> None:
         if self.group < 2:
@@ -69,22 +71,11 @@ class ControlRecipe:
             )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rollouts of some questions, scored, with the log-probabilities of the policy that drew them."""
-
-    samples: Sequence[Sample]
-    groups: Sequence[Group]
-    scored: Sequence[Scored]
-    old: Reading
-    reference: Reading
-
-
 def train_control(
     checkpoint: Checkpoint,
     draw: Draw,
     recipe: ControlRecipe,
-    folder: FilePath,
+    folder: Path,
     *,
     bank: TargetBank,
     data: Any = None,
@@ -97,26 +88,46 @@ def train_control(
     Raises OptionError if the folder holds another run, TrainingError for a loss that is not finite.
     """
     accelerator = accelerator or plain_accelerator()
-    reference = Encoder(_frozen(checkpoint)).eval()
     torch.manual_seed(recipe.schedule.seed)
+    adapter = None if recipe.lora is None else add_lora(checkpoint, recipe.lora)
+    read_reference = _reference(checkpoint, adapter)
     model = Encoder(checkpoint).train()
     encoder, optimizer = accelerator.prepare(model, recipe.schedule.optimizer(model))
     batch: Batch | None = None
 
+    def roll_out(turn: int) -> Batch:
+        samples, limit = draw(turn), checkpoint.facts.max_rationale_tokens
+        groups = draw_rollouts(
+            checkpoint, samples, size=recipe.group, paired=recipe.paired, max_tokens=limit,
+            seed=(recipe.schedule.seed, turn, accelerator.process_index),
+        )  # fmt: skip
+        scored = [
+            score_group(group, bank.candidates(sample), recipe.rewards, limit)
+            for sample, group in zip(samples, groups, strict=True)
+        ]
+        chunks = chunks_of(samples, groups, checkpoint.rows, recipe.questions_at_once)
+        return Batch(samples, groups, scored, read_alone(encoder, chunks), read_reference(chunks))
+
     def step_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         nonlocal batch
         if batch is None or step % recipe.updates == 0:
-            turn = step // recipe.updates
-            seed = (recipe.schedule.seed, turn)
-            batch = _roll_out(checkpoint, draw(turn), recipe, bank, reference, encoder, draw_rollouts, seed)
-        terms = _terms(encoder(*_inputs(checkpoint, batch.samples, batch.groups)), batch, recipe)
-        policy = terms["policy_decision"] + terms["policy_words"] + recipe.beta * terms["kl"]
-        loss = policy + recipe.anchor * terms["anchor"]
-        logged = {name: term.detach() for name, term in terms.items()} | _statistics(batch)
-        if step % recipe.log_norms_every == 0:
-            logged |= _gradient_norms({"policy": policy, "anchor": recipe.anchor * terms["anchor"]}, model)
-        accelerator.backward(loss)
-        return loss.detach(), logged
+            batch = roll_out(step // recipe.updates)
+        drawn = batch
+        chunks = chunks_of(drawn.samples, drawn.groups, checkpoint.rows, recipe.questions_at_once)
+
+        def loss_of(readings: Sequence[Reading]) -> tuple[Tensor, dict[str, Tensor]]:
+            terms = policy_terms(merged(readings), drawn, recipe.clip)
+            parts = {
+                "policy": terms["policy_decision"] + terms["policy_words"] + recipe.beta * terms["kl"],
+                "anchor": recipe.anchor * terms["anchor"],
+            }
+            logged = {name: term.detach() for name, term in terms.items()} | statistics(drawn)
+            if len(chunks) == 1 and step % recipe.log_norms_every == 0:
+                logged |= _gradient_norms(parts, model)
+            # `backward` adds processes up, and each has its own mean.
+            return (parts["policy"] + parts["anchor"]) / accelerator.num_processes, logged
+
+        return backward(encoder, chunks, loss_of, accelerator, cached=len(chunks) > 1)
 
     identity = {"recipe": asdict(recipe), "data": data}
     yield from run_steps(
@@ -124,115 +135,22 @@ def train_control(
         lambda step: [sample.question.key for sample in draw(step // recipe.updates)],
     )  # fmt: skip
     checkpoint.model.eval()
+    if adapter is not None:
+        merge_lora(adapter)
 
 
-def _frozen(checkpoint: Checkpoint) -> Checkpoint:
-    return replace(checkpoint, model=copy.deepcopy(checkpoint.model).requires_grad_(False))
+def _reference(checkpoint: Checkpoint, adapter: Any) -> Callable[[Sequence[Chunk]], Reading]:
+    """Return what reads with the weights as stage 3 left them: a frozen copy, or the model without its adapters."""
+    if adapter is None:
+        frozen = Encoder(replace(checkpoint, model=copy.deepcopy(checkpoint.model).requires_grad_(False))).eval()
+        return lambda chunks: read_alone(frozen, chunks)
+    bare = Encoder(checkpoint)
 
+    def read(chunks: Sequence[Chunk]) -> Reading:
+        with without_lora(adapter):
+            return read_alone(bare, chunks)
 
-def _roll_out(
-    checkpoint: Checkpoint,
-    samples: Sequence[Sample],
-    recipe: ControlRecipe,
-    bank: TargetBank,
-    reference: Encoder,
-    encoder: Any,
-    draw_rollouts: DrawGroups,
-    seed: tuple[int, int],
-) -> Batch:
-    """Draw and score the groups of some questions, and note what policy and reference thought of them."""
-    max_tokens = checkpoint.facts.max_rationale_tokens
-    groups = draw_rollouts(
-        checkpoint, samples, size=recipe.group, paired=recipe.paired, max_tokens=max_tokens, seed=seed
-    )
-    scored = [
-        score_group(group, bank.candidates(sample), recipe.rewards, max_tokens)
-        for sample, group in zip(samples, groups, strict=True)
-    ]
-    rows, paths = _inputs(checkpoint, samples, groups)
-    with torch.no_grad():
-        return Batch(samples, groups, scored, encoder(rows, paths), reference(rows, paths))
-
-
-def _inputs(checkpoint: Checkpoint, samples: Sequence[Sample], groups: Sequence[Group]) -> tuple[list[Row], list[Path]]:
-    rows = [query_row(sample.question, checkpoint.rows) for sample in samples]
-    return rows, [Path(place, rollout.words) for place, rollout in _reasoning(groups) if rollout.words is not None]
-
-
-def _reasoning(groups: Sequence[Group]) -> list[tuple[int, Rollout]]:
-    """Return the rollouts that reason, with their questions' places, in the order of the encoder's paths."""
-    return [(place, rollout) for place, group in enumerate(groups) for rollout in group if rollout.words is not None]
-
-
-def _terms(reading: Reading, batch: Batch, recipe: ControlRecipe) -> dict[str, Tensor]:
-    """Return the terms of the loss."""
-    device = reading.direct_BD.device
-    reasons_QG = torch.tensor([[one.words is not None for one in group] for group in batch.groups], device=device)
-    drawn_QG = torch.tensor([[not one.forced for one in group] for group in batch.groups], device=device)
-    everyone = np.ones(recipe.group, bool)
-    whole_QG = torch.tensor(
-        np.stack([advantages(scored.reward_G, everyone) for scored in batch.scored]), device=device
-    )  # fmt: skip
-    among_QG = torch.tensor(
-        np.stack([advantages(scored.reward_G, ~np.isnan(scored.gap_G)) for scored in batch.scored]), device=device
-    )
-    logp, old, reference = (part.decision_B2.log_softmax(dim=1) for part in (reading, batch.old, batch.reference))
-    action_QG = (~reasons_QG).long()
-    decided_QG = _clipped(logp.gather(1, action_QG) - old.gather(1, action_QG), whole_QG, recipe.clip)
-    kl_Q = (logp.exp() * (logp - reference)).sum(dim=1)
-
-    states = (torch.cat((part.direct_BD, part.reasoned_RD)) for part in (reading, batch.reference))
-    drift = 1 - F.cosine_similarity(*states, dim=1)
-    terms = {
-        "policy_decision": -(decided_QG * drawn_QG).sum() / drawn_QG.sum().clamp(min=1),
-        "policy_words": reading.words_RT.sum() * 0.0,
-        "kl": kl_Q.mean(),
-        "anchor": drift.mean(),
-    }
-    if reading.words_RT.numel():
-        spoken_RT = _spoken(batch, reading.words_RT)
-        count = spoken_RT.sum().clamp(min=1)
-        gained_RT = _clipped(reading.words_RT - batch.old.words_RT, among_QG[reasons_QG][:, None], recipe.clip)
-        behind_RT = batch.reference.words_RT - reading.words_RT
-        terms["policy_words"] = -(gained_RT * spoken_RT).sum() / count
-        terms["kl"] = terms["kl"] + ((behind_RT.exp() - behind_RT - 1) * spoken_RT).sum() / count
-    return terms
-
-
-def _spoken(batch: Batch, words_RT: Tensor) -> Tensor:
-    """Return which words were drawn, (R, T): all and `</think>`, but for a `</think>` that the token limit forced."""
-    drawn_R = [len(one.words or ()) + (not one.truncated) for _, one in _reasoning(batch.groups)]
-    places_T = torch.arange(words_RT.shape[1], device=words_RT.device)
-    return places_T < torch.tensor(drawn_R, device=words_RT.device)[:, None]
-
-
-def _clipped(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    ratio = log_ratio.exp()
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-
-
-def _statistics(batch: Batch) -> dict[str, Tensor]:
-    """Return what to log of a batch: each reward term, the reasoning rate, length, and the gap by task."""
-    rollouts = [rollout for group in batch.groups for rollout in group]
-    drawn = [rollout for rollout in rollouts if not rollout.forced]
-    lengths = [len(rollout.words) for rollout in rollouts if rollout.words is not None]
-    figures = {
-        "reward": np.mean([scored.reward_G.mean() for scored in batch.scored]),
-        "reward_adaptive": np.mean([scored.adaptive_G.mean() for scored in batch.scored]),
-        "reward_well_formed": np.mean([scored.well_formed_G.mean() for scored in batch.scored]),
-        "reward_embedding": np.mean([scored.embedding_G.mean() for scored in batch.scored]),
-        "reasoning_rate": np.mean([rollout.words is not None for rollout in drawn]) if drawn else 0.0,
-        "rationale_tokens": np.mean(lengths) if lengths else 0.0,
-    }
-    for task in sorted({sample.question.task for sample in batch.samples}):
-        gaps = [
-            gap
-            for sample, scored in zip(batch.samples, batch.scored, strict=True)
-            if sample.question.task == task
-            for gap in scored.gap_G[~np.isnan(scored.gap_G)]
-        ]
-        figures[f"gap_{task}"] = np.mean(gaps) if gaps else 0.0
-    return {name: torch.tensor(float(value)) for name, value in figures.items()}
+    return read
 
 
 def _gradient_norms(parts: dict[str, Tensor], model: Encoder) -> dict[str, Tensor]:

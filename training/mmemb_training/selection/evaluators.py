@@ -84,8 +84,9 @@ JUDGE_INSTRUCTION = "Decide whether the candidate is what the query asks for. Th
 class JudgeEvaluator:
     """As the paper: a model answers whether q, with r, matches t; l = logit("yes") - logit("no").
 
-    The model is any Qwen3-VL in this project's checkpoint format, such as a public Instruct model after `mmemb train
-    prepare`. Question and candidate are read once; each rationale follows as the beginning of the answer.
+    The model is any Qwen3-VL in this project's checkpoint format, such as a public Instruct model after
+    `mmemb_training.prepare`. Question and candidate are read once; each rationale follows as the beginning of the
+    answer.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:

@@ -1,0 +1,133 @@
+"""One batch of rollouts: what the policy gradient and its companions are made of (`grpo` states the formulas).
+
+Axes: Q questions, G rollouts of a question, R rollouts that reason, T words, 2 = (`<think>`, stop).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmemb_deploy.rows import RowEncoder
+from mmemb_training.control.rewards import Rollout, Scored, advantages
+from mmemb_training.control.rollouts import Group
+from mmemb_training.encoder import Path, Reading
+from mmemb_training.grad_cache import Chunk
+from mmemb_training.samples import Sample, query_row
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rollouts of some questions, scored, with the log-probabilities of the policy that drew them."""
+
+    samples: Sequence[Sample]
+    groups: Sequence[Group]
+    scored: Sequence[Scored]
+    old: Reading
+    reference: Reading
+
+
+def chunks_of(samples: Sequence[Sample], groups: Sequence[Group], encoder: RowEncoder, size: int) -> list[Chunk]:
+    """Return what the encoder is to read, `size` questions at once, each with the rationales of its group."""
+    chunks = []
+    for start in range(0, len(samples), size):
+        part = groups[start : start + size]
+        rows = [query_row(sample.question, encoder) for sample in samples[start : start + size]]
+        chunks.append(Chunk(rows, [Path(place, one.words) for place, one in _reasoning(part) if one.words is not None]))
+    return chunks
+
+
+def read_alone(encoder: Any, chunks: Sequence[Chunk]) -> Reading:
+    """Read chunks without gradients."""
+    with torch.no_grad():
+        return merged([encoder(chunk.rows, chunk.paths) for chunk in chunks])
+
+
+def merged(readings: Sequence[Reading]) -> Reading:
+    """Return the readings of chunks as one, words padded to the longest."""
+    longest = max(reading.words_RT.shape[1] for reading in readings)
+    words = [F.pad(reading.words_RT, (0, longest - reading.words_RT.shape[1])) for reading in readings]
+    direct, decision, reasoned = (torch.cat(parts) for parts in list(zip(*readings, strict=True))[:3])
+    return Reading(direct, decision, reasoned, torch.cat(words))
+
+
+def _reasoning(groups: Sequence[Group]) -> list[tuple[int, Rollout]]:
+    """Return the rollouts that reason, with their questions' places, in the order of the encoder's paths."""
+    return [(place, rollout) for place, group in enumerate(groups) for rollout in group if rollout.words is not None]
+
+
+def policy_terms(reading: Reading, batch: Batch, clip: float) -> dict[str, Tensor]:
+    """Return the terms of the loss: policy_decision, policy_words, kl and anchor."""
+    device = reading.direct_BD.device
+    reasons_QG = torch.tensor([[one.words is not None for one in group] for group in batch.groups], device=device)
+    drawn_QG = torch.tensor([[not one.forced for one in group] for group in batch.groups], device=device)
+    everyone = np.ones(len(batch.groups[0]), bool)
+    whole_QG = torch.tensor(
+        np.stack([advantages(scored.reward_G, everyone) for scored in batch.scored]), device=device
+    )  # fmt: skip
+    among_QG = torch.tensor(
+        np.stack([advantages(scored.reward_G, ~np.isnan(scored.gap_G)) for scored in batch.scored]), device=device
+    )
+    logp, old, reference = (part.decision_B2.log_softmax(dim=1) for part in (reading, batch.old, batch.reference))
+    action_QG = (~reasons_QG).long()
+    decided_QG = _clipped(logp.gather(1, action_QG) - old.gather(1, action_QG), whole_QG, clip)
+    kl_Q = (logp.exp() * (logp - reference)).sum(dim=1)
+
+    ours, theirs = (torch.cat((part.direct_BD, part.reasoned_RD)) for part in (reading, batch.reference))
+    drift = 1 - F.cosine_similarity(ours, theirs, dim=1)
+    terms = {
+        "policy_decision": -(decided_QG * drawn_QG).sum() / drawn_QG.sum().clamp(min=1),
+        "policy_words": reading.words_RT.sum() * 0.0,
+        "kl": kl_Q.mean(),
+        "anchor": drift.mean(),
+    }
+    if reading.words_RT.numel():
+        spoken_RT = _spoken(batch, reading.words_RT)
+        count = spoken_RT.sum().clamp(min=1)
+        gained_RT = _clipped(reading.words_RT - batch.old.words_RT, among_QG[reasons_QG][:, None], clip)
+        behind_RT = batch.reference.words_RT - reading.words_RT
+        terms["policy_words"] = -(gained_RT * spoken_RT).sum() / count
+        terms["kl"] = terms["kl"] + ((behind_RT.exp() - behind_RT - 1) * spoken_RT).sum() / count
+    return terms
+
+
+def _spoken(batch: Batch, words_RT: Tensor) -> Tensor:
+    """Return which words were drawn, (R, T): all and `</think>`, but for a `</think>` that the token limit forced."""
+    drawn_R = [len(one.words or ()) + (not one.truncated) for _, one in _reasoning(batch.groups)]
+    places_T = torch.arange(words_RT.shape[1], device=words_RT.device)
+    return places_T < torch.tensor(drawn_R, device=words_RT.device)[:, None]
+
+
+def _clipped(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    ratio = log_ratio.exp()
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def statistics(batch: Batch) -> dict[str, Tensor]:
+    """Return what to log of a batch: each reward term, the reasoning rate, length, and the gap by task."""
+    rollouts = [rollout for group in batch.groups for rollout in group]
+    drawn = [rollout for rollout in rollouts if not rollout.forced]
+    lengths = [len(rollout.words) for rollout in rollouts if rollout.words is not None]
+    figures = {
+        "reward": np.mean([scored.reward_G.mean() for scored in batch.scored]),
+        "reward_adaptive": np.mean([scored.adaptive_G.mean() for scored in batch.scored]),
+        "reward_well_formed": np.mean([scored.well_formed_G.mean() for scored in batch.scored]),
+        "reward_embedding": np.mean([scored.embedding_G.mean() for scored in batch.scored]),
+        "reasoning_rate": np.mean([rollout.words is not None for rollout in drawn]) if drawn else 0.0,
+        "rationale_tokens": np.mean(lengths) if lengths else 0.0,
+    }
+    for task in sorted({sample.question.task for sample in batch.samples}):
+        gaps = [
+            gap
+            for sample, scored in zip(batch.samples, batch.scored, strict=True)
+            if sample.question.task == task
+            for gap in scored.gap_G[~np.isnan(scored.gap_G)]
+        ]
+        figures[f"gap_{task}"] = np.mean(gaps) if gaps else 0.0
+    return {name: torch.tensor(float(value)) for name, value in figures.items()}
