@@ -10,9 +10,10 @@ are those of a frozen snapshot, and `anchor` keeps the embeddings where stage 3 
 rationales: reinforcement learns when to reason and what to write, not what a rationale means. InfoNCE in its place
 was tried, and taught the reasoned embedding to distrust rationales, since some that are drawn are wrong.
 
-TRL's GRPOTrainer was judged first and does not serve: its rewards are functions of decoded text, where ours come from
-the policy's own embedding at `<|gen_emb|>`; it cannot force one token of a group without a gradient; and it has no
-place for a second normalisation or for the anchor. What would remain of it is a loop, and `loop.run_steps` is one.
+TRL's GRPOTrainer (1.16) was read first. Its experimental `rollout_func` could draw these groups, mask a forced token
+and hand embeddings to its rewards; but every token of a rollout shares one advantage there, the loss has no place for
+the anchor, and a prompt with its images is read again for each of its rollouts. Drawing, scoring and loss would all
+be ours; what would remain is a loop, and `loop.run_steps` is one.
 Axes: Q questions, R rollouts that reason, T words, D embedding size.
 """
 
