@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def counting(total: int, *, shown: bool) -> Generator[Callable[[int], None]]:
+def counting(total: int, *, shown: bool, label: str = "embedding") -> Generator[Callable[[int], None]]:
     """Yield a function that counts finished inputs, on a rich progress bar where `shown`."""
     if not shown:
         yield lambda _: None
@@ -16,5 +16,5 @@ def counting(total: int, *, shown: bool) -> Generator[Callable[[int], None]]:
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("embedding", total=total)
+        task = bar.add_task(label, total=total)
         yield lambda count: bar.advance(task, count)

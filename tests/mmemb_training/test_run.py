@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from mmemb_deploy import OptionError
 from mmemb_training.batching import TaskBatches
@@ -109,7 +110,7 @@ def test_a_recipe_runs_from_a_public_model_to_a_controlled_one(
     assert len(samples) == 6
 
     def run() -> None:
-        Run(recipe, samples, folder, watched, report=lambda _: None).upto("control")
+        Run(recipe, samples, folder, watched, Console(quiet=True)).upto("control")
 
     run()
     assert watched.stages == ["joint", "control"]

@@ -84,7 +84,7 @@ def run(
     from rich.console import Console
 
     check_known("stage", upto, STAGES)
-    Run(settings, read_samples(data, limit), folder, show_progress, Console(stderr=True).print).upto(upto)
+    Run(settings, read_samples(data, limit), folder, show_progress, Console(stderr=True)).upto(upto)
     print(f"run: {folder}")
 
 

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import FullyShardedDataParallelPlugin
+from rich.console import Console
 
 from mmemb_deploy.errors import OptionError
+from mmemb_deploy.progress import counting
 from mmemb_training.batching import TaskBatches
 from mmemb_training.checkpoint import FACTS, Checkpoint, load_checkpoint
 from mmemb_training.control.grpo import ControlRecipe, train_control
@@ -32,7 +34,7 @@ from mmemb_training.lora import LoraSettings
 from mmemb_training.plan.recipes import Recipe
 from mmemb_training.plan.recipes import Worker as WorkerSettings
 from mmemb_training.pool.endpoint import EndpointWorker
-from mmemb_training.pool.job import build_pool, read_pool
+from mmemb_training.pool.job import build_pool, print_report, read_pool
 from mmemb_training.pool.local import TransformersWorker
 from mmemb_training.pool.workers import Worker
 from mmemb_training.prepare import prepare
@@ -82,13 +84,13 @@ class Run:
     """A recipe's stages on some samples, in a folder."""
 
     def __init__(
-        self, recipe: Recipe, samples: Sequence[Sample], folder: Path, watch: Watch, report: Callable[[str], None]
+        self, recipe: Recipe, samples: Sequence[Sample], folder: Path, watch: Watch, console: Console
     ) -> None:  # fmt: skip
         self.recipe = recipe
         self.samples = samples
         self.folder = folder
         self._watch = watch
-        self._report = report
+        self._console = console
         self._accelerator = accelerator_of(recipe)
         self._dtype = "bfloat16" if recipe.model.method == "lora" and recipe.joint.precision == "bf16" else "float32"
 
@@ -96,7 +98,7 @@ class Run:
         """Run the stages up to and including `stage`."""
         steps = {"pool": self.pool, "selection": self.selection, "joint": self.joint, "control": self.control}
         for name in STAGES[: STAGES.index(stage) + 1]:
-            self._report(name)
+            self._console.rule(name)
             steps[name]()
 
     def start(self) -> Checkpoint:
@@ -114,7 +116,10 @@ class Run:
         """Stage 1."""
         if self._accelerator.is_main_process:
             questions = [sample.question for sample in self.samples]
-            build_pool(questions, [self._worker(one) for one in self.recipe.pool.workers], self.folder / "pool")
+            workers = [self._worker(one) for one in self.recipe.pool.workers]
+            with counting(len(questions) * len(workers), shown=True, label="writing") as done:
+                report = build_pool(questions, workers, self.folder / "pool", done=done)
+            print_report(self._console, report)
         self._accelerator.wait_for_everyone()
 
     def selection(self) -> dict[str, Choice]:
@@ -126,10 +131,12 @@ class Run:
             model.model.to(self._accelerator.device)
             identity = {"kind": settings.evaluator, "source": self.recipe.model.source}
             samples, evaluator = self._evaluator(model)
-            judge_pool(
-                samples, read_pool(self.folder / "pool"), evaluator, folder, margins,
-                foreign=settings.foreign, identity=identity,
-            )  # fmt: skip
+            with counting(len(samples), shown=True, label="judging") as done:
+                judge_pool(
+                    samples, read_pool(self.folder / "pool"), evaluator, folder, margins,
+                    foreign=settings.foreign, identity=identity, done=done,
+                )  # fmt: skip
+            self._console.print_json((folder / REPORT).read_text())
         self._accelerator.wait_for_everyone()
         return choose(
             read_judged(folder),
