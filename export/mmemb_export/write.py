@@ -60,7 +60,7 @@ def export_bundle(
         shutil.copy(source / TOKENIZER, folder / TOKENIZER)
         _write_pooling(checkpoint, folder)
         files = {name: file_hash(folder / name) for name in bundle_files(folder)}
-        manifest = uncertified(checkpoint, source.name).model_copy(update={"graphs": facts, "files": files})
+        manifest = uncertified(checkpoint, target.name).model_copy(update={"graphs": facts, "files": files})
         embedder = Embedder.of_bundle(Bundle(folder, manifest))
         if pairs:
             report(f"calibrating the gate on {len(pairs)} pairs")

@@ -107,7 +107,7 @@ def test_mmemb_calibrate_rewrites_the_gate_alone(tmp_path: Path) -> None:
         for text in ("three plus four", "seven", "two times six minus five", "eight minus one")
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    command = [sys.executable, "-c", "from mmemb_deploy.cli import main; main()", "calibrate", str(bundle), "--json"]
+    command = [sys.executable, "-m", "mmemb_deploy", "calibrate", str(bundle), "--json"]
     run = subprocess.run(
         [*command, "--data", str(tmp_path / "pairs.jsonl"), "--reasoning-rate", "0.5"],
         capture_output=True, text=True, check=True,

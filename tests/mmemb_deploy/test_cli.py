@@ -14,7 +14,7 @@ from mmemb_deploy import __version__
 
 def mmemb(*arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
-    command = [sys.executable, "-c", "from mmemb_deploy.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-m", "mmemb_deploy", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
 
