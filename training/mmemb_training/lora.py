@@ -46,7 +46,11 @@ def add_lora(checkpoint: Checkpoint, settings: LoraSettings) -> Any:
         target_modules=rf".*language_model.*\.({'|'.join(settings.targets)})",
         trainable_token_indices={"embed_tokens": [ids[marker] for marker in TRAINED_MARKERS]},
     )
-    return LoraModel(checkpoint.model, config, "default")
+    adapter = LoraModel(checkpoint.model, config, "default")
+    for weight in checkpoint.model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()  # small steps vanish in bf16, which the frozen weights may be in
+    return adapter
 
 
 def merge_lora(adapter: Any) -> None:

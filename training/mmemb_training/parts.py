@@ -23,6 +23,11 @@ class Part(nn.Module):
     outputs: tuple[str, ...]
     listed: int = 0
 
+    @property
+    def weight(self) -> Tensor:
+        """A weight that no adapter replaces: it says the type and the device of the part."""
+        raise NotImplementedError
+
 
 class Vision(Part):
     """Images of one grid to visual tokens and DeepStack levels."""
@@ -34,6 +39,11 @@ class Vision(Part):
         self.visual = visual
         levels = len(visual.deepstack_visual_indexes)
         self.outputs = (abi.VISUAL_TOKENS, abi.DEEPSTACK) if levels else (abi.VISUAL_TOKENS,)
+
+    @property
+    def weight(self) -> Tensor:
+        found: Tensor = self.visual.patch_embed.proj.weight
+        return found
 
     def forward(
         self, patches: Tensor, index: Tensor, weight: Tensor, rotary_cos: Tensor, rotary_sin: Tensor
@@ -51,6 +61,11 @@ class Prefill(Part):
         text = abi.TOKEN_IDS, abi.POSITION_IDS, abi.MASK, abi.VISUAL_INDEX, abi.VISUAL_TOKENS
         self.inputs = (*text, abi.DEEPSTACK) if levels else text
         self.outputs = abi.EMBEDDING, abi.STATE, *abi.present_names(len(language_model.layers))
+
+    @property
+    def weight(self) -> Tensor:
+        found: Tensor = self.language_model.norm.weight
+        return found
 
     def forward(
         self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, visual_index: Tensor, visual_tokens: Tensor,
@@ -76,6 +91,11 @@ class Decode(Part):
         self.listed = len(past)
         self.outputs = abi.LOGITS, abi.EMBEDDING, *abi.present_names(len(language_model.layers))
 
+    @property
+    def weight(self) -> Tensor:
+        found: Tensor = self.language_model.norm.weight
+        return found
+
     def forward(self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
         layers = list(zip(past[::2], past[1::2], strict=True))
         hidden_BTD, cache = decoder_forward(self.language_model, token_ids, position_ids, mask, past=layers)
@@ -92,6 +112,10 @@ class Gate(Part):
     def __init__(self, lm_head: nn.Linear, think: int, stop: int) -> None:
         super().__init__()
         self.rows_2D = nn.Parameter(lm_head.weight[[think, stop]].detach().clone())
+
+    @property
+    def weight(self) -> Tensor:
+        return self.rows_2D
 
     def forward(self, state: Tensor) -> tuple[Tensor]:
         think_B, stop_B = (state @ self.rows_2D.T).unbind(-1)

@@ -33,11 +33,12 @@ class TorchSession:
 
     def __init__(self, part: Part) -> None:
         self._part = part
-        self._device = next(part.parameters()).device
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run the part once, without gradients."""
-        values = [torch.from_numpy(np.ascontiguousarray(inputs[name])).to(self._device) for name in self._part.inputs]
+        weight = self._part.weight
+        given = (torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self._part.inputs)
+        values = [value.to(weight if value.is_floating_point() else weight.device) for value in given]
         split = len(values) - self._part.listed
         with torch.inference_mode():
             outputs = self._part(*values[:split], *([values[split:]] if self._part.listed else []))
