@@ -8,7 +8,7 @@ the encoder returns, so the next-token terms take the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +72,7 @@ def _random_state() -> tuple[Tensor, Tensor | None]:
 
 
 @contextmanager
-def _drawing_again(state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
+def _drawing_again(state: tuple[Tensor, Tensor | None]) -> Generator[None]:
     """Draw the random numbers (dropout) of an earlier moment again, then go on as if nothing had been drawn."""
     on_cpu, on_gpu = state
     with torch.random.fork_rng(devices=[] if on_gpu is None else [torch.cuda.current_device()]):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -141,13 +142,14 @@ def _gather(local: Tensor, accelerator: Accelerator) -> Tensor:
     """Return the rows of all processes in their order; gradients reach the process's own rows alone."""
     if accelerator.num_processes == 1:
         return local
-    counts = accelerator.gather(torch.tensor([len(local)], device=local.device)).tolist()
-    padded = accelerator.gather(pad_across_processes(local.detach(), dim=0))
+    lengths: Any = accelerator.gather(torch.tensor([len(local)], device=local.device))
+    counts: list[int] = lengths.tolist()
+    padded: Any = accelerator.gather(pad_across_processes(local.detach(), dim=0))
     pieces = [piece[:count] for piece, count in zip(padded.chunk(len(counts)), counts, strict=True)]
     pieces[accelerator.process_index] = local
     return torch.cat(pieces)
 
 
 def _sum(local: Tensor, accelerator: Accelerator) -> Tensor:
-    total: Tensor = accelerator.reduce(local, "sum")
-    return total
+    total: Any = accelerator.reduce(local, "sum")
+    return cast("Tensor", total)

@@ -109,7 +109,7 @@ def run_steps(
         ):
             _stop(folder, step, value, terms, describe(step), accelerator)
         recent.append(value)
-        norm = accelerator.clip_grad_norm_(weights.parameters(), schedule.gradient_norm)
+        norm: Any = accelerator.clip_grad_norm_(weights.parameters(), schedule.gradient_norm)
         if not math.isfinite(norm.item()):
             _stop(folder, step, value, {**terms, "gradient_norm": norm}, describe(step), accelerator)
         optimizer.step()

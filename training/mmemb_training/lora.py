@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +59,7 @@ def merge_lora(adapter: Any) -> None:
 
 
 @contextmanager
-def without_lora(adapter: Any) -> Iterator[None]:
+def without_lora(adapter: Any) -> Generator[None]:
     """Run the model as it was before its adapters."""
     adapter.disable_adapter_layers()
     try:

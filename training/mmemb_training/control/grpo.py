@@ -159,6 +159,8 @@ def _gradient_norms(parts: dict[str, Tensor], model: Encoder) -> dict[str, Tenso
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     norms = {}
     for name, part in parts.items():
-        gradients = torch.autograd.grad(part, weights, retain_graph=True, allow_unused=True)
-        norms[f"norm_{name}"] = torch.stack([found.norm() for found in gradients if found is not None]).norm()
+        gradients = torch.autograd.grad(
+            part, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+        )  # fmt: skip
+        norms[f"norm_{name}"] = torch.stack([found.norm() for found in gradients]).norm()
     return norms

@@ -8,7 +8,7 @@ the log-probabilities stay with the encoder.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class PolicyWorker(EndpointWorker):
         if request.frames:
             raise BackendError(f"{question.key}: a served policy reads no video, whose times its chat cannot carry")
         instruction = self._prompt.query_instruction if question.instruction is None else question.instruction
-        content: list[dict[str, object]] = [{"type": "text", "text": f"{instruction}\n"}] if instruction else []
+        content: list[Any] = [{"type": "text", "text": f"{instruction}\n"}] if instruction else []
         content += [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in request.images]
         content += [{"type": "text", "text": request.text}] if request.text else []
         chat = [{"role": "system", "content": self._prompt.system}, {"role": "user", "content": content}]
