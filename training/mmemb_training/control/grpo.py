@@ -56,7 +56,7 @@ class ControlRecipe:
     updates: int = 2  # steps on each batch of rollouts; the second and later ones are clipped
     clip: float = 0.2
     beta: float = 0.04  # of the KL to the model that stage 3 left
-    anchor: float = 10.0
+    anchor: float = 50.0
     paired: bool = True  # every group holds a rollout of each kind
     questions_at_once: int = 64  # whose activations are held together; more questions are read twice (GradCache)
     lora: LoraSettings | None = None  # None trains all weights

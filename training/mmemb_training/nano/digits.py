@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
@@ -34,7 +33,7 @@ class Digits:
 def draw_digits(split: Split, seed: int, count: int, rendering: int = 0) -> Digits:
     """Draw `count` samples in training's shares of the families; a function of its arguments.
 
-    Another `rendering` shows the same drawings with other distortions and noise.
+    Another `rendering` shows the same drawings with other distortions and noise, beside other look-alikes.
     """
     rng = np.random.default_rng([seed, count])
     shares = np.array(list(FAMILY_SHARES.values()), np.float64)
@@ -45,16 +44,19 @@ def draw_digits(split: Split, seed: int, count: int, rendering: int = 0) -> Digi
         for example in source.examples(family, int(members))
     ]
     keys = [f"{split}-{seed}-{place}" for place in range(count)]
+    chosen = np.random.default_rng([seed, count, rendering])
     return Digits(
-        tuple(_sample(key, example) for key, example in zip(keys, examples, strict=True)),
+        tuple(_sample(key, example, chosen) for key, example in zip(keys, examples, strict=True)),
         {key: (example.terms, example.operators) for key, example in zip(keys, examples, strict=True)},
     )
 
 
-def _sample(key: str, example: Example) -> Sample:
+def _sample(key: str, example: Example, rng: np.random.Generator) -> Sample:
     target = example.target
-    others = (shown for shown in example.candidates if shown is not target)
-    lookalikes = islice(others, LOOKALIKES_PER_MATCH) if example.family == "match" else ()
+    lookalikes: list[Candidate] = []
+    if example.family == "match":
+        others = [shown for shown in example.candidates if shown is not target]
+        lookalikes = [others[place] for place in rng.choice(len(others), LOOKALIKES_PER_MATCH, replace=False)]
     return Sample(
         question=Question(key=key, task=example.family, content=example.content, instruction=example.instruction),
         wanted=f"drawing {target.drawing}" if example.family == "match" else f"value {example.value}",

@@ -46,10 +46,10 @@ class NanoRecipe:
     """The sizes of a run. The defaults make the embedded bundle in about 40 minutes on 2 cores."""
 
     seed: int = 0
-    backbone_steps: int = 1400
+    backbone_steps: int = 2000
     pool: int = 6000  # questions
-    joint_steps: int = 400
-    control_steps: int = 240
+    joint_steps: int = 500
+    control_steps: int = 320
     control_questions: int = 16  # of each batch of rollouts
 
     def scaled(self, share: float) -> NanoRecipe:
