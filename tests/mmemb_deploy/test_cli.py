@@ -59,7 +59,18 @@ def test_verify_runs_the_bundle(tiny_bundle: Path) -> None:
     assert json.loads(run.stdout)["verified"] is True
 
 
-@pytest.mark.parametrize("command", [["train", "nano"], ["export"], ["bench", "digitchain"], ["demo"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "nano"],
+        ["train", "plan"],
+        ["calibrate"],
+        ["export"],
+        ["bench", "digitchain"],
+        ["demo"],
+        ["eval", "mmeb-v2"],
+    ],
+)
 def test_every_command_explains_itself(command: list[str]) -> None:
     run = mmemb(*command, "--help")
     assert run.returncode == 0
@@ -67,11 +78,11 @@ def test_every_command_explains_itself(command: list[str]) -> None:
 
 
 def test_train_and_export_run_from_the_command_line(tmp_path: Path) -> None:
-    trained = mmemb("train", "nano", "checkpoint", "--steps", "1", "--json", folder=tmp_path)
+    trained = mmemb("train", "nano", "run", "--scale", "0.001", "--json", folder=tmp_path)
     assert trained.returncode == 0, trained.stderr
-    assert json.loads(trained.stdout)["step"] == 1
-    exported = mmemb("export", "checkpoint", "bundle", "--json", folder=tmp_path)
+    checkpoint = json.loads(trained.stdout)["checkpoint"]
+    exported = mmemb("export", checkpoint, "bundle", "--json", folder=tmp_path)
     assert exported.returncode == 0, exported.stderr
     assert json.loads(exported.stdout)["certificate"]["token_agreement"] >= 0.995
     assert mmemb("verify", "bundle", folder=tmp_path).returncode == 0
-    assert mmemb("export", "checkpoint", "bundle", folder=tmp_path).returncode == 2
+    assert mmemb("export", checkpoint, "bundle", folder=tmp_path).returncode == 2

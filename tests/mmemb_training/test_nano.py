@@ -49,8 +49,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     """A whole ablation of a recipe that learns nothing: its folder, tables and stages."""
     folder = tmp_path_factory.mktemp("nano")
     watched = Watched()
-    ablation = Ablation(folder, RECIPE, watched, report=lambda _: None, queries=20)
-    return folder, ablation.tables(), watched
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmemb_training.nano.ablation.CALIBRATION_QUERIES", 2)
+        tables = Ablation(folder, RECIPE, watched, report=lambda _: None, queries=20).tables()
+    return folder, tables, watched
 
 
 def test_the_ablation_runs_every_row_once(finished: tuple[Path, dict[str, Any], Watched]) -> None:

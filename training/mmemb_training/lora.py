@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+from torch.distributed.tensor import DTensor
+
 from mmemb_deploy import prompts
 from mmemb_deploy.errors import MissingExtraError, OptionError
 from mmemb_training.checkpoint import Checkpoint
@@ -54,7 +57,11 @@ def add_lora(checkpoint: Checkpoint, settings: LoraSettings) -> Any:
 
 
 def merge_lora(adapter: Any) -> None:
-    """Fold the adapters into the weights, in place: the model is an ordinary one again."""
+    """Fold the adapters into the weights, in place: the model is an ordinary one again, whole in every process."""
+    for module in adapter.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if isinstance(weight, DTensor):
+                module.register_parameter(name, nn.Parameter(weight.full_tensor(), weight.requires_grad))
     adapter.merge_and_unload()
 
 

@@ -34,6 +34,7 @@ from mmemb_training.nano.stages import (
     pair_aware,
 )
 from mmemb_training.runtime import torch_embedder
+from mmemb_training.selection.job import REPORT
 from mmemb_training.stage import Watch
 
 RULES = {
@@ -42,7 +43,7 @@ RULES = {
     "gain only": ("joint-gain", gain_only),
     "gain and content": ("joint", pair_aware),
 }
-COSTS = (0.0, 0.1, 0.5)  # the dial; the default recipe's is among them
+COSTS = (0.0, 0.1, 2.0)  # the dial; the default recipe's is among them
 SEEDS = (101, 202, 303)
 CALIBRATION_SEED = 7
 CALIBRATION_QUERIES = 150  # of each family
@@ -66,15 +67,14 @@ class Ablation:
 
     def tables(self) -> dict[str, Any]:
         """Return all tables."""
-        return {
-            "recipe": asdict(self._run.recipe),
-            "queries": self._queries,
-            "pool": json.loads((self._run.folder / "selection" / "report.json").read_text()),
+        measured = {
             "selection": self._once("selection", self._selection),
             "control": self._once("control", self._control),
             "reward": self._once("reward", self._reward),
             "dependence": self._once("dependence", self._dependence),
         }
+        pool = json.loads((self._run.folder / "selection" / REPORT).read_text())
+        return {"recipe": asdict(self._run.recipe), "queries": self._queries, "pool": pool, **measured}
 
     def _once(self, name: str, measure: Callable[[], Any]) -> Any:
         path = self._folder / f"{name}.json"
