@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         OptionError,
         SchemaError,
     )
+    from mmemb_deploy.reasoners import RemoteReasoner
     from mmemb_deploy.results import Detail, EncodeResult, Timings
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ _HOMES = {
     "Detail": "results",
     "Embedder": "embedder",
     "EncodeResult": "results",
+    "RemoteReasoner": "reasoners",
     "Timings": "results",
 } | dict.fromkeys(
     (
@@ -63,6 +65,7 @@ __all__ = [
     "MissingExtraError",
     "MmembError",
     "OptionError",
+    "RemoteReasoner",
     "SchemaError",
     "Timings",
 ]

@@ -1,5 +1,8 @@
 """Names of the tensors that go in and out of the four graphs: the contract between export, engines and the runtime.
 
+Decoder graphs come in two forms. Portable ones are standard ONNX: a cache in, a longer cache out. A fused one is ONNX
+Runtime's own: it is embedder and generator in one, with the inputs and outputs of both, and writes the cache in place.
+
 Axes: N images of one grid, P patches, F values of a patch, M visual tokens of an image, L DeepStack levels, D hidden
 size, V visual tokens of a batch and a first row of zeros, B rows, S tokens of a prompt, T new tokens, K cached and new
 tokens, H key-value heads, E head size, W words of the vocabulary. Floats are float32, ids and masks int64.
@@ -31,6 +34,10 @@ TOKEN_IDS: Final = "token_ids"  # (B, S) or (B, T)
 POSITION_IDS: Final = "position_ids"  # (3, B, S) or (3, B, T): time, height, width
 MASK: Final = "mask"  # (B, S) or (B, K): 1 where a token may be attended to; rows are padded on the right
 VISUAL_INDEX: Final = "visual_index"  # (B, S): row of VISUAL_TOKENS that a token shows, 0 for a word
+
+# in place of MASK in fused graphs, whose cache is a buffer with room that each row fills from its start
+LENGTHS: Final = "lengths"  # (B,): tokens of a row in the cache after the new ones
+LAST: Final = "last"  # (B,): place of a row's last token among the new ones
 
 # embedder and generator, out; all of a row's last unmasked token
 EMBEDDING: Final = "embedding"  # (B, D), L2-normalised

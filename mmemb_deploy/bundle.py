@@ -52,6 +52,7 @@ class BatchLimits(_Part):
     tokens: int  # of a padded batch
     patches: int  # in one run of the vision graph
     cache_bytes: int  # of the KV caches that `reasoning_rate` holds back until all scores are known
+    vision_bytes: int = 256 * 2**20  # of the images' features that are remembered, so that an image is encoded once
 
 
 class TensorFacts(_Part):
@@ -69,6 +70,7 @@ class GraphFacts(_Part):
     precision: str
     inputs: tuple[TensorFacts, ...]
     outputs: tuple[TensorFacts, ...]
+    kept: tuple[str, ...] = ()  # weights in float32 although `precision` is coarser, since they lose most
 
 
 class CurvePoint(_Part):

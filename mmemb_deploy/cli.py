@@ -36,8 +36,9 @@ def main() -> None:
         app()
     except MmembError as error:
         from rich.console import Console
+        from rich.markup import escape
 
-        Console(stderr=True, highlight=False).print("[bold red]error:[/]", str(error), markup=True, soft_wrap=True)
+        Console(stderr=True, highlight=False).print("[bold red]error:[/]", escape(str(error)), soft_wrap=True)
         if "--json" in sys.argv:
             print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
         raise SystemExit(2) from error
@@ -71,6 +72,11 @@ def embed(
     precision: Annotated[str, typer.Option(help="float32, int8 or ubinary.")] = "float32",
     errors: Annotated[str, typer.Option(help="raise: stop at a bad input; return: mark it and go on.")] = "raise",
     threads: Annotated[int | None, typer.Option(help="Threads of one operator; all cores by default.")] = None,
+    reasoner: Annotated[str | None, typer.Option(help="Address of a server that writes the rationales.")] = None,
+    reasoner_model: Annotated[str | None, typer.Option(help="The name under which it serves the checkpoint.")] = None,
+    reasoner_key: Annotated[str | None, typer.Option(help="Environment variable that holds its key.")] = None,
+    reasoner_timeout: Annotated[float, typer.Option(help="Seconds to wait for a rationale, retries included.")] = 30.0,
+    on_failure: Annotated[str, typer.Option(help="Without a rationale: raise, or direct: do without it.")] = "raise",
     as_json: Json = False,
 ) -> None:
     """Embed a file or folder of inputs. Interrupted, the same command goes on where it stopped."""
@@ -90,8 +96,18 @@ def embed(
         options["instruction"] = instruction
     if not document or reasoning != "auto":
         options["reasoning"] = reasoning
+    if (reasoner is None) != (reasoner_model is None):
+        raise OptionError("pass --reasoner, the server's address, and --reasoner-model, what it serves, or neither")
+    remote = None
+    if reasoner is not None and reasoner_model is not None:
+        from mmemb_deploy.reasoners import RemoteReasoner
+
+        remote = RemoteReasoner(
+            reasoner, model=reasoner_model, api_key_variable=reasoner_key, timeout=reasoner_timeout,
+            on_failure=on_failure,
+        )  # fmt: skip
     inputs = read_source(source)
-    embedder = Embedder.load(bundle, threads=threads)
+    embedder = Embedder.load(bundle, threads=threads, reasoner=remote)
     began = time.perf_counter()
     try:
         with counting(len(inputs.ids), shown=not as_json) as done:
@@ -105,14 +121,15 @@ def embed(
     figures = {
         "output": str(output), "rows": summary.rows, "failures": summary.failures,
         "reasoning_rate": summary.reasoned / summary.rows, "rationale_tokens": summary.rationale_tokens,
-        "seconds": round(seconds, 3),
+        "fallbacks": summary.fallbacks, "seconds": round(seconds, 3),
     }  # fmt: skip
     if as_json:
         print(json.dumps(figures))
     else:
         print(
             f"{output}: {summary.rows} rows, {summary.failures} failed, {summary.reasoned} reasoned with "
-            f"{summary.rationale_tokens} tokens, {summary.rows / seconds:.1f} rows/s"
+            f"{summary.rationale_tokens} tokens, {summary.fallbacks} fell back to the direct embedding, "
+            f"{summary.rows / seconds:.1f} rows/s"
         )
 
 

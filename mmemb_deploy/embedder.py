@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy import abi
-from mmemb_deploy.backends.session import Session, choose_backend
+from mmemb_deploy.backends.session import Engine, choose_backend
 from mmemb_deploy.bundle import TOKENIZER, Bundle, Manifest
 from mmemb_deploy.errors import InputError, MissingExtraError, OptionError, check_known
 from mmemb_deploy.fast_path import FastPath
-from mmemb_deploy.generation import Generator
+from mmemb_deploy.generation import PATH_MARKERS, Generator
 from mmemb_deploy.inputs import parse
 from mmemb_deploy.options import EncodeOptions, Options
 from mmemb_deploy.pipeline import Item, Pipeline
@@ -25,8 +24,10 @@ from mmemb_deploy.prompts import PAD, PromptEncoder
 from mmemb_deploy.results import Detail, EncodeResult, Timings
 from mmemb_deploy.router import Policy, Route
 from mmemb_deploy.rows import Row, RowEncoder
+from mmemb_deploy.vision import VisionEncoder
 
-PATH_MARKERS = 3  # `<think>`, `</think>` and `<|gen_emb|>` around a rationale
+if TYPE_CHECKING:
+    from mmemb_deploy.reasoners import RemoteReasoner
 
 
 class Embedder:
@@ -38,47 +39,58 @@ class Embedder:
     """
 
     def __init__(
-        self, manifest: Manifest, encoder: RowEncoder, sessions: Mapping[str, Session], *, backend: str
+        self, manifest: Manifest, encoder: RowEncoder, engine: Engine, reasoner: RemoteReasoner | None = None
     ) -> None:
-        """Assemble an embedder from its parts: one session per name of `abi.GRAPHS`; `load` does it for bundles."""
+        """Assemble an embedder from its parts; `load` does it for bundles."""
         self.manifest = manifest
-        self.backend = backend
+        self.backend = engine.name
+        self.reasoner = reasoner
         model, markers = manifest.model, manifest.markers
         self._encoder = encoder
-        fast_path = FastPath(
-            *(sessions[name] for name in (abi.VISION, abi.EMBEDDER, abi.GATE)),
-            spec=manifest.vision,
+        vision = VisionEncoder(
+            engine.vision,
+            manifest.vision,
             hidden_size=model.hidden_size,
-            layers=model.layers,
-            deepstack_levels=model.deepstack_levels,
-            pad_id=markers[PAD],
+            levels=model.deepstack_levels,
             max_patches=manifest.batch.patches,
+            cache_bytes=manifest.batch.vision_bytes,
         )
-        generator = Generator(sessions[abi.GENERATOR], layers=model.layers, markers=markers)
-        self.pipeline = Pipeline(fast_path, generator, model, manifest.batch)
+        fast_path = FastPath(vision, engine.decoder, engine.gate, markers[PAD])
+        self._remote = None if reasoner is None else reasoner.generator(encoder.prompt, manifest.limits)
+        self.pipeline = Pipeline(fast_path, Generator(engine.decoder, markers), model, manifest.batch, self._remote)
 
     @classmethod
-    def load(cls, bundle: str | Path | None = None, *, backend: str = "auto", threads: int | None = None) -> Embedder:
+    def load(
+        cls,
+        bundle: str | Path | None = None,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        reasoner: RemoteReasoner | None = None,
+    ) -> Embedder:
         """Load a bundle from a folder, or the embedded nano bundle.
 
-        `backend` is "auto" or "onnxruntime"; `threads` bounds the threads of one operator, None takes all cores.
+        `backend` is "auto", "onnxruntime", "onnxruntime-cuda", "tensorrt" or "tensorrt-rtx"; the last two load what
+        `mmemb build` made, and only "auto" and "onnxruntime" run on the CPU.
+        `threads` bounds the threads of one operator on the CPU, None takes all cores.
+        `reasoner` writes the rationales in place of the bundle's own generator, which then follows them.
         Raises BundleError and its kin for a bundle that fails a check, BackendError where the backend cannot run.
         """
         opened = Bundle.nano() if bundle is None else Bundle.open(Path(bundle))
-        return cls.of_bundle(opened, backend=backend, threads=threads)
+        return cls.of_bundle(opened, backend=backend, threads=threads, reasoner=reasoner)
 
     @classmethod
-    def of_bundle(cls, bundle: Bundle, *, backend: str = "auto", threads: int | None = None) -> Embedder:
+    def of_bundle(
+        cls,
+        bundle: Bundle,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        reasoner: RemoteReasoner | None = None,
+    ) -> Embedder:
         """Load the graphs of a bundle that is open."""
-        try:
-            from tokenizers import Tokenizer
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("tokenizers", "cpu") from error
-        engine = choose_backend(backend, threads)
-        tokenizer = Tokenizer.from_file(str(bundle.folder / TOKENIZER))
-        encoder = RowEncoder(PromptEncoder(tokenizer, bundle.manifest.prompt), bundle.manifest.vision)
-        sessions = {name: engine.open(bundle.graph(name)) for name in abi.GRAPHS}
-        return cls(bundle.manifest, encoder, sessions, backend=engine.name)
+        encoder = row_encoder(bundle)
+        return cls(bundle.manifest, encoder, choose_backend(backend, threads).load(bundle), reasoner)
 
     @property
     def dim(self) -> int:
@@ -121,7 +133,8 @@ class Embedder:
         the call holds at most `max_pixels` bytes x 3 of each image at a time.
 
         With `return_details` or `errors="return"` an EncodeResult is returned. Raises InputError, naming its index, for
-        an input that cannot be processed, unless `errors="return"`; OptionError for an option.
+        an input that cannot be processed, unless `errors="return"`; OptionError for an option; BackendError, naming an
+        index too, where a reasoner fails and is not to be replaced by the direct embedding.
         """
         settings = Options.of(dict(options))
         check_known("errors", errors, ("raise", "return"))
@@ -188,6 +201,8 @@ class Embedder:
             raise OptionError(
                 f"rationales has {len(options.rationales)} entries for {len(inputs)} inputs: pass one each"
             )
+        if self.reasoner is not None and options.max_rationale_tokens == 0:
+            raise OptionError("max_rationale_tokens is 0: a reasoner writes at least 1; pass reasoning='never' instead")
         if options.truncate_dim is not None and options.truncate_dim not in self.manifest.model.dims:
             known = ", ".join(map(str, self.manifest.model.dims))
             raise OptionError(f"truncate_dim is {options.truncate_dim}: this bundle was trained for {known}")
@@ -204,15 +219,19 @@ class Embedder:
         for index, (content, rationale) in enumerate(zip(inputs, rationales, strict=True)):
             began = time.perf_counter()
             try:
-                row = self._encoder.row(parse(content, self.manifest.limits), instruction)
+                request = parse(content, self.manifest.limits)
+                row = self._encoder.row(request, instruction)
                 given = None if rationale is None else self._encoder.prompt.words(rationale)
                 self._check_length(row, given or [])
+                chat = None
+                if self._remote is not None and given is None and options.reasoning != "never":
+                    chat = self._remote.chat(content, request, instruction)
             except InputError as error:
                 if not keep_going:
                     raise error.at(index) from error
                 failures.append(error.at(index))
             else:
-                items.append(Item(index, row, time.perf_counter() - began, given))
+                items.append(Item(index, row, time.perf_counter() - began, given, chat))
         return items, failures
 
     def _check_length(self, row: Row, given: Sequence[int]) -> None:
@@ -226,14 +245,27 @@ class Embedder:
 
     def _detail(self, item: Item) -> Detail:
         reasoned = item.reasoned
+        source = "caller" if item.given is not None else "bundle" if self.reasoner is None else self.reasoner.name
         return Detail(
             route=Route.FAST if reasoned is None else Route.REASON,
             gate_score=item.score,
             rationale=None if reasoned is None else self._encoder.prompt.decode(reasoned.token_ids),
             rationale_ids=() if reasoned is None else tuple(reasoned.token_ids),
+            rationale_source=None if reasoned is None else source,
             truncated=reasoned is not None and reasoned.truncated,
+            fallback=item.fallback,
             timings=Timings(item.preprocess, item.fast_path, item.generation),
         )
+
+
+def row_encoder(bundle: Bundle) -> RowEncoder:
+    """Return what turns a bundle's inputs into rows. Raises MissingExtraError where tokenizers is not installed."""
+    try:
+        from tokenizers import Tokenizer
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("tokenizers", "cpu") from error
+    tokenizer = Tokenizer.from_file(str(bundle.folder / TOKENIZER))
+    return RowEncoder(PromptEncoder(tokenizer, bundle.manifest.prompt), bundle.manifest.vision)
 
 
 def _finish(embeddings: Floats, options: Options) -> NDArray[Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it into place."""
+def write_whole(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a file, text as UTF-8, under a temporary name, then rename it into place."""
     new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
+    new.write_bytes(content.encode() if isinstance(content, str) else content)
     new.replace(path)

@@ -22,7 +22,10 @@ from mmemb_deploy.errors import InputError, MissingExtraError, OptionError
 from mmemb_deploy.options import EncodeOptions
 
 CHUNK = 256  # inputs; the unit of work that is kept
-COLUMNS = ("id", "embedding", "route", "gate_score", "rationale", "rationale_tokens", "truncated", "error")
+COLUMNS = (
+    "id", "embedding", "route", "gate_score", "rationale", "rationale_source", "rationale_tokens", "truncated",
+    "fallback", "error",
+)  # fmt: skip
 FORMATS = (".npz", ".parquet")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
 
@@ -40,12 +43,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a job did: rows, failed rows, rows that reasoned, and the tokens of their rationales."""
+    """What a job did: rows, failed rows, rows that reasoned, their rationales' tokens, rows that fell back."""
 
     rows: int
     failures: int
     reasoned: int
     rationale_tokens: int
+    fallbacks: int  # rows that a reasoner failed on and that got their direct embedding
 
 
 def read_source(path: Path) -> Source:
@@ -129,7 +133,8 @@ def embed_source(
     check_output(output)
     parts = output.with_name(output.name + ".parts")
     job = {"source": source.fingerprint, "bundle": embedder.manifest.files, "options": options, "document": document,
-           "keep_going": keep_going}  # fmt: skip
+           "keep_going": keep_going, "reasoner": None if embedder.reasoner is None else embedder.reasoner.name,
+           "columns": COLUMNS}  # fmt: skip
     _claim(parts, hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest())
     encode = embedder.encode_document if document else embedder.encode_query
     starts = range(0, len(source.ids), CHUNK)
@@ -158,6 +163,7 @@ def embed_source(
         failures=int((columns["error"] != "").sum()),
         reasoned=int((columns["route"] == "reason").sum()),
         rationale_tokens=int(columns["rationale_tokens"].sum()),
+        fallbacks=int((columns["fallback"] != "").sum()),
     )
 
 
@@ -194,8 +200,10 @@ def _columns(
         "route": np.array([detail.route.value if detail else "" for detail in details]),
         "gate_score": np.array([detail.gate_score if detail else np.nan for detail in details], np.float32),
         "rationale": np.array([(detail.rationale or "") if detail else "" for detail in details]),
+        "rationale_source": np.array([(detail.rationale_source or "") if detail else "" for detail in details]),
         "rationale_tokens": np.array([detail.rationale_tokens if detail else 0 for detail in details], np.int64),
         "truncated": np.array([bool(detail and detail.truncated) for detail in details]),
+        "fallback": np.array([(detail.fallback or "") if detail else "" for detail in details]),
         "error": np.array([errors.get(place, "") for place in range(len(ids))]),
     }
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from mmemb_deploy.backends.session import Cache
 from mmemb_deploy.bundle import BatchLimits, ModelFacts
-from mmemb_deploy.cache import KVCache
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.fast_path import FastPath
 from mmemb_deploy.generation import Generator, Reasoned
 from mmemb_deploy.preprocess import Floats
 from mmemb_deploy.router import Policy, highest
 from mmemb_deploy.rows import Row
+
+if TYPE_CHECKING:
+    from mmemb_deploy.chat import Chat
+    from mmemb_deploy.reasoners import RemoteGenerator
 
 
 @dataclass
@@ -24,21 +29,31 @@ class Item:
     row: Row
     preprocess: float  # seconds, as the other two
     given: list[int] | None = None  # a rationale that the caller wrote, as token ids
+    chat: Chat | None = None  # what a reasoner is sent, where there is one
     embedding_D: Floats | None = None
     score: float = 0.0
     reasoned: Reasoned | None = None
+    fallback: str | None = None  # why a reasoner wrote nothing, where it may fail
     fast_path: float = 0.0
     generation: float = 0.0
 
 
-Waiting = list[tuple[Item, KVCache]]  # items to reason, each with its cache of one row
+Waiting = list[tuple[Item, Cache]]  # items to reason, each with its cache of one row
 
 
 class Pipeline:
     """Runs items to their end. No item's result depends on the others, whatever the batches."""
 
-    def __init__(self, fast_path: FastPath, generator: Generator, model: ModelFacts, limits: BatchLimits) -> None:
-        self.fast_path, self.generator = fast_path, generator
+    def __init__(
+        self,
+        fast_path: FastPath,
+        generator: Generator,
+        model: ModelFacts,
+        limits: BatchLimits,
+        remote: RemoteGenerator | None = None,
+    ) -> None:
+        """`remote` writes the rationales in place of `generator`, which then follows them."""
+        self.fast_path, self.generator, self.remote = fast_path, generator, remote
         self._model, self._limits = model, limits
 
     def run(
@@ -52,7 +67,8 @@ class Pipeline:
     ) -> None:
         """Fill in every item; `done` hears how many more have passed the fast path.
 
-        Raises OptionError if the policy's rate would hold more KV caches than the limits allow.
+        Raises OptionError if the policy's rate would hold more KV caches than the limits allow; BackendError where the
+        reasoner fails and must not.
         """
         quota = policy.quota(len(items))
         if quota is not None:
@@ -85,7 +101,7 @@ class Pipeline:
         if batch:
             yield batch
 
-    def _embed(self, batch: list[Item]) -> KVCache:
+    def _embed(self, batch: list[Item]) -> Cache:
         began = time.perf_counter()
         result = self.fast_path.run([item.row for item in batch])
         seconds = time.perf_counter() - began
@@ -94,20 +110,39 @@ class Pipeline:
         return result.cache
 
     def _reason(self, waiting: Waiting, max_tokens: int) -> None:
-        """Continue from the caches: along given rationales in one pass, along the model's own token by token."""
+        """Continue from the caches: along written rationales in one pass, along the model's own token by token."""
         for follows in (True, False):
             group = [pair for pair in waiting if (pair[0].given is not None) is follows]
             if not group:
                 continue
+            if not follows and self.remote is not None:
+                self._ask(group, self.remote, max_tokens)
+                continue
             began = time.perf_counter()
-            cache = KVCache.stack([cache for _, cache in group])
+            caches = [cache for _, cache in group]
             if follows:
-                results = self.generator.follow(cache, [item.given or [] for item, _ in group])
+                results = self.generator.follow(caches, [item.given or [] for item, _ in group])
             else:
-                results = self.generator.generate(cache, max_tokens)
+                results = self.generator.generate(caches, max_tokens)
             seconds = time.perf_counter() - began
             for (item, _), reasoned in zip(group, results, strict=True):
                 item.reasoned, item.embedding_D, item.generation = reasoned, reasoned.embedding_D, seconds
+
+    def _ask(self, group: Waiting, remote: RemoteGenerator, max_tokens: int) -> None:
+        """Follow what the reasoner writes; where it may fail and does, the item keeps its direct embedding and why."""
+        began = time.perf_counter()
+        written = remote.write({item.index: item.chat for item, _ in group if item.chat is not None}, max_tokens)
+        for item, _ in group:
+            item.fallback = written[item.index].failure
+        answered = [(item, cache, written[item.index]) for item, cache in group if item.fallback is None]
+        if answered:
+            _, caches, rationales = zip(*answered, strict=True)
+            results = self.generator.follow(caches, [rationale.token_ids for rationale in rationales])
+            for (item, _, rationale), reasoned in zip(answered, results, strict=True):
+                item.reasoned = replace(reasoned, truncated=rationale.truncated)
+                item.embedding_D = reasoned.embedding_D
+        for item, _ in group:
+            item.generation = time.perf_counter() - began
 
     def _check_quota(self, items: Sequence[Item], quota: int) -> None:
         model = self._model

@@ -89,6 +89,10 @@ class PromptEncoder:
             ids += [*self.words(f"<{seconds:.1f} seconds>"), *self._visual(VIDEO_PAD, count)]
         return [*ids, *self.words(text), *self._tail]
 
+    def head(self, instruction: str) -> int:
+        """Return how many ids of a prompt come before its input: system message and instruction."""
+        return len(self._head) + (len(self.words(instruction + "\n")) if instruction else 0)
+
     def rationale(self, words: str) -> list[int]:
         """Return the ids of a whole reasoning path: `<think>`, the words, `</think>`, `<|gen_emb|>`."""
         return [self.ids[THINK], *self.words(words), self.ids[END_THINK], self.ids[GEN_EMB]]

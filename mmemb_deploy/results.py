@@ -13,7 +13,10 @@ from mmemb_deploy.router import Route
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds: an input's own preprocessing, then what its batches took; an input on the fast route generates none."""
+    """Seconds: an input's own preprocessing, then what its batches took; `generation` includes a reasoner's answers.
+
+    An input on the fast route generates none, unless it waited for a reasoner that failed.
+    """
 
     preprocess: float
     fast_path: float
@@ -33,7 +36,9 @@ class Detail:
     gate_score: float  # probability, by the model's own next-token choice, that reasoning pays
     rationale: str | None
     rationale_ids: tuple[int, ...]  # without the markers around them
+    rationale_source: str | None  # "caller", "bundle", or the model and the address of a reasoner
     truncated: bool  # the token limit closed the rationale
+    fallback: str | None  # why an input that was to reason got its direct embedding, where the reasoner may fail
     timings: Timings
 
     @property

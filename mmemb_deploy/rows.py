@@ -31,6 +31,7 @@ class Row:
     position_ids_3S: Ints
     visuals: tuple[Visual, ...]
     visual_index_S: Ints  # 1 + the visual token's place in this row, 0 for a word
+    head: int = 0  # tokens at its start that do not depend on the input: system message and instruction
 
     @property
     def length(self) -> int:
@@ -85,6 +86,7 @@ class RowEncoder:
             rotary_positions(ids, visuals, self._pads, self.vision.merge_size),
             visuals,
             np.where(shown_S, shown_S.cumsum(), 0),
+            self.prompt.head(instruction),
         )
 
 
@@ -96,7 +98,9 @@ class Batch:
     position_ids_3BT: Ints
     mask_BT: Ints
     visual_index_BT: Ints
+    next_position_B: Ints  # rotary position of the token that follows each row
     visuals: tuple[Visual, ...]
+    head: int  # tokens at the start of every row that are the same in all and do not depend on the inputs
 
     @property
     def last_B(self) -> Ints:
@@ -119,7 +123,17 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
         visual_index_BT[place, : row.length] = np.where(row.visual_index_S > 0, row.visual_index_S + before, 0)
         before += row.visual_tokens
     visuals = tuple(visual for row in rows for visual in row.visuals)
-    return Batch(token_ids_BT, position_ids_3BT, mask_BT, visual_index_BT, visuals)
+    next_position_B = np.array([row.next_position for row in rows], np.int64)
+    return Batch(token_ids_BT, position_ids_3BT, mask_BT, visual_index_BT, next_position_B, visuals, _shared_head(rows))
+
+
+def _shared_head(rows: Sequence[Row]) -> int:
+    first = rows[0]
+    same = all(
+        row.head == first.head and np.array_equal(row.token_ids_S[: row.head], first.token_ids_S[: first.head])
+        for row in rows[1:]
+    )
+    return first.head if same else 0
 
 
 def by_grid(visuals: Sequence[Visual]) -> dict[tuple[int, int], list[int]]:

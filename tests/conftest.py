@@ -1,13 +1,16 @@
-"""Keeps ONNX Runtime from contacting its vendor, skips GPU tests without a GPU, and makes tiny models to test on."""
+"""Keeps ONNX Runtime from contacting its vendor, skips GPU tests without a GPU, makes tiny models and a chat server."""
 
 import os
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the first import of onnxruntime, by whichever test that is
 
 import ctypes
-from collections.abc import Callable
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -103,6 +106,17 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path)
 
 
 @pytest.fixture(scope="session")
+def fused_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """The tiny checkpoint's bundle in ONNX Runtime's own operators."""
+    from mmemb_export.recipe import Recipe
+    from mmemb_export.write import export_bundle
+
+    target = tmp_path_factory.mktemp("fused") / "bundle"
+    export_bundle(tiny_checkpoint, target, recipe=Recipe(form="fused"), probes=24, report=lambda _: None)
+    return target
+
+
+@pytest.fixture(scope="session")
 def tiny_embedder(tiny_bundle: Path) -> Embedder:
     """`tiny_bundle`, loaded."""
     return Embedder.load(tiny_bundle)
@@ -125,3 +139,80 @@ def mixed_inputs() -> list[Any]:
         {"image": picture(40, 12)},
         "one",
     ]
+
+
+Reply = Callable[[dict[str, Any]], tuple[int, Any]]  # a request's body -> status and body of the answer
+HANG_UP = 0  # a status: the connection is closed without an answer
+
+
+def asked(body: dict[str, Any]) -> str:
+    """Return the last text that a request shows."""
+    text: str = body["messages"][-1]["content"][-1]["text"]
+    return text
+
+
+def answer(body: dict[str, Any], *messages: dict[str, Any]) -> tuple[int, Any]:
+    """Answer with the messages, or with as many as were asked for, each saying what it was asked."""
+    said = messages or tuple({"content": f"{place}: {asked(body)}"} for place in range(body.get("n", 1)))
+    choices = [
+        {"index": place, "finish_reason": "stop", "message": {"role": "assistant", **message}}
+        for place, message in enumerate(said)
+    ]
+    return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices}
+
+
+class Endpoint(ThreadingHTTPServer):
+    """Speaks /v1/chat/completions as `reply` says, and remembers what it was sent."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.reply: Reply = answer
+        self.answer, self.asked = answer, asked
+        self.received: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def worker(self, *, samples: int = 2, concurrency: int = 4, key: str | None = None) -> Any:
+        from mmemb_training.pool.endpoint import EndpointWorker
+
+        return EndpointWorker(
+            "served", base_url=self.url, model="a-model", samples=samples, concurrency=concurrency,
+            api_key_variable=key, max_retries=3, max_frames=3, timeout=30,
+        )  # fmt: skip
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request of an Endpoint."""
+
+    def do_POST(self) -> None:
+        endpoint = cast("Endpoint", self.server)
+        assert self.path == "/v1/chat/completions"
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        endpoint.received.append(body)
+        endpoint.keys.add(self.headers["Authorization"])
+        status, content = endpoint.reply(body)
+        if status == HANG_UP:
+            return
+        page = isinstance(content, str)
+        payload = content.encode() if page else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html" if page else "application/json")
+        self.send_header("Retry-After-Ms", "1")  # or the client waits half a second and more
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name that http.server gives it
+        """Say nothing."""
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    with Endpoint() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
+from mmemb_deploy import abi
+from mmemb_deploy.backends.fused import FusedDecoder
+from mmemb_deploy.backends.host import HostDecoder
+from mmemb_deploy.backends.session import Decoder, Engine
+from mmemb_deploy.bundle import Bundle, Manifest
 from mmemb_deploy.errors import BackendError, MissingExtraError, OptionError
 
 try:
@@ -19,7 +25,7 @@ PROVIDER = "CPUExecutionProvider"
 
 
 class OnnxRuntime:
-    """Opens graphs on the CPU; `threads` is the number of threads of one operator, all cores where None."""
+    """Loads bundles on the CPU; `threads` is the number of threads of one operator, all cores where None."""
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
@@ -29,13 +35,25 @@ class OnnxRuntime:
         self._options.intra_op_num_threads = threads or 0
         self._options.log_severity_level = 3  # errors; they are raised as well
 
-    def open(self, graph: Path) -> OrtSession:
-        """Load a graph; raises BackendError if ONNX Runtime refuses it or runs it elsewhere than on the CPU."""
+    def load(self, bundle: Bundle) -> Engine:
+        """Load every graph; raises BackendError if ONNX Runtime refuses one."""
+        graphs = bundle.manifest.graphs
+        files = {facts.file: self._open(bundle.folder / facts.file) for facts in graphs.values()}
+        sessions = {name: OrtSession(facts.file, files[facts.file]) for name, facts in graphs.items()}
+        decoder = self._decoder(bundle.manifest, sessions[abi.EMBEDDER], sessions[abi.GENERATOR])
+        return Engine(self.name, sessions[abi.VISION], decoder, sessions[abi.GATE])
+
+    def _decoder(self, manifest: Manifest, embedder: OrtSession, generator: OrtSession) -> Decoder[Any]:
+        model = manifest.model
+        if any(tensor.name == abi.LENGTHS for tensor in manifest.graphs[abi.EMBEDDER].inputs):
+            return FusedDecoder(embedder, generator, model)
+        return HostDecoder(embedder, generator, model.layers)
+
+    def _open(self, graph: Path) -> onnxruntime.InferenceSession:
         try:
-            session = onnxruntime.InferenceSession(str(graph), self._options, providers=[PROVIDER])
+            return onnxruntime.InferenceSession(str(graph), self._options, providers=[PROVIDER])
         except Exception as error:  # ONNX Runtime's errors share no base class of their own
             raise BackendError(f"ONNX Runtime cannot load {graph}: {error}") from error
-        return OrtSession(graph.name, session)
 
 
 class OrtSession:
@@ -54,3 +72,26 @@ class OrtSession:
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed in {self._name}: {error}") from error
         return dict(zip(self._outputs, values, strict=True))
+
+    def run_in_place(
+        self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str], buffers: Mapping[str, NDArray[Any]]
+    ) -> dict[str, NDArray[Any]]:
+        """Run the graph once, on the inputs it declares; write the outputs of `buffers` there, and return `outputs`."""
+        binding = self._session.io_binding()
+        for name in self._inputs:
+            binding.bind_ortvalue_input(name, _on_host(inputs[name]))
+        for name, buffer in buffers.items():
+            binding.bind_ortvalue_output(name, _on_host(buffer))
+        for name in outputs:
+            binding.bind_output(name)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed in {self._name}: {error}") from error
+        made = dict(zip([*buffers, *outputs], binding.get_outputs(), strict=True))
+        return {name: made[name].numpy() for name in outputs}
+
+
+def _on_host(array: NDArray[Any]) -> Any:
+    """Return a view of an array that is contiguous, or of a copy that is."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))

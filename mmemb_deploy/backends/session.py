@@ -1,39 +1,113 @@
-"""What the runtime asks of an engine: named arrays in, named arrays out."""
+"""What the runtime asks of a backend: a bundle's graphs, loaded, and a KV cache that stays where the backend computes.
+
+Axes: B rows, T new tokens (padded on the right), D hidden size, W words of the vocabulary, V visual tokens of a batch
+and a first row of zeros, L DeepStack levels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from numpy.typing import NDArray
 
-from mmemb_deploy.errors import check_known
+from mmemb_deploy.bundle import Bundle
+from mmemb_deploy.errors import OptionError, check_known
+from mmemb_deploy.preprocess import Floats, Ints
+from mmemb_deploy.rows import Batch
 
-BACKENDS = ("auto", "onnxruntime")
+BACKENDS = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
 
 class Session(Protocol):
-    """One loaded graph."""
+    """One graph: named arrays in host memory in, named arrays out."""
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run the graph once; raises BackendError if the engine fails."""
         ...
 
 
+class Cache(Protocol):
+    """Keys and values of some rows, in the backend's own memory."""
+
+    def __len__(self) -> int:
+        """Return the rows."""
+        ...
+
+    def take(self, rows: Sequence[int]) -> Self:
+        """Return a copy of some rows, without the padding that none of them needs."""
+        ...
+
+
+C = TypeVar("C", bound=Cache)
+
+
+@dataclass(frozen=True)
+class Prefilled(Generic[C]):
+    """Of every row's last token: the embedding (B, D), L2-normalised, and the state (B, D); and the rows' cache."""
+
+    embeddings_BD: Floats
+    states_BD: Floats
+    cache: C
+
+
+@dataclass(frozen=True)
+class Extended(Generic[C]):
+    """Of every row's last token: the embedding (B, D), L2-normalised, and the logits (B, W); and the longer cache."""
+
+    embeddings_BD: Floats
+    logits_BW: Floats
+    cache: C
+
+
+class Decoder(Protocol[C]):
+    """The embedder and the generator of a bundle: prompts in, then more tokens after the cache they left."""
+
+    def prefill(self, batch: Batch, visual_tokens_VD: Floats, deepstack_LVD: Floats) -> Prefilled[C]:
+        """Run prompts; `batch.visual_index_BT` says which row of `visual_tokens_VD` a token shows."""
+        ...
+
+    def stack(self, caches: Sequence[C], room: int) -> C:
+        """Return one cache of all rows, which will be extended by at most `room` tokens; it owns its memory."""
+        ...
+
+    def extend(self, cache: C, token_ids_BT: Ints, lengths_B: Ints) -> Extended[C]:
+        """Run `lengths_B` new tokens of every row, at least one each. `cache` comes from `stack`, and is used up."""
+        ...
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A bundle's graphs, loaded by one backend; `name` is the engine, its version and its device."""
+
+    name: str
+    vision: Session
+    decoder: Decoder[Any]
+    gate: Session
+
+
 class Backend(Protocol):
-    """Loads graphs for one engine on one device."""
+    """Loads bundles for one engine on one device."""
 
-    name: str  # engine, version and device, for certificates and results
-
-    def open(self, graph: Path) -> Session:
-        """Load a graph; raises BackendError if the engine refuses it."""
+    def load(self, bundle: Bundle) -> Engine:
+        """Load every graph; raises BackendError if the engine refuses one."""
         ...
 
 
 def choose_backend(name: str, threads: int | None) -> Backend:
-    """Return the backend of that name; "auto" is ONNX Runtime. Raises OptionError, MissingExtraError."""
+    """Return the backend of that name; "auto" is ONNX Runtime on the CPU. Raises OptionError, MissingExtraError."""
     check_known("backend", name, BACKENDS)
-    from mmemb_deploy.backends.ort import OnnxRuntime
+    if name in ("auto", "onnxruntime"):
+        from mmemb_deploy.backends.ort import OnnxRuntime
 
-    return OnnxRuntime(threads)
+        return OnnxRuntime(threads)
+    if threads is not None:
+        raise OptionError(f"threads is {threads}: it bounds threads of the CPU, and {name} runs on a GPU")
+    if name == "onnxruntime-cuda":
+        from mmemb_deploy.backends.ort_cuda import OnnxRuntimeCuda
+
+        return OnnxRuntimeCuda()
+    from mmemb_deploy.backends.tensorrt import TensorRT
+
+    return TensorRT(name)

@@ -46,6 +46,10 @@ def test_a_user_s_mistake_exits_with_2_and_says_what_to_do(tiny_bundle: Path, tm
         assert mmemb(*arguments, folder=tmp_path).returncode == 2
 
 
+def test_an_error_is_shown_as_it_is_brackets_included(tmp_path: Path) -> None:
+    assert "[remote] does not exist" in mmemb("embed", "absent[remote]", "out.npz", folder=tmp_path).stderr
+
+
 def test_inspect_shows_graphs_gate_and_certificate(tiny_bundle: Path) -> None:
     shown = mmemb("inspect", tiny_bundle).stdout
     for words in ("visual_index", "default threshold 0.5", "certificate", "0.99", "layers 3"):

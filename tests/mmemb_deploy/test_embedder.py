@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +11,50 @@ import pytest
 from numpy.typing import NDArray
 
 from mmemb_deploy import Embedder, InputError, OptionError, abi
-from mmemb_deploy.backends.session import Session
+from mmemb_deploy.backends.session import Decoder, Extended, Prefilled
 from mmemb_deploy.inputs import parse
+from mmemb_deploy.preprocess import Floats, Ints
+from mmemb_deploy.rows import Batch
+from mmemb_deploy.vision import FeatureCache
 from mmemb_export.reference import Reference
 from mmemb_training.checkpoint import load_checkpoint
 
 PATH_TOKENS = 3  # `<think>`, `</think>` and `<|gen_emb|>`
 
 
-class CountingSession:
-    """Counts the real tokens that enter a decoder graph, padding left out."""
+class CountingDecoder:
+    """Counts the tokens that enter a decoder, padding left out."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.tokens = 0
-        self.rows: list[int] = []
-        self.padded: list[int] = []  # tokens of each batch, padding included
+    def __init__(self, decoder: Decoder[Any]) -> None:
+        self._decoder = decoder
+        self.prefilled = 0
+        self.extended = 0
+        self.padded: list[int] = []  # tokens of each batch of prompts, padding included
+        self.prompts: list[int] = []  # rows of each batch of prompts
+        self.rows: list[int] = []  # rows of each batch of new tokens
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        new = inputs[abi.TOKEN_IDS].shape[1]
-        self.tokens += int(inputs[abi.MASK][:, -new:].sum())
-        self.rows.append(len(inputs[abi.MASK]))
-        self.padded.append(inputs[abi.TOKEN_IDS].size)
-        return self.session.run(inputs)
+    def prefill(self, batch: Batch, visual_tokens_VD: Floats, deepstack_LVD: Floats) -> Prefilled[Any]:
+        self.prefilled += int(batch.mask_BT.sum())
+        self.padded.append(batch.mask_BT.size)
+        self.prompts.append(len(batch.mask_BT))
+        return self._decoder.prefill(batch, visual_tokens_VD, deepstack_LVD)
+
+    def stack(self, caches: Sequence[Any], room: int) -> Any:
+        return self._decoder.stack(caches, room)
+
+    def extend(self, cache: Any, token_ids_BT: Ints, lengths_B: Ints) -> Extended[Any]:
+        self.extended += int(lengths_B.sum())
+        self.rows.append(len(lengths_B))
+        return self._decoder.extend(cache, token_ids_BT, lengths_B)
 
 
-def counted(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> tuple[CountingSession, CountingSession]:
-    """Count what enters the embedder graph and the generator graph."""
+def counted(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> CountingDecoder:
+    """Count what both paths feed the decoder."""
     fast_path, generator = embedder.pipeline.fast_path, embedder.pipeline.generator
-    counters = (
-        CountingSession(fast_path._embedder),  # pyright: ignore[reportPrivateUsage]
-        CountingSession(generator._session),  # pyright: ignore[reportPrivateUsage]
-    )
-    monkeypatch.setattr(fast_path, "_embedder", counters[0])
-    monkeypatch.setattr(generator, "_session", counters[1])
-    return counters
+    counter = CountingDecoder(fast_path._decoder)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(fast_path, "_decoder", counter)
+    monkeypatch.setattr(generator, "_decoder", counter)
+    return counter
 
 
 def cosines(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
@@ -77,9 +86,9 @@ def test_batches_stay_within_the_memory_limits_and_give_the_same(
 ) -> None:
     inputs = [*mixed_inputs, {"images": [np.full((16, 16), shade, np.uint8) for shade in range(0, 250, 50)]}]
     whole = tiny_embedder.encode(inputs, reasoning="never")
-    prefill, _ = counted(tiny_embedder, monkeypatch)
-    fast_path = tiny_embedder.pipeline.fast_path
-    vision = fast_path._vision  # pyright: ignore[reportPrivateUsage]
+    counter = counted(tiny_embedder, monkeypatch)
+    encoder = tiny_embedder.pipeline.fast_path._vision  # pyright: ignore[reportPrivateUsage]
+    vision = encoder._session  # pyright: ignore[reportPrivateUsage]
     patches: list[int] = []
 
     class CountingPatches:
@@ -89,11 +98,12 @@ def test_batches_stay_within_the_memory_limits_and_give_the_same(
 
     limits = tiny_embedder.manifest.batch.model_copy(update={"tokens": 300})
     monkeypatch.setattr(tiny_embedder.pipeline, "_limits", limits)
-    monkeypatch.setattr(fast_path, "_vision", CountingPatches())
-    monkeypatch.setattr(fast_path, "_max_patches", 40)
+    monkeypatch.setattr(encoder, "_session", CountingPatches())
+    monkeypatch.setattr(encoder, "_max_patches", 40)
+    monkeypatch.setattr(encoder, "_cache", FeatureCache(0))
     split = tiny_embedder.encode(inputs, reasoning="never")
-    assert max(prefill.padded) <= 300
-    assert max(prefill.rows) > 1
+    assert max(counter.padded) <= 300
+    assert max(counter.prompts) > 1
     assert max(patches) <= 40
     assert cosines(whole, split).min() >= 0.99999
 
@@ -116,41 +126,33 @@ def test_the_reasoned_embedding_equals_one_full_forward_pass(
 def test_no_token_is_prefilled_twice(
     tiny_embedder: Embedder, mixed_inputs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefill, decode = counted(tiny_embedder, monkeypatch)
+    counter = counted(tiny_embedder, monkeypatch)
     encoder = tiny_embedder._encoder  # pyright: ignore[reportPrivateUsage]
     prompt_tokens = sum(encoder.row(parse(item), "Find the result.").length for item in mixed_inputs)
     result = tiny_embedder.encode(mixed_inputs, reasoning="always", return_details=True)
     written = sum(detail.rationale_tokens for detail in result.details if detail is not None)
-    assert prefill.tokens == prompt_tokens
-    assert decode.tokens == written + PATH_TOKENS * len(mixed_inputs)
+    assert counter.prefilled == prompt_tokens
+    assert counter.extended == written + PATH_TOKENS * len(mixed_inputs)
 
 
 def test_finished_rows_leave_the_batch(tiny_embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, decode = counted(tiny_embedder, monkeypatch)
-    generator = tiny_embedder.pipeline.generator
+    counter = counted(tiny_embedder, monkeypatch)
     lengths = {"short": 1, "longer": 4}
-    session = decode.session
+    extend = counter.extend
+    end = tiny_embedder.manifest.markers["</think>"]
 
-    class Scripted:
-        """Makes the first row close its rationale after one word, and the second after four."""
+    def scripted(cache: Any, token_ids_BT: Ints, lengths_B: Ints) -> Extended[Any]:
+        """Make the first row close its rationale after one word, and the second after four."""
+        step = extend(cache, token_ids_BT, lengths_B)
+        for row, count in enumerate(list(lengths.values())[-len(lengths_B) :]):
+            step.logits_BW[row] = 0
+            step.logits_BW[row, end if len(counter.rows) > count else 5] = 1
+        return step
 
-        steps = 0
-
-        def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-            outputs = session.run(inputs)
-            self.steps += 1
-            words = list(lengths.values())[-len(outputs[abi.LOGITS]) :]
-            end = tiny_embedder.manifest.markers["</think>"]
-            for row, count in enumerate(words):
-                outputs[abi.LOGITS][row] = 0
-                outputs[abi.LOGITS][row, end if self.steps > count else 5] = 1
-            return outputs
-
-    decode.session = Scripted()
-    monkeypatch.setattr(generator, "_session", decode)
+    monkeypatch.setattr(counter, "extend", scripted)
     result = tiny_embedder.encode(list(lengths), reasoning="always", return_details=True, batch_size=2)
     assert [detail.rationale_tokens for detail in result.details if detail] == [1, 4]
-    assert decode.rows == [2, 2, 2, 2, 1, 1, 1]
+    assert counter.rows == [2, 2, 2, 2, 1, 1, 1]
 
 
 def test_a_given_rationale_gives_what_the_same_generated_one_gave(
@@ -195,12 +197,12 @@ def test_a_reasoning_rate_gives_exactly_that_share_to_the_highest_scores(
 def test_a_rate_whose_caches_exceed_the_limit_is_refused_before_anything_runs(
     tiny_embedder: Embedder, mixed_inputs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefill, _ = counted(tiny_embedder, monkeypatch)
+    counter = counted(tiny_embedder, monkeypatch)
     limits = tiny_embedder.manifest.batch.model_copy(update={"cache_bytes": 1000})
     monkeypatch.setattr(tiny_embedder.pipeline, "_limits", limits)
     with pytest.raises(OptionError, match="pass fewer inputs, or a threshold"):
         tiny_embedder.encode(mixed_inputs, reasoning_rate=1.0)
-    assert prefill.rows == []
+    assert counter.prompts == []
 
 
 def test_a_given_rationale_is_followed_beside_the_rate(tiny_embedder: Embedder, mixed_inputs: list[Any]) -> None:
@@ -255,11 +257,11 @@ def test_similarity_is_the_cosine(tiny_embedder: Embedder) -> None:
 def test_a_bad_row_is_named_before_anything_runs(
     tiny_embedder: Embedder, mixed_inputs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefill, _ = counted(tiny_embedder, monkeypatch)
+    counter = counted(tiny_embedder, monkeypatch)
     with pytest.raises(InputError, match="input 7: ") as raised:
         tiny_embedder.encode([*mixed_inputs, {"image": np.zeros((0, 4), np.uint8)}])
     assert raised.value.index == 7
-    assert prefill.rows == []
+    assert counter.prompts == []
 
 
 def test_returned_errors_keep_the_good_rows(tiny_embedder: Embedder, mixed_inputs: list[Any]) -> None:

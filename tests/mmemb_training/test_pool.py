@@ -122,7 +122,7 @@ def test_an_answer_without_its_samples_is_an_error_of_its_question(endpoint: Any
     first, second, third = endpoint.worker().write(ask(3))
     assert (first.rationales, second.rationales, len(third.rationales)) == ((), (), 2)
     assert "1 of 2 samples" in str(first.error)
-    assert "0 of 2 samples" in str(second.error)
+    assert "no chat completion: Invalid JSON" in str(second.error)
 
 
 def test_the_key_comes_from_the_environment(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:

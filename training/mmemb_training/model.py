@@ -130,9 +130,11 @@ def _rotary_tables(rotary: Any, position_ids_3BS: Tensor) -> tuple[Tensor, Tenso
 
     The interleaved layout of `Qwen3VLTextRotaryEmbedding.recomposition_frequencies`, as a lookup instead of a scatter.
     """
-    axis_of_frequency = torch.zeros(len(rotary.inv_freq), dtype=torch.long, device=position_ids_3BS.device)
+    frequency = torch.arange(len(rotary.inv_freq), device=position_ids_3BS.device)
+    axis_of_frequency = torch.zeros_like(frequency)
     for axis in (1, 2):
-        axis_of_frequency[axis : rotary.mrope_section[axis] * 3 : 3] = axis
+        turns = (frequency % 3 == axis) & (frequency < rotary.mrope_section[axis] * 3)
+        axis_of_frequency = axis_of_frequency + axis * turns
     angles = position_ids_3BS[axis_of_frequency].permute(1, 2, 0) * rotary.inv_freq
     angles_BSE = torch.cat((angles, angles), dim=-1)
     return angles_BSE.cos() * rotary.attention_scaling, angles_BSE.sin() * rotary.attention_scaling

@@ -1,5 +1,7 @@
 """The four parts of the model as modules that read and write the tensors of `mmemb_deploy.abi`.
 
+Floats go in and out as float32, whatever the type of the weights; the KV cache alone has the weights' type.
+
 Export traces them into graphs; `mmemb_training.runtime` runs them as they are. Both decoder parts hold the same
 language model under the same names, so that their graphs can share one weight file.
 """
@@ -48,8 +50,10 @@ class Vision(Part):
     def forward(
         self, patches: Tensor, index: Tensor, weight: Tensor, rotary_cos: Tensor, rotary_sin: Tensor
     ) -> tuple[Tensor, ...]:
-        tokens_NMD, deepstack_LNMD = vision_forward(self.visual, patches, index, weight, rotary_cos, rotary_sin)
-        return (tokens_NMD, deepstack_LNMD)[: len(self.outputs)]
+        tokens_NMD, deepstack_LNMD = vision_forward(
+            self.visual, patches.to(self.weight.dtype), index, weight, rotary_cos, rotary_sin
+        )
+        return (tokens_NMD.float(), deepstack_LNMD.float())[: len(self.outputs)]
 
 
 class Prefill(Part):
@@ -71,11 +75,13 @@ class Prefill(Part):
         self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, visual_index: Tensor, visual_tokens: Tensor,
         deepstack: Tensor | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
+        dtype = self.weight.dtype
         hidden_BSD, cache = decoder_forward(
             self.language_model, token_ids, position_ids, mask,
-            visual_tokens_VD=visual_tokens, visual_index_BS=visual_index, deepstack_LVD=deepstack,
+            visual_tokens_VD=visual_tokens.to(dtype), visual_index_BS=visual_index,
+            deepstack_LVD=None if deepstack is None else deepstack.to(dtype),
         )  # fmt: skip
-        state_BD = last_state(hidden_BSD, mask)
+        state_BD = last_state(hidden_BSD, mask).float()
         return F.normalize(state_BD, dim=-1), state_BD, *(tensor for layer in cache for tensor in layer)
 
 
@@ -100,7 +106,8 @@ class Decode(Part):
         layers = list(zip(past[::2], past[1::2], strict=True))
         hidden_BTD, cache = decoder_forward(self.language_model, token_ids, position_ids, mask, past=layers)
         state_BD = last_state(hidden_BTD, mask[:, past[0].shape[2] :])
-        return self.lm_head(state_BD), F.normalize(state_BD, dim=-1), *(tensor for layer in cache for tensor in layer)
+        logits_BW = self.lm_head(state_BD).float()
+        return logits_BW, F.normalize(state_BD.float(), dim=-1), *(tensor for layer in cache for tensor in layer)
 
 
 class Gate(Part):
@@ -118,7 +125,7 @@ class Gate(Part):
         return self.rows_2D
 
     def forward(self, state: Tensor) -> tuple[Tensor]:
-        think_B, stop_B = (state @ self.rows_2D.T).unbind(-1)
+        think_B, stop_B = (state.float() @ self.rows_2D.float().T).unbind(-1)
         return (torch.sigmoid(think_B - stop_B),)
 
 

@@ -15,6 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 import mmemb_deploy
+from mmemb_deploy import abi
+from mmemb_deploy.backends.host import HostDecoder
+from mmemb_deploy.backends.session import Engine
 from mmemb_deploy.bundle import SCHEMA_VERSION, BatchLimits, GateFacts, Manifest, ModelFacts
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.inputs import Limits
@@ -46,10 +49,18 @@ class TorchSession:
 
 
 def torch_embedder(checkpoint: Checkpoint, gate: GateFacts = UNCALIBRATED) -> Embedder:
-    """Return an Embedder that runs a checkpoint's weights as they are now; later training shows, except in its gate."""
-    sessions = {name: TorchSession(part) for name, part in parts(checkpoint.model, checkpoint.rows.prompt.ids).items()}
-    facts = manifest(checkpoint, "checkpoint").model_copy(update={"gate": gate})
-    return Embedder(facts, checkpoint.rows, sessions, backend=f"torch {torch.__version__}")
+    """Return an Embedder that runs a checkpoint's weights as they are now; later training shows, except in its gate.
+
+    No image's features are remembered, since the weights change.
+    """
+    graphs = {name: TorchSession(part) for name, part in parts(checkpoint.model, checkpoint.rows.prompt.ids).items()}
+    facts = manifest(checkpoint, "checkpoint")
+    batch = facts.batch.model_copy(update={"vision_bytes": 0})
+    facts = facts.model_copy(update={"gate": gate, "batch": batch})
+    decoder = HostDecoder(graphs[abi.EMBEDDER], graphs[abi.GENERATOR], facts.model.layers)
+    dtype = str(checkpoint.model.dtype).removeprefix("torch.")
+    engine = Engine(f"torch {torch.__version__}, {dtype}", graphs[abi.VISION], decoder, graphs[abi.GATE])
+    return Embedder(facts, checkpoint.rows, engine)
 
 
 def manifest(checkpoint: Checkpoint, name: str) -> Manifest:

@@ -54,7 +54,7 @@ def draw_groups(
     ]
     if not len(owners):
         return groups
-    written = pipeline.generator.generate(fast.cache.take(owners.tolist()), max_tokens, sampling(rng, never))
+    written = pipeline.generator.generate([fast.cache.take(owners.tolist())], max_tokens, sampling(rng, never))
     for owner, member, reasoned in zip(owners, members, written, strict=True):
         forced = bool(forced_QG[owner, member])
         words = tuple(reasoned.token_ids)

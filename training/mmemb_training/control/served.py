@@ -8,7 +8,7 @@ the log-probabilities stay with the encoder.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from mmemb_deploy import prompts
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.inputs import parse
 from mmemb_deploy.prompts import PromptFormat
+from mmemb_deploy.reasoners import policy_messages
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.control.rewards import Rollout
 from mmemb_training.control.rollouts import Group, decisions
 from mmemb_training.encoder import Encoder, Path
-from mmemb_training.pool.endpoint import EndpointWorker, data_url
+from mmemb_training.pool.endpoint import EndpointWorker
 from mmemb_training.samples import Question, Sample, query_row
 
 if TYPE_CHECKING:
@@ -39,16 +40,12 @@ class PolicyWorker(EndpointWorker):
         self._prompt = prompt
 
     def messages(self, question: Question) -> list[ChatCompletionMessageParam]:
-        """Return system, instruction, images and text, as `mmemb_deploy.prompts` lays them out."""
-        request = parse(question.content)
-        if request.frames:
-            raise BackendError(f"{question.key}: a served policy reads no video, whose times its chat cannot carry")
+        """Return system, instruction, images and text, as `mmemb_deploy.prompts` lays them out.
+
+        Raises InputError for a video, whose times a chat does not carry.
+        """
         instruction = self._prompt.query_instruction if question.instruction is None else question.instruction
-        content: list[Any] = [{"type": "text", "text": f"{instruction}\n"}] if instruction else []
-        content += [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in request.images]
-        content += [{"type": "text", "text": request.text}] if request.text else []
-        chat = [{"role": "system", "content": self._prompt.system}, {"role": "user", "content": content}]
-        return cast("list[ChatCompletionMessageParam]", chat)
+        return policy_messages(self._prompt, instruction, parse(question.content))
 
 
 class ServedRollouts:

@@ -7,24 +7,20 @@ holds the reasoning, then the conclusion, and no tag: `</think>` inside a ration
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import io
-import os
 import re
 from collections.abc import Sequence
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 from PIL import Image
 
-from mmemb_deploy.errors import BackendError, InputError, MissingExtraError, OptionError
+from mmemb_deploy.chat import ChatServer, Choice, Reply, image_part, text_part
+from mmemb_deploy.errors import OptionError
 from mmemb_deploy.inputs import parse
 from mmemb_training.pool.workers import REQUEST, Written
 from mmemb_training.samples import Question
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
     from openai.types.chat import ChatCompletionMessageParam
 
 _THINK_TAG = re.compile(r"\s*</?think>\s*")
@@ -55,22 +51,17 @@ def plain_rationale(text: str) -> str:
 def chat_messages(question: Question, max_frames: int) -> list[ChatCompletionMessageParam]:
     """Return the chat that asks for a rationale, images as PNG data URLs. Raises InputError as `shown_parts` does."""
     content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image_url", "image_url": {"url": data_url(part)}}
-        for part in shown_parts(question, max_frames)
+        text_part(part) if isinstance(part, str) else image_part(part) for part in shown_parts(question, max_frames)
     ]
     chat = [{"role": "system", "content": REQUEST}, {"role": "user", "content": content}]
     return cast("list[ChatCompletionMessageParam]", chat)
 
 
 class EndpointWorker:
-    """Asks a served model for `samples` rationales per question, at most `concurrency` requests at a time.
+    """Asks a served model for `samples` rationales per question.
 
-    `api_key_variable` names the environment variable with the key; None where the server wants none. The client waits
-    and retries by itself where a server is busy, fails or cannot be reached, `max_retries` times; `timeout` is seconds
-    per request; `stop` ends a rationale where the model writes it. Raises OptionError for a variable that is not set,
-    MissingExtraError without openai.
+    `base_url`, `model`, `api_key_variable`, `concurrency`, `max_retries` and `timeout` are those of
+    `mmemb_deploy.chat.ChatServer`, whose errors it raises; `stop` ends a rationale where the model writes it.
     """
 
     def __init__(
@@ -89,23 +80,17 @@ class EndpointWorker:
         max_frames: int = 16,
         stop: str | None = None,
     ) -> None:
-        if find_spec("openai") is None:
-            raise MissingExtraError("openai", "train")
-        for option, value in {"samples": samples, "concurrency": concurrency, "max_frames": max_frames}.items():
+        for option, value in {"samples": samples, "max_frames": max_frames}.items():
             if value < 1:
                 raise OptionError(f"{option} is {value}; pass at least 1")
-        if api_key_variable is not None and not os.environ.get(api_key_variable):
-            raise OptionError(f"the environment variable {api_key_variable} is not set: put the endpoint's key there")
         self.name = name
         self.samples = samples
-        self._base_url = base_url
-        self._model = model
-        self._api_key_variable = api_key_variable
+        self._server = ChatServer(
+            base_url, model=model, api_key_variable=api_key_variable, timeout=timeout, max_retries=max_retries,
+            concurrency=concurrency,
+        )  # fmt: skip
         self._temperature = temperature
         self._max_tokens = max_tokens
-        self._concurrency = concurrency
-        self._max_retries = max_retries
-        self._timeout = timeout
         self._max_frames = max_frames
         self._stop = stop
 
@@ -118,63 +103,24 @@ class EndpointWorker:
 
         Raises BackendError where the endpoint refuses the key or does not know the model or address (401, 404).
         """
-        return asyncio.run(self._write_all(questions))
+        replies = self._server.ask(
+            [partial(self.messages, question) for question in questions],
+            n=self.samples,
+            temperature=self._temperature,
+            max_tokens=self._max_tokens,
+            stop=self._stop,
+        )
+        return [self._written(reply) for reply in replies]
 
-    async def _write_all(self, questions: Sequence[Question]) -> list[Written]:
-        from openai import AsyncOpenAI
-
-        key = "unused" if self._api_key_variable is None else os.environ[self._api_key_variable]
-        slots = asyncio.Semaphore(self._concurrency)
-        async with AsyncOpenAI(
-            base_url=self._base_url, api_key=key, max_retries=self._max_retries, timeout=self._timeout
-        ) as client:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(self._write_one(client, slots, question)) for question in questions]
-            except ExceptionGroup as failed:  # the first cancelled the others
-                raise failed.exceptions[0] from failed.exceptions[0].__cause__
-        return [task.result() for task in tasks]
-
-    async def _write_one(self, client: AsyncOpenAI, slots: asyncio.Semaphore, question: Question) -> Written:
-        from openai import APIError, AuthenticationError, NotFoundError
-
-        async with slots:
-            try:
-                messages = await asyncio.to_thread(self.messages, question)
-                answer = await client.chat.completions.create(
-                    model=self._model,
-                    messages=messages,
-                    n=self.samples,
-                    temperature=self._temperature,
-                    max_tokens=self._max_tokens,
-                    stop=self._stop,
-                )
-            except (AuthenticationError, NotFoundError) as error:
-                raise BackendError(
-                    f"{self._base_url} refused worker {self.name!r}, model {self._model!r}: {error.message}. Check the "
-                    f"address, the model's name and the key"
-                ) from error
-            except (APIError, InputError) as error:
-                return Written((), f"{type(error).__name__}: {error}")
-        return self._written(answer)
-
-    def _written(self, answer: object) -> Written:
-        """Read an answer, which is a plain text where a proxy answered with a page of its own."""
-        choices: list[Any] = getattr(answer, "choices", None) or []
-        if len(choices) != self.samples:
-            return Written(
-                (), f"the endpoint answered with {len(choices)} of {self.samples} samples: it may not support `n`"
-            )
-        return Written(tuple(_rationale(choice.message) for choice in choices), None)
+    def _written(self, reply: Reply) -> Written:
+        if reply.error is not None:
+            return Written((), reply.error)
+        found = len(reply.choices)
+        if found != self.samples:
+            return Written((), f"the endpoint answered with {found} of {self.samples} samples: it may not support `n`")
+        return Written(tuple(map(_rationale, reply.choices)), None)
 
 
-def _rationale(message: Any) -> str:
-    extra = message.model_extra
-    reasoning = extra.get("reasoning") or extra.get("reasoning_content") or ""
-    return plain_rationale(f"{reasoning}\n{message.content or ''}")
-
-
-def data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+def _rationale(choice: Choice) -> str:
+    message = choice.message
+    return plain_rationale(f"{message.thought}\n{message.content or ''}")
