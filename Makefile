@@ -36,7 +36,7 @@ check: $(DEV) ## lint, formatting and types
 
 nano: $(DEV) ## retrain the nano model and export it into the package
 	$(BIN)/mmemb train nano runs/nano
-	$(BIN)/mmemb export runs/nano/control/checkpoint mmemb_deploy/assets/nano --calibrate digitchain --overwrite
+	$(BIN)/mmemb export runs/nano/control/checkpoint mmemb_deploy/assets/nano --form fused --calibrate digitchain --overwrite
 
 ablation: $(DEV) ## train and measure every row of the ablation table (about an hour and a half on 2 cores)
 	$(BIN)/mmemb train ablation runs/nano
@@ -57,5 +57,5 @@ $(DEMO): pyproject.toml constraints.txt | $(BIN)/pip
 	touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/pip
-	$(INSTALL) --editable '.[cpu,train,export,bench,dev]'
+	$(INSTALL) --editable '.[cpu,train,export,bench,dev,rtx]'
 	touch $(DEMO) $@

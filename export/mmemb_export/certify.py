@@ -6,6 +6,7 @@ Axes: N probes, D embedding size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import transformers
@@ -20,16 +21,27 @@ from mmemb_export.probes import modality
 from mmemb_export.reference import Expected, Reference
 from mmemb_training.checkpoint import Checkpoint
 
-FLOAT32_BOUNDS = Bounds(min_cosine=0.9999, gate_flips=0, token_agreement=0.995)
+
+@dataclass(frozen=True)
+class Answers:
+    """What a runtime made of the probes' queries: without reasoning, and after a rationale each."""
+
+    runtime: str
+    probes: Sequence[Pair]
+    direct: Encoded
+    reasoned: Encoded
 
 
-def certify(
-    embedder: Embedder, checkpoint: Checkpoint, reference: Reference, probes: Sequence[Pair], bounds: Bounds
-) -> Certificate:
-    """Embed the query of every probe by both paths; the reference reads the runtime's own rationales."""
-    direct = encode_queries(embedder, probes, reasoning="never")
-    reasoned = encode_queries(embedder, probes, reasoning="always")
-    expected = _expected(checkpoint, reference, probes, reasoned)
+def answer(embedder: Embedder, probes: Sequence[Pair]) -> Answers:
+    """Embed the query of every probe by both paths."""
+    direct, reasoned = (encode_queries(embedder, probes, reasoning=reasoning) for reasoning in ("never", "always"))
+    return Answers(embedder.backend, probes, direct, reasoned)
+
+
+def certify(answers: Answers, checkpoint: Checkpoint, bounds: Bounds) -> Certificate:
+    """Compare with the reference, which reads the runtime's own rationales."""
+    direct, reasoned, probes = answers.direct, answers.reasoned, answers.probes
+    expected = _expected(checkpoint, probes, reasoned)
     flips_N = np.array(
         [each.reasons != (detail.gate_score > 0.5) for each, detail in zip(expected, direct.details, strict=True)]
     )
@@ -39,7 +51,7 @@ def certify(
     kinds_N = np.array([modality(probe.query) for probe in probes])
     return Certificate(
         reference=f"transformers {transformers.__version__}, float32",
-        runtime=embedder.backend,
+        runtime=answers.runtime,
         modalities={
             str(kind): _parity(direct_cosine_N[kinds_N == kind], flips_N[kinds_N == kind])
             for kind in dict.fromkeys(kinds_N.tolist())
@@ -51,9 +63,8 @@ def certify(
     )
 
 
-def _expected(
-    checkpoint: Checkpoint, reference: Reference, probes: Sequence[Pair], reasoned: Encoded
-) -> list[Expected]:
+def _expected(checkpoint: Checkpoint, probes: Sequence[Pair], reasoned: Encoded) -> list[Expected]:
+    reference = Reference(checkpoint)
     expected = []
     for probe, detail in zip(probes, reasoned.details, strict=True):
         request = parse(probe.query)

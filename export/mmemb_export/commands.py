@@ -25,11 +25,24 @@ def export(
             "relevant, instruction, group), or 'none' to keep the neutral threshold 0.5."
         ),
     ] = "none",
+    form: Annotated[
+        str,
+        typer.Option(help="'portable' for every engine, 'fused' for ONNX Runtime alone, faster there and quantisable."),
+    ] = "portable",
+    precision: Annotated[str, typer.Option(help="Of vision and embedder: float32, int8 or int4.")] = "float32",
+    generator_precision: Annotated[
+        str | None, typer.Option(help="Of the generator; the embedder's unless given.")
+    ] = None,
+    min_cosine: Annotated[
+        float | None, typer.Option(help="What the certificate must reach, in place of the precision's own bound.")
+    ] = None,
+    probes: Annotated[int, typer.Option(help="Synthetic inputs to certify on.")] = 200,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate and the gate as JSON.")] = False,
 ) -> None:
     """Split a checkpoint into the four graphs of a bundle, calibrate its gate, and certify it."""
     try:
+        from mmemb_export.recipe import Recipe
         from mmemb_export.write import export_bundle
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "export") from error
@@ -39,9 +52,11 @@ def export(
 
     pairs = [] if calibrate == "none" else held_out_pairs(calibrate)
     notes = Console(stderr=True)
+    recipe = Recipe(form=form, precision=precision, generator_precision=generator_precision, min_cosine=min_cosine)
     manifest = export_bundle(
-        checkpoint, bundle, pairs=pairs, pairs_name=calibrate, overwrite=overwrite, report=notes.print
-    )
+        checkpoint, bundle, recipe=recipe, pairs=pairs, pairs_name=calibrate, probes=probes, overwrite=overwrite,
+        report=notes.print,
+    )  # fmt: skip
     certificate = manifest.certificate
     assert certificate is not None
     if as_json:

@@ -1,4 +1,7 @@
-"""The four parts of a checkpoint with inputs to trace them with, and the axes that vary."""
+"""The parts of a checkpoint with inputs to trace them with, and the axes that vary.
+
+The checkpoint is an outline (`mmemb_training.checkpoint.outline_checkpoint`): it has shapes and types, no weights.
+"""
 
 from __future__ import annotations
 
@@ -6,80 +9,112 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmemb_deploy import abi
 from mmemb_deploy.preprocess import vision_tables
+from mmemb_export.decoder import Decoder
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.parts import Part, parts
 
 Axes = dict[str, dict[int, str]]  # input -> axis -> name of the dimension that varies
 
+DECODER = "decoder"  # embedder and generator in one
+ROWS, TOKENS, SHOWN, CACHED, NEW = 2, 7, 3, 5, 3  # sizes to trace with; all vary
+
 
 @dataclass(frozen=True)
 class Graph:
-    """A part, example inputs for it by name, and the axes that vary."""
+    """A part, example inputs for it by name, the axes that vary, and the mode in which its fake weights can run."""
 
     name: str
     part: Part
     examples: dict[str, Tensor]
     axes: Axes
+    mode: FakeTensorMode
 
 
-def graphs(checkpoint: Checkpoint) -> list[Graph]:
-    """Return the four graphs of a checkpoint, in the order of `abi.GRAPHS`."""
-    found = parts(checkpoint.model, checkpoint.rows.prompt.ids)
-    text = checkpoint.model.config.text_config
-    levels = len(checkpoint.model.model.visual.deepstack_visual_indexes)
-    rows, tokens, shown, cached, new = 2, 7, 3, 5, 3  # sizes to trace with; all vary
-    prefill = {
-        abi.TOKEN_IDS: torch.ones(rows, tokens, dtype=torch.long),
-        abi.POSITION_IDS: torch.arange(tokens).expand(3, rows, -1).contiguous(),
-        abi.MASK: torch.ones(rows, tokens, dtype=torch.long),
-        abi.VISUAL_INDEX: torch.zeros(rows, tokens, dtype=torch.long),
-        abi.VISUAL_TOKENS: torch.zeros(shown, text.hidden_size),
-    }
-    prefill_axes: Axes = {
-        abi.TOKEN_IDS: {0: "batch", 1: "tokens"},
-        abi.POSITION_IDS: {1: "batch", 2: "tokens"},
-        abi.MASK: {0: "batch", 1: "tokens"},
-        abi.VISUAL_INDEX: {0: "batch", 1: "tokens"},
-        abi.VISUAL_TOKENS: {0: "visual_tokens"},
-    }
-    if levels:
-        prefill[abi.DEEPSTACK] = torch.zeros(levels, shown, text.hidden_size)
-        prefill_axes[abi.DEEPSTACK] = {1: "visual_tokens"}
-    past = list(abi.past_names(text.num_hidden_layers))
-    cache_shape = rows, text.num_key_value_heads, cached, text.head_dim
-    decode = {
-        abi.TOKEN_IDS: torch.ones(rows, new, dtype=torch.long),
-        abi.POSITION_IDS: torch.arange(cached, cached + new).expand(3, rows, -1).contiguous(),
-        abi.MASK: torch.ones(rows, cached + new, dtype=torch.long),
-        **{name: torch.zeros(cache_shape) for name in past},  # one shared tensor would be traced as one input
-    }
-    decode_axes: Axes = {
-        abi.TOKEN_IDS: {0: "batch", 1: "new_tokens"},
-        abi.POSITION_IDS: {1: "batch", 2: "new_tokens"},
-        abi.MASK: {0: "batch", 1: "all_tokens"},
-        **{name: {0: "batch", 2: "past_tokens"} for name in past},
-    }
-    gate = {abi.STATE: torch.zeros(rows, text.hidden_size)}
+def portable_graphs(outline: Checkpoint) -> list[Graph]:
+    """Return the four graphs of a checkpoint in standard ONNX, in the order of `abi.GRAPHS`."""
+    found = parts(outline.model, outline.rows.prompt.ids)
+    mode: FakeTensorMode = outline.model.fake_mode
+    with mode:
+        prefill, prefill_axes = _token_inputs(TOKENS, 0, "tokens", "tokens")
+        shown, shown_axes = _visual_inputs(outline, TOKENS, "tokens")
+        decode, decode_axes = _token_inputs(NEW, CACHED, "new_tokens", "all_tokens")
+        past, past_axes = _past_inputs(outline)
+        gate = {abi.STATE: torch.zeros(ROWS, outline.model.config.text_config.hidden_size)}
+        images, images_axes = _image_inputs(outline)
     return [
-        Graph(abi.VISION, found[abi.VISION], *_vision_inputs(checkpoint)),
-        Graph(abi.EMBEDDER, found[abi.EMBEDDER], prefill, prefill_axes),
-        Graph(abi.GATE, found[abi.GATE], gate, {abi.STATE: {0: "batch"}}),
-        Graph(abi.GENERATOR, found[abi.GENERATOR], decode, decode_axes),
+        Graph(abi.VISION, found[abi.VISION], images, images_axes, mode),
+        Graph(abi.EMBEDDER, found[abi.EMBEDDER], prefill | shown, prefill_axes | shown_axes, mode),
+        Graph(abi.GATE, found[abi.GATE], gate, {abi.STATE: {0: "batch"}}, mode),
+        Graph(abi.GENERATOR, found[abi.GENERATOR], decode | past, decode_axes | past_axes, mode),
     ]
 
 
-def _vision_inputs(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Axes]:
-    spec = checkpoint.vision
+def fused_graphs(outline: Checkpoint) -> list[Graph]:
+    """Return vision, gate, and embedder and generator as one DECODER, to be fused (`mmemb_export.fuse`)."""
+    vision, _, gate, _ = portable_graphs(outline)
+    model = outline.model
+    levels = len(model.model.visual.deepstack_visual_indexes)
+    with vision.mode:
+        part = Decoder(model.model.language_model, model.lm_head, levels=levels)
+        tokens, token_axes = _token_inputs(NEW, CACHED, "tokens", "all_tokens")
+        shown, shown_axes = _visual_inputs(outline, NEW, "tokens")
+        past, past_axes = _past_inputs(outline)
+        last = {abi.LAST: torch.zeros(ROWS, dtype=torch.long)}
+    axes = token_axes | shown_axes | past_axes | {abi.LAST: {0: "batch"}}
+    return [vision, gate, Graph(DECODER, part, tokens | shown | past | last, axes, vision.mode)]
+
+
+def _token_inputs(new: int, cached: int, axis: str, mask_axis: str) -> tuple[dict[str, Tensor], Axes]:
+    return {
+        abi.TOKEN_IDS: torch.ones(ROWS, new, dtype=torch.long),
+        abi.POSITION_IDS: torch.arange(cached, cached + new).expand(3, ROWS, -1).contiguous(),
+        abi.MASK: torch.ones(ROWS, cached + new, dtype=torch.long),
+    }, {
+        abi.TOKEN_IDS: {0: "batch", 1: axis},
+        abi.POSITION_IDS: {1: "batch", 2: axis},
+        abi.MASK: {0: "batch", 1: mask_axis},
+    }
+
+
+def _visual_inputs(outline: Checkpoint, tokens: int, axis: str) -> tuple[dict[str, Tensor], Axes]:
+    hidden = outline.model.config.text_config.hidden_size
+    examples = {
+        abi.VISUAL_INDEX: torch.zeros(ROWS, tokens, dtype=torch.long),
+        abi.VISUAL_TOKENS: torch.zeros(SHOWN, hidden),
+    }
+    axes: Axes = {abi.VISUAL_INDEX: {0: "batch", 1: axis}, abi.VISUAL_TOKENS: {0: "visual_tokens"}}
+    levels = len(outline.model.model.visual.deepstack_visual_indexes)
+    if levels:
+        examples[abi.DEEPSTACK] = torch.zeros(levels, SHOWN, hidden)
+        axes[abi.DEEPSTACK] = {1: "visual_tokens"}
+    return examples, axes
+
+
+def _past_inputs(outline: Checkpoint) -> tuple[dict[str, Tensor], Axes]:
+    text = outline.model.config.text_config
+    names = list(abi.past_names(text.num_hidden_layers))
+    shape = ROWS, text.num_key_value_heads, CACHED, text.head_dim
+    # one tensor each: a shared one would be traced as one input
+    dtype = outline.model.dtype
+    return {name: torch.zeros(shape, dtype=dtype) for name in names}, {
+        name: {0: "batch", 2: "past_tokens"} for name in names
+    }
+
+
+def _image_inputs(outline: Checkpoint) -> tuple[dict[str, Tensor], Axes]:
+    spec = outline.vision
     tables = vision_tables(4 * spec.merge_size, 2 * spec.merge_size, spec)
     values = 3 * spec.temporal_patch_size * spec.patch_size**2
+    patches = len(tables.rotary_cos_PD)
     per_patch = {
-        abi.INTERPOLATION_INDEX: torch.from_numpy(tables.interpolation_index_P4),
-        abi.INTERPOLATION_WEIGHT: torch.from_numpy(tables.interpolation_weight_P4),
-        abi.ROTARY_COS: torch.from_numpy(tables.rotary_cos_PD),
-        abi.ROTARY_SIN: torch.from_numpy(tables.rotary_sin_PD),
+        abi.INTERPOLATION_INDEX: torch.zeros(tables.interpolation_index_P4.shape, dtype=torch.long),
+        abi.INTERPOLATION_WEIGHT: torch.zeros(tables.interpolation_weight_P4.shape),
+        abi.ROTARY_COS: torch.zeros(tables.rotary_cos_PD.shape),
+        abi.ROTARY_SIN: torch.zeros(tables.rotary_sin_PD.shape),
     }
-    examples = {abi.PATCHES: torch.zeros(3, len(tables.rotary_cos_PD), values), **per_patch}
+    examples = {abi.PATCHES: torch.zeros(3, patches, values), **per_patch}
     return examples, {abi.PATCHES: {0: "images", 1: "patches"}, **{name: {0: "patches"} for name in per_patch}}

@@ -1,36 +1,37 @@
-"""Checkpoint to bundle: graphs, calibrated gate, certificate and manifest, renamed into place when all is well."""
+"""Checkpoint to bundle: graphs, calibrated gate, certificate and manifest, renamed into place when all is well.
+
+Weights pass through memory one tensor at a time; the reference, which needs them all, is loaded after the runtime that
+it certifies has gone.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmemb_deploy import abi
-from mmemb_deploy.bundle import TOKENIZER, Bundle, GraphFacts, Manifest, bundle_files, file_hash, write_manifest
+from mmemb_deploy.bundle import TOKENIZER, Bundle, Manifest, bundle_files, file_hash, write_manifest
 from mmemb_deploy.calibration import calibrate
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.errors import OptionError
+from mmemb_deploy.errors import CertificateError, OptionError
 from mmemb_deploy.evaluation import Pair
-from mmemb_export.certify import FLOAT32_BOUNDS, certify
-from mmemb_export.graphs import graphs
-from mmemb_export.onnx_files import describe, save, to_onnx
+from mmemb_export.activations import ranges, sensitivity
+from mmemb_export.certify import answer, certify
 from mmemb_export.probes import synthetic_probes
-from mmemb_export.reference import Reference
-from mmemb_training.checkpoint import Checkpoint, load_checkpoint
+from mmemb_export.recipe import FLOATS, Choices, Recipe, write_graphs
+from mmemb_export.weights import CheckpointWeights
+from mmemb_training.checkpoint import Checkpoint, load_checkpoint, outline_checkpoint
 from mmemb_training.runtime import manifest as uncertified
+from mmemb_training.runtime import torch_embedder
 
 SYNTHETIC_PROBES = 200
+RANKED_PROBES = 24
 CERTIFIED_PAIRS = 1000  # about as many queries of the pairs are certified, evenly drawn
-WEIGHT_FILES = {
-    "vision.onnx.data": (abi.VISION,),
-    "decoder.onnx.data": (abi.EMBEDDER, abi.GENERATOR),
-    "gate.onnx.data": (abi.GATE,),
-}
-
 Report = Callable[[str], None]
 
 
@@ -38,39 +39,42 @@ def export_bundle(
     source: Path,
     target: Path,
     *,
+    recipe: Recipe | None = None,
     pairs: Sequence[Pair] = (),
     pairs_name: str = "none",
+    probes: int = SYNTHETIC_PROBES,
     overwrite: bool = False,
     report: Report = print,
 ) -> Manifest:
     """Export a checkpoint to a bundle; `report` hears what is being done.
 
-    The gate is calibrated on `pairs`, which must be held out from training; the certificate is measured on some of
-    their queries and on synthetic probes. Raises OptionError if the target exists or the source is not a checkpoint,
-    and CertificateError if the bundle misses its bounds; nothing is left behind then.
+    The certificate is measured on `probes` synthetic inputs and on some queries of `pairs`, which must be held out from
+    training, and on which the gate is calibrated; a quantised bundle is certified on the pairs alone where there are
+    any, since noise is not what its scales are for. Where it misses its bounds, the layers that lose most keep the
+    float type: one, then two, four, and so on up to half of them. Raises OptionError if the target exists or the source
+    is not a checkpoint, and CertificateError if the bundle misses its bounds; nothing is left behind then.
     """
     if target.exists() and not overwrite:
         raise OptionError(f"{target} exists: choose another folder, or pass --overwrite")
-    checkpoint = load_checkpoint(source)
+    if probes < 4:
+        raise OptionError(f"probes is {probes}: pass at least 4, one of each modality")
+    recipe = Recipe() if recipe is None else recipe
+    outline = outline_checkpoint(source, dtype=recipe.floats)
     target.parent.mkdir(parents=True, exist_ok=True)
+    drawn = pairs[:: len(pairs) // CERTIFIED_PAIRS + 1]
+    quantised = recipe.coarser not in FLOATS
+    inputs = list(drawn) if quantised and drawn else [*synthetic_probes(probes), *drawn]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
         folder = Path(scratch) / "bundle"
         folder.mkdir()
-        facts = _write_graphs(checkpoint, folder, report)
         shutil.copy(source / TOKENIZER, folder / TOKENIZER)
-        _write_pooling(checkpoint, folder)
-        files = {name: file_hash(folder / name) for name in bundle_files(folder)}
-        manifest = uncertified(checkpoint, target.name).model_copy(update={"graphs": facts, "files": files})
-        embedder = Embedder.of_bundle(Bundle(folder, manifest))
+        _write_pooling(outline, folder)
+        manifest, choices = _certified(source, outline, folder, target.name, recipe, inputs, report)
         if pairs:
             report(f"calibrating the gate on {len(pairs)} pairs")
-            gate = calibrate(embedder, pairs, pairs_name)
+            with _runnable(source, folder, manifest, recipe, choices) as embedder:
+                gate = calibrate(embedder, pairs, pairs_name)
             manifest = manifest.model_copy(update={"gate": gate})
-        probes = [*synthetic_probes(SYNTHETIC_PROBES), *pairs[:: len(pairs) // CERTIFIED_PAIRS + 1]]
-        report(f"certifying on {len(probes)} inputs")
-        certificate = certify(embedder, checkpoint, Reference(checkpoint), probes, FLOAT32_BOUNDS)
-        certificate.check()
-        manifest = manifest.model_copy(update={"certificate": certificate})
         write_manifest(folder, manifest)
         Bundle.open(folder)
         if target.exists():
@@ -79,15 +83,60 @@ def export_bundle(
     return manifest
 
 
-def _write_graphs(checkpoint: Checkpoint, folder: Path, report: Report) -> dict[str, GraphFacts]:
-    models = {}
-    for graph in graphs(checkpoint):
-        report(f"exporting {graph.name}")
-        models[graph.name] = to_onnx(graph)
-    facts = {name: describe(model, f"{name}.onnx", "float32") for name, model in models.items()}
-    for weights, names in WEIGHT_FILES.items():
-        save([models[name] for name in names], [folder / f"{name}.onnx" for name in names], folder / weights)
-    return facts
+def _certified(
+    source: Path, outline: Checkpoint, folder: Path, name: str, recipe: Recipe, probes: Sequence[Pair], report: Report
+) -> tuple[Manifest, Choices]:
+    """Write the graphs, with as many layers in the float type as the certificate needs."""
+    bounds = recipe.bounds(len(probes))
+    ranking: list[str] = []
+    choices = _measured(source, recipe, probes)
+    while True:
+        facts = write_graphs(outline, CheckpointWeights(source, outline), folder, recipe, choices, report)
+        files = {file: file_hash(folder / file) for file in bundle_files(folder)}
+        manifest = uncertified(outline, name).model_copy(update={"graphs": facts, "files": files})
+        report(f"certifying on {len(probes)} inputs")
+        with _runnable(source, folder, manifest, recipe, choices) as embedder:
+            answers = answer(embedder, probes)
+        checkpoint = load_checkpoint(source)
+        certificate = certify(answers, checkpoint, bounds)
+        try:
+            certificate.check()
+        except CertificateError as error:
+            if not ranking and recipe.coarser not in FLOATS:
+                ranking = list(sensitivity(checkpoint, probes[:RANKED_PROBES], recipe.coarser))
+            if 2 * len(choices.kept) >= len(ranking):
+                raise
+            choices = replace(choices, kept=tuple(ranking[: max(1, 2 * len(choices.kept))]))
+            report(f"{error}; keeping in {recipe.floats}: {', '.join(choices.kept)}")
+        else:
+            return manifest.model_copy(update={"certificate": certificate}), choices
+
+
+def _measured(source: Path, recipe: Recipe, probes: Sequence[Pair]) -> Choices:
+    """Measure what a recipe needs to know of a checkpoint's activations."""
+    scaled = recipe.form == "portable" and {"int8", "fp8"} & {recipe.precision, recipe.generator}
+    return Choices(ranges=ranges(load_checkpoint(source), probes) if scaled else {})
+
+
+@contextmanager
+def _runnable(source: Path, folder: Path, manifest: Manifest, recipe: Recipe, choices: Choices) -> Generator[Embedder]:
+    """Give an embedder that computes what the bundle says, on this machine's CPU.
+
+    ONNX Runtime runs float32 there. A bundle in another float type is run by torch in that type, or, if it is
+    quantised, as its twin in float32, whose integers and scales are the same; `mmemb build` verifies the engine itself.
+    """
+    if recipe.floats == "float32":
+        yield Embedder.of_bundle(Bundle(folder, manifest))
+    elif recipe.precision in FLOATS and recipe.generator in FLOATS:
+        yield torch_embedder(load_checkpoint(source, dtype=recipe.floats))
+    else:
+        twin = replace(recipe, compute="float32")
+        exact = outline_checkpoint(source)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            shutil.copy(source / TOKENIZER, scratch)
+            weights = CheckpointWeights(source, exact)
+            facts = write_graphs(exact, weights, Path(scratch), twin, choices, lambda _: None)
+            yield Embedder.of_bundle(Bundle(Path(scratch), manifest.model_copy(update={"graphs": facts})))
 
 
 def _write_pooling(checkpoint: Checkpoint, folder: Path) -> None:

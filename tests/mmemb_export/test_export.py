@@ -14,9 +14,9 @@ from mmemb_deploy.backends.session import choose_backend
 from mmemb_deploy.bundle import Bundle
 from mmemb_deploy.evaluation import Judge, Pair, encode_queries
 from mmemb_export import write
-from mmemb_export.certify import FLOAT32_BOUNDS, certify
+from mmemb_export.certify import answer, certify
 from mmemb_export.probes import synthetic_probes
-from mmemb_export.reference import Reference
+from mmemb_export.recipe import Recipe
 from mmemb_export.write import export_bundle
 from mmemb_training.checkpoint import load_checkpoint
 
@@ -58,7 +58,7 @@ def odd_bundle(tmp_path_factory: pytest.TempPathFactory, odd_checkpoint: Path) -
 def test_any_config_is_certified_in_every_modality(fixture: str, request: pytest.FixtureRequest) -> None:
     certificate = Bundle.open(request.getfixturevalue(fixture)).manifest.certificate
     assert certificate is not None
-    assert certificate.bounds == FLOAT32_BOUNDS
+    assert certificate.bounds == Recipe().bounds(200)
     assert {"text", "image", "images", "video"} == set(certificate.modalities)
     for parity in [*certificate.modalities.values(), certificate.reasoned]:
         assert parity.inputs >= 50
@@ -72,7 +72,7 @@ def test_a_certificate_tells_another_model_apart(tiny_embedder: Embedder, tiny_c
     with torch.no_grad():
         other.model.lm_head.weight.neg_()
         other.model.model.language_model.layers[2].mlp.down_proj.weight.mul_(0.7)
-    certificate = certify(tiny_embedder, other, Reference(other), synthetic_probes(8), FLOAT32_BOUNDS)
+    certificate = certify(answer(tiny_embedder, synthetic_probes(8)), other, Recipe().bounds(8))
     assert max(parity.min_cosine for parity in [*certificate.modalities.values(), certificate.reasoned]) < 0.9999
     assert sum(parity.gate_flips for parity in certificate.modalities.values()) == 8
     assert certificate.token_agreement < 0.5
@@ -102,7 +102,7 @@ def test_the_gate_is_the_model_s_own_choice(tiny_bundle: Path, tiny_checkpoint: 
     checkpoint = load_checkpoint(tiny_checkpoint)
     ids = checkpoint.rows.prompt.ids
     state_BD = np.random.default_rng(0).normal(size=(50, 48)).astype(np.float32)
-    gate = choose_backend("auto", None).open(tiny_bundle / "gate.onnx")
+    gate = choose_backend("auto", None).load(Bundle.open(tiny_bundle)).gate
     score_B = gate.run({abi.STATE: state_BD})[abi.SCORE]
     with torch.no_grad():
         logits_BV = checkpoint.model.lm_head(torch.from_numpy(state_BD))
@@ -160,12 +160,11 @@ def test_the_curve_s_ends_are_the_quality_of_always_and_never(odd_bundle: Path) 
 
 
 def test_a_failed_certificate_leaves_nothing_behind_and_an_older_bundle_whole(
-    odd_checkpoint: Path, odd_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    odd_checkpoint: Path, odd_bundle: Path, tmp_path: Path
 ) -> None:
     older = Path(shutil.copytree(odd_bundle, tmp_path / "bundle"))
-    monkeypatch.setattr(write, "FLOAT32_BOUNDS", FLOAT32_BOUNDS.model_copy(update={"min_cosine": 1.1}))
     with pytest.raises(CertificateError, match=r"below 1\.1"):
-        export_bundle(odd_checkpoint, older, overwrite=True, report=lambda _: None)
+        export_bundle(odd_checkpoint, older, recipe=Recipe(min_cosine=1.1), overwrite=True, report=lambda _: None)
     assert list(tmp_path.iterdir()) == [older]
     assert Bundle.open(older).manifest == Bundle.open(odd_bundle).manifest
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tokenizers import Tokenizer
-from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mmemb_deploy import prompts
@@ -105,8 +107,13 @@ def save_checkpoint(
 
     `weights` is the model's state where it is not in the model itself, as after FSDP.
     """
-    spec = checkpoint.vision
     checkpoint.model.save_pretrained(folder, state_dict=weights)
+    save_facts(checkpoint, folder, provenance=provenance)
+
+
+def save_facts(checkpoint: Checkpoint, folder: Path, *, provenance: dict[str, Any] | None = None) -> None:
+    """Write all of a checkpoint but its weights and its config."""
+    spec = checkpoint.vision
     PreTrainedTokenizerFast(
         tokenizer_object=checkpoint.rows.prompt.tokenizer, eos_token=prompts.STOP, pad_token=prompts.PAD,
         clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE,
@@ -129,14 +136,33 @@ def save_checkpoint(
 
 def load_checkpoint(folder: Path, *, dtype: str = "float32") -> Checkpoint:
     """Load a checkpoint, its weights as `dtype`. Raises OptionError if a file is missing or `mmemb.json` malformed."""
+    facts = _read_facts(folder)
+    return _assemble(folder, facts, AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype))
+
+
+def outline_checkpoint(folder: Path, *, dtype: str = "float32") -> Checkpoint:
+    """Return a checkpoint whose model has shapes and types but no weights, for `trace` to run in `model.fake_mode`.
+
+    Raises OptionError as `load_checkpoint` does.
+    """
+    facts = _read_facts(folder)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=getattr(torch, dtype))
+    model.fake_mode = mode
+    return _assemble(folder, facts, model)
+
+
+def _read_facts(folder: Path) -> CheckpointFacts:
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json", VIDEO_PROCESSOR, FACTS):
         if not (folder / name).is_file():
             raise OptionError(f"{folder} is not an MMEmb-R1 checkpoint: it has no {name}")
     try:
-        facts = CheckpointFacts.model_validate_json((folder / FACTS).read_text())
+        return CheckpointFacts.model_validate_json((folder / FACTS).read_text())
     except ValidationError as error:
         raise OptionError(f"{folder / FACTS} is malformed: {error}") from error
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+
+
+def _assemble(folder: Path, facts: CheckpointFacts, model: Any) -> Checkpoint:
     image = Qwen2VLImageProcessorPil.from_pretrained(folder)
     video = json.loads((folder / VIDEO_PROCESSOR).read_text())
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -1,0 +1,49 @@
+"""Embedder and generator as one module, to be traced and fused for ONNX Runtime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmemb_deploy import abi
+from mmemb_training.model import decoder_forward
+from mmemb_training.parts import Part
+
+
+class Decoder(Part):
+    """New tokens, which may show images, after a KV cache, which may be empty."""
+
+    def __init__(self, language_model: Any, lm_head: nn.Linear, *, levels: int) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.lm_head = lm_head
+        past = tuple(abi.past_names(len(language_model.layers)))
+        self.levels = levels
+        text = abi.TOKEN_IDS, abi.POSITION_IDS, abi.MASK, abi.LAST, abi.VISUAL_INDEX, abi.VISUAL_TOKENS
+        self.inputs = (*text, *([abi.DEEPSTACK] if levels else []), *past)
+        self.listed = len(past) + (1 if levels else 0)
+        self.outputs = abi.EMBEDDING, abi.STATE, abi.LOGITS, *abi.present_names(len(language_model.layers))
+
+    @property
+    def weight(self) -> Tensor:
+        found: Tensor = self.language_model.norm.weight
+        return found
+
+    def forward(
+        self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, last: Tensor, visual_index: Tensor,
+        visual_tokens: Tensor, listed: list[Tensor],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        dtype = self.weight.dtype
+        deepstack, past = (listed[0].to(dtype), listed[1:]) if self.levels else (None, listed)
+        hidden_BSD, cache = decoder_forward(
+            self.language_model, token_ids, position_ids, mask,
+            visual_tokens_VD=visual_tokens.to(dtype), visual_index_BS=visual_index, deepstack_LVD=deepstack,
+            past=list(zip(past[::2], past[1::2], strict=True)),
+        )  # fmt: skip
+        last_B11 = last[:, None, None].expand(-1, -1, hidden_BSD.shape[-1])
+        state_BD = hidden_BSD.gather(1, last_B11).squeeze(1)
+        present = (tensor for layer in cache for tensor in layer)
+        embedding_BD = F.normalize(state_BD.float(), dim=-1)
+        return embedding_BD, state_BD.float(), self.lm_head(state_BD).float(), *present
