@@ -1,0 +1,110 @@
+"""The command `mmemb build`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mmemb_deploy.backends.engine_files import EngineSet
+    from mmemb_engines.check import Checked
+
+
+def register(app: typer.Typer) -> None:
+    """Add the build command to `mmemb`."""
+    app.command("build")(build)
+
+
+def build(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, with portable graphs.")],
+    flavour: Annotated[str, typer.Option(help="tensorrt, or tensorrt-rtx.")] = "tensorrt",
+    targets: Annotated[
+        str | None,
+        typer.Option(help="Compute capabilities to build for without a GPU, as sm80,sm89: tensorrt-rtx only."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Most inputs that run together.")] = 32,
+    traffic: Annotated[
+        Path | None,
+        typer.Option(help="A sample of inputs, as `mmemb embed` reads them, to fit the engines to instead of limits."),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="A float32 bundle of the same checkpoint to verify against; BUNDLE itself by default."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Print what parses and builds, and keep nothing; exit 1 if a graph fails.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+) -> None:
+    """Build a bundle's graphs into TensorRT engines for this machine, and verify them against ONNX Runtime in float32.
+
+    Engines lie in the bundle, by GPU and version; those whose graph, profiles and version have not changed are kept.
+    """
+    from mmemb_deploy.bundle import Bundle
+    from mmemb_engines.build import build_engines, check_portable, device_sets
+    from mmemb_engines.check import check_graphs
+    from mmemb_engines.profiles import demand_of_limits, demand_of_traffic
+    from mmemb_engines.traffic import read_traffic
+    from mmemb_engines.verify import reference_bundle, verify_engines
+    from mmemb_engines.watch import watching
+
+    opened = Bundle.open(bundle)
+    check_portable(opened)
+    manifest = opened.manifest
+    if traffic is None:
+        demand = demand_of_limits(manifest, batch)
+    else:
+        demand = demand_of_traffic(manifest, batch, read_traffic(opened, traffic))
+    against = None
+    if not check and not targets:  # the GPU at hand can run what is built
+        against = reference_bundle(opened, None if reference is None else Bundle.open(reference))
+    library, devices = device_sets(opened, flavour, tuple(targets.split(",")) if targets else ())
+    with watching(shown=not as_json) as watch:
+        if check:
+            rows = list(check_graphs(opened, library, devices, demand, watch))
+            _print_checked(rows, f"{flavour} {library.version}", as_json=as_json)
+            raise typer.Exit(0 if all(row.built for row in rows) else 1)
+        sets = [build_engines(opened, library, device, demand, watch) for device in devices]
+    if against is not None:
+        sets = [verify_engines(opened, engines, against) for engines in sets]
+    _print_built(opened.folder, sets, as_json=as_json)
+
+
+def _print_checked(rows: Sequence[Checked], library: str, *, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if as_json:
+        print(json.dumps({"library": library, "graphs": [asdict(row) for row in rows]}))
+        return
+    table = Table(title=f"{library} build")
+    for column in ("graph", "precision", "target", "parsed", "built", "seconds", "MiB"):
+        table.add_column(column, justify="right" if column in ("seconds", "MiB") else "left")
+    for row in rows:
+        size = f"{row.size / 2**20:.2f}" if row.built else "-"
+        answers = ("yes" if answer else "[red]no[/]" for answer in (row.parsed, row.built))
+        table.add_row(row.graph, row.precision, row.target, *answers, f"{row.seconds:.2f}", size)
+    console = Console(highlight=False)
+    console.print(table)
+    for row in rows:
+        if row.error is not None:
+            console.print(f"{row.graph}, {row.target}: {row.error}", markup=False, soft_wrap=True)
+
+
+def _print_built(folder: Path, sets: Sequence[EngineSet], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"engines": [engines.model_dump() for engines in sets]}))
+        return
+    for engines in sets:
+        print(f"{folder / 'engines' / engines.folder}")
+        for name, built in engines.engines.items():
+            print(f"  {name}: {built.precision}, {built.seconds:.1f} s, {built.size / 2**20:.2f} MiB")
+        if engines.parity is None:
+            print("  not verified: these engines were built ahead of time, for a GPU that is not here")
+        else:
+            print(f"  verified: min cosine {engines.parity.min_cosine:.7f}, {engines.parity.gate_flips} gate flips")

@@ -1,0 +1,203 @@
+"""Which shapes an engine must take: explicit profiles of every graph, from a manifest's limits or from traffic.
+
+A profile is a box of shapes, and its activations are sized for the box's far corner. Where rows and tokens are bounded
+by their product, several boxes follow that bound: together they hold every shape within it, and no corner is more than
+twice beyond it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mmemb_deploy import abi
+from mmemb_deploy.backends.engine_files import ProfileShapes
+from mmemb_deploy.backends.resident import BUCKET
+from mmemb_deploy.bundle import GraphFacts, Manifest
+from mmemb_deploy.errors import OptionError
+from mmemb_deploy.generation import PATH_MARKERS
+from mmemb_deploy.preprocess import MAX_ASPECT_RATIO, VisionSpec
+from mmemb_deploy.rows import Row
+
+USUAL_TOKENS, USUAL_PATCHES = 256, 1024  # of a prompt and an image, until traffic says otherwise
+
+
+@dataclass(frozen=True)
+class Range:
+    """Sizes of an axis: the least, the one to be fastest at, and the largest."""
+
+    least: int
+    usual: int
+    most: int
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.least <= self.usual <= self.most, self
+
+
+Axes = dict[str, Range]  # an axis as the manifest names it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What the engines of a bundle must take."""
+
+    rows: int
+    """Most inputs of a batch."""
+
+    tokens: int
+    """Most tokens of a prompt."""
+
+    usual_tokens: int
+    """Tokens of a prompt to be fastest at."""
+
+    usual_visual_tokens: int
+    """Visual tokens of a prompt to be fastest at."""
+
+    patches: int
+    """Most patches of an image."""
+
+    usual_patches: int
+    """Patches of an image to be fastest at."""
+
+    new_tokens: int
+    """Most tokens of a rationale that is embedded in one pass, with its markers."""
+
+    slots: int
+    """Most tokens of a row in the KV cache."""
+
+
+def demand_of_limits(manifest: Manifest, rows: int) -> Demand:
+    """Return what a manifest allows, in batches of up to `rows` inputs. Raises OptionError for `rows` below 1."""
+    new_tokens = manifest.model.max_rationale_tokens + PATH_MARKERS
+    tokens = manifest.batch.row_tokens - new_tokens
+    patches = most_patches(manifest.vision)
+    usual_patches = _merged(min(patches, USUAL_PATCHES), manifest.vision)
+    usual_tokens = min(tokens, USUAL_TOKENS)
+    return Demand(
+        rows=_rows(manifest, rows), tokens=tokens, usual_tokens=usual_tokens,
+        usual_visual_tokens=min(usual_tokens, usual_patches // manifest.vision.merge_size**2),
+        patches=patches, usual_patches=usual_patches,
+        new_tokens=new_tokens, slots=_slots(manifest.batch.row_tokens),
+    )  # fmt: skip
+
+
+def demand_of_traffic(manifest: Manifest, rows: int, sample: Sequence[Row]) -> Demand:
+    """Return what a sample of inputs needs: fastest at its medians, and nothing above its largest.
+
+    Raises OptionError for an empty sample and for `rows` below 1.
+    """
+    if not sample:
+        raise OptionError("the traffic sample is empty: pass the inputs of a usual hour, one a line")
+    limits = demand_of_limits(manifest, rows)
+    lengths = [row.length for row in sample]
+    grids = [math.prod(visual.grid) for row in sample for visual in row.visuals] or [manifest.vision.merge_size**2]
+    tokens = min(limits.tokens, max(lengths))
+    return Demand(
+        rows=limits.rows, tokens=tokens, usual_tokens=min(tokens, _median(lengths)),
+        usual_visual_tokens=_median([row.visual_tokens for row in sample]),
+        patches=max(grids), usual_patches=_median(grids),
+        new_tokens=limits.new_tokens, slots=_slots(tokens + limits.new_tokens),
+    )  # fmt: skip
+
+
+def profiles(name: str, manifest: Manifest, demand: Demand) -> tuple[ProfileShapes, ...]:
+    """Return the profiles of a graph, in the order in which a runtime tries them."""
+    axes = {
+        abi.VISION: _vision, abi.EMBEDDER: _prefill, abi.GATE: _gate, abi.GENERATOR: _decode
+    }[name]  # fmt: skip
+    return tuple(_shapes(manifest.graphs[name], each) for each in axes(manifest, demand))
+
+
+def _vision(manifest: Manifest, demand: Demand) -> Iterator[Axes]:
+    least = manifest.vision.merge_size**2
+    for images, patches in boxes(demand.rows, demand.patches, manifest.batch.patches):
+        most = _merged(patches, manifest.vision)
+        yield {"images": Range(1, images, images), "patches": Range(least, min(demand.usual_patches, most), most)}
+
+
+def _prefill(manifest: Manifest, demand: Demand) -> Iterator[Axes]:
+    for rows, tokens in boxes(demand.rows, demand.tokens, manifest.batch.tokens):
+        visual_tokens = 1 + min(rows * tokens, max(tokens, manifest.batch.tokens))
+        usual = min(demand.usual_tokens, tokens)
+        yield {
+            "batch": Range(1, rows, rows),
+            "tokens": Range(1, usual, tokens),
+            "visual_tokens": Range(1, min(1 + rows * demand.usual_visual_tokens, visual_tokens), visual_tokens),
+        }
+
+
+def _gate(_: Manifest, demand: Demand) -> Iterator[Axes]:
+    yield {"batch": Range(1, demand.rows, demand.rows)}
+
+
+def _decode(_: Manifest, demand: Demand) -> Iterator[Axes]:
+    """Yield one profile of a single token a step, and one of a whole rationale."""
+    past = Range(1, min(_slots(demand.usual_tokens + demand.new_tokens), demand.slots), demand.slots)
+    for new in (Range(1, 1, 1), Range(1, demand.new_tokens, demand.new_tokens)):
+        yield {
+            "batch": Range(1, demand.rows, demand.rows),
+            "new_tokens": new,
+            "past_tokens": past,
+            "all_tokens": Range(past.least + new.least, past.usual + new.usual, past.most + new.most),
+        }
+
+
+def boxes(rows: int, length: int, area: int) -> Iterator[tuple[int, int]]:
+    """Yield the most rows and the largest length of boxes that hold every shape within `rows`, `length` and `area`.
+
+    A single row may have any length. Boxes of many rows come first; each has half the rows of the one before.
+    """
+    while True:
+        fewest = rows // 2 + 1  # with fewer rows, the next box serves
+        reach = max(area // fewest, 1) if rows > 1 else length
+        yield rows, min(length, reach)
+        if reach >= length:
+            return
+        rows //= 2
+
+
+def most_patches(spec: VisionSpec) -> int:
+    """Return a bound on the patches of one image or frame after resizing, whatever its aspect ratio.
+
+    Both sides are rounded up to whole visual tokens at most, which costs most where one side is shortest.
+    """
+    pixels = max(spec.max_pixels, spec.video_max_pixels / spec.temporal_patch_size)
+    sides = math.sqrt(pixels / MAX_ASPECT_RATIO), math.sqrt(pixels * MAX_ASPECT_RATIO)
+    bound = (sides[0] + spec.factor) * (sides[1] + spec.factor)
+    return _merged(int(bound) // spec.patch_size**2, spec)
+
+
+def _shapes(graph: GraphFacts, axes: Axes) -> ProfileShapes:
+    shapes: ProfileShapes = {}
+    for tensor in graph.inputs:
+        sizes = [Range(size, size, size) if isinstance(size, int) else axes[size] for size in tensor.shape]
+        shapes[tensor.name] = (
+            tuple(size.least for size in sizes),
+            tuple(size.usual for size in sizes),
+            tuple(size.most for size in sizes),
+        )
+    return shapes
+
+
+def _rows(manifest: Manifest, rows: int) -> int:
+    if rows < 1:
+        raise OptionError(f"batch is {rows}: it must be at least 1")
+    if rows > manifest.batch.tokens:
+        raise OptionError(f"batch is {rows}: the bundle's batches hold at most {manifest.batch.tokens} tokens")
+    return rows
+
+
+def _merged(patches: int, spec: VisionSpec) -> int:
+    """Round down to whole visual tokens."""
+    return patches // spec.merge_size**2 * spec.merge_size**2
+
+
+def _slots(tokens: int) -> int:
+    """Round up to what a cache is made of."""
+    return -(-tokens // BUCKET) * BUCKET
+
+
+def _median(values: Sequence[int]) -> int:
+    """Return the upper median."""
+    return sorted(values)[len(values) // 2]

@@ -1,0 +1,378 @@
+"""What the TensorRT backend says where it cannot run, and how it runs where it can.
+
+Most of it is checked without a GPU: the probe of the driver, the engines' listing, the choice of a profile, and what
+is recorded as a CUDA graph. The tests marked `gpu` build the embedded bundle and run it.
+"""
+
+import ast
+import ctypes
+import hashlib
+import inspect
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmemb_deploy import Embedder, abi
+from mmemb_deploy.backends.cuda import DRIVER, Cuda, Gpu, probe
+from mmemb_deploy.backends.engine_files import (
+    ENGINES,
+    Built,
+    EngineSet,
+    find_set,
+    graph_hash,
+    read_engine,
+    write_set,
+)
+from mmemb_deploy.backends.tensorrt import EngineGraph, TensorRT, check_types, choose_profile, most_images
+from mmemb_deploy.backends.tensorrt_api import Library, load_library
+from mmemb_deploy.bundle import Bundle, Manifest, Parity
+from mmemb_deploy.errors import BackendError, OptionError
+
+PARITY = Parity(inputs=8, min_cosine=1, mean_cosine=1, gate_flips=0)
+
+
+class Driver:
+    """A driver whose functions return statuses, and which has an H100."""
+
+    def __init__(self, **statuses: int) -> None:
+        self._statuses = statuses
+
+    def __getattr__(self, function: str) -> Callable[..., int]:
+        def call(*arguments: Any) -> int:
+            if function == "cuDeviceGetName":
+                arguments[0].value = b"NVIDIA H100 80GB HBM3"
+            elif function == "cuDeviceGetAttribute":
+                ctypes.cast(arguments[0], ctypes.POINTER(ctypes.c_int))[0] = {75: 9, 76: 0}[arguments[1]]
+            return self._statuses.get(function, 0)
+
+        return call
+
+
+def has_gpu() -> bool:
+    try:
+        probe()
+    except BackendError:
+        return False
+    return True
+
+
+def test_a_gpu_is_named_with_its_compute_capability() -> None:
+    assert probe(lambda _: Driver()) == Gpu("NVIDIA H100 80GB HBM3", "sm90")
+
+
+def test_no_driver_is_said_before_anything_is_loaded() -> None:
+    def load(name: str) -> Any:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    with pytest.raises(BackendError, match=f"no NVIDIA driver here .{DRIVER}.*use the backend 'onnxruntime'"):
+        probe(load)
+
+
+@pytest.mark.parametrize(("function", "status"), [("cuInit", 100), ("cuDeviceGet", 101)])
+def test_a_driver_without_a_gpu_is_told_from_none(function: str, status: int) -> None:
+    with pytest.raises(BackendError, match=rf"{function} returned {status}; see whether nvidia-smi works"):
+        probe(lambda _: Driver(**{function: status}))
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_a_machine_without_a_gpu_gets_an_error_and_not_a_crash(backend: str) -> None:
+    with pytest.raises(BackendError, match="NVIDIA driver"):
+        Embedder.load(backend=backend)
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_the_cuda_runtime_says_why_it_does_not_start() -> None:
+    pytest.importorskip("cuda.bindings", reason="needs cuda-bindings: pip install 'mmemb-deploy[rtx]'")
+    with pytest.raises(BackendError, match=r"cudaSetDevice failed: .*\(CUDA error \d+\)"):
+        Cuda()
+
+
+def test_the_cuda_binding_has_every_function_that_is_called() -> None:
+    runtime = pytest.importorskip(
+        "cuda.bindings.runtime", reason="needs cuda-bindings: pip install 'mmemb-deploy[rtx]'"
+    )
+    tree = ast.parse(Path(inspect.getfile(Cuda)).read_text(encoding="utf-8"))
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    functions = {text for text in strings if re.fullmatch("cuda[A-Z][A-Za-z0-9]+", text)}
+    enumerations = {
+        (node.value.attr, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr != "_runtime"
+    }
+    assert len(functions) >= 14
+    assert [name for name in functions if not hasattr(runtime, name)] == []
+    used = {(kind, name) for kind, name in enumerations if kind.startswith("cuda")}
+    assert len(used) == 4
+    assert [pair for pair in used if not hasattr(getattr(runtime, pair[0]), pair[1])] == []
+
+
+def test_threads_are_refused_beside_a_gpu() -> None:
+    with pytest.raises(OptionError, match="threads is 2: it bounds threads of the CPU"):
+        Embedder.load(backend="tensorrt", threads=2)
+
+
+def test_an_unknown_flavour_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"flavour 'tensorrt-rx' is not known.*did you mean 'tensorrt-rtx'"):
+        Library("tensorrt-rx")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, tiny_bundle: Path) -> Bundle:
+    return Bundle.open(Path(shutil.copytree(tiny_bundle, tmp_path / "bundle")))
+
+
+@pytest.fixture
+def engines(bundle: Bundle) -> EngineSet:
+    """Engines that nobody could run, for an H100 and TensorRT 11.4."""
+    content = b"an engine"
+    built = {
+        name: Built(
+            key="0" * 64, file=f"{name}-0.engine", sha256=hashlib.sha256(content).hexdigest(),
+            graph=graph_hash(bundle, name), precision="float32", profiles=({},), seconds=1, size=len(content),
+        )
+        for name in abi.GRAPHS
+    }  # fmt: skip
+    found = EngineSet(
+        flavour="tensorrt", version="11.4.0", device="NVIDIA H100 80GB HBM3", target="sm90", engines=built,
+        parity=PARITY,
+    )  # fmt: skip
+    folder = bundle.folder / ENGINES / found.folder
+    folder.mkdir(parents=True)
+    for engine in built.values():
+        (folder / engine.file).write_bytes(content)
+    write_set(bundle, found)
+    return found
+
+
+def test_engines_lie_by_library_device_and_version(engines: EngineSet) -> None:
+    assert engines.folder == "tensorrt-nvidia-h100-80gb-hbm3-11.4.0"
+
+
+def test_engines_of_this_gpu_and_version_are_found_and_read(bundle: Bundle, engines: EngineSet) -> None:
+    assert find_set(bundle, engines.model_copy(update={"engines": {}})) == engines
+    assert read_engine(bundle, engines, abi.GATE) == b"an engine"
+
+
+def test_a_bundle_with_engines_still_opens(bundle: Bundle, engines: EngineSet) -> None:
+    assert engines.engines
+    Bundle.open(bundle.folder)
+
+
+@pytest.mark.parametrize(
+    ("changed", "wanted"),
+    [
+        ({"device": "NVIDIA L4", "target": "sm89"}, r"NVIDIA L4 \(sm89\) with tensorrt 11.4.0"),
+        ({"version": "11.5.0"}, r"NVIDIA H100 80GB HBM3 \(sm90\) with tensorrt 11.5.0"),
+        ({"flavour": "tensorrt-rtx"}, r"NVIDIA H100 80GB HBM3 \(sm90\) with tensorrt-rtx 11.4.0"),
+    ],
+)
+def test_another_gpu_or_version_is_named_beside_what_is_there(
+    bundle: Bundle, engines: EngineSet, changed: dict[str, str], wanted: str
+) -> None:
+    there = r"its engines are for NVIDIA H100 80GB HBM3 \(sm90\) with tensorrt 11.4.0; run: mmemb build"
+    with pytest.raises(BackendError, match=f"no engines for {wanted}: {there}"):
+        find_set(bundle, engines.model_copy(update=changed))
+
+
+def test_a_bundle_without_engines_says_how_to_build_them(bundle: Bundle) -> None:
+    wanted = EngineSet(flavour="tensorrt", version="11.4.0", device="NVIDIA L4", target="sm89", engines={})
+    with pytest.raises(BackendError, match=r"it has none; run: mmemb build .*bundle --flavour tensorrt"):
+        find_set(bundle, wanted)
+
+
+def test_engines_of_other_weights_are_not_loaded(bundle: Bundle, engines: EngineSet) -> None:
+    files = bundle.manifest.files | {"vision.onnx.data": "0" * 64}
+    other = Bundle(bundle.folder, bundle.manifest.model_copy(update={"files": files}))
+    with pytest.raises(BackendError, match="the graph vision has changed since its engine was built"):
+        find_set(other, engines)
+
+
+def test_the_hash_of_a_graph_covers_the_weight_files_it_reads_and_no_others(bundle: Bundle) -> None:
+    files = bundle.manifest.files | {"decoder.onnx.data": "0" * 64}
+    other = Bundle(bundle.folder, bundle.manifest.model_copy(update={"files": files}))
+    changed = {name for name in abi.GRAPHS if graph_hash(bundle, name) != graph_hash(other, name)}
+    assert changed == {abi.EMBEDDER, abi.GENERATOR}
+
+
+def test_an_engine_that_is_missing_or_changed_is_not_loaded(bundle: Bundle, engines: EngineSet) -> None:
+    path = bundle.folder / ENGINES / engines.folder / engines.engines[abi.GATE].file
+    path.write_bytes(b"another engine")
+    with pytest.raises(BackendError, match=r"gate-0.engine was changed: run mmemb build"):
+        read_engine(bundle, engines, abi.GATE)
+    path.unlink()
+    with pytest.raises(BackendError, match=r"gate-0.engine is missing: run mmemb build"):
+        read_engine(bundle, engines, abi.GATE)
+
+
+def test_a_listing_that_cannot_be_read_is_named(bundle: Bundle, engines: EngineSet) -> None:
+    (bundle.folder / ENGINES / engines.folder / "engines.json").write_text('{"flavour": "tensorrt"}')
+    with pytest.raises(BackendError, match=r"engines.json: version: Field required; delete .* and build it again"):
+        find_set(bundle, engines)
+
+
+def test_floats_that_would_be_misread_are_refused_but_a_cache_may_be_half(bundle: Bundle) -> None:
+    def with_type(name: str) -> Manifest:
+        graph = bundle.manifest.graphs[abi.EMBEDDER]
+        outputs = tuple(
+            each.model_copy(update={"dtype": "bfloat16"}) if each.name == name else each for each in graph.outputs
+        )
+        changed = bundle.manifest.graphs | {abi.EMBEDDER: graph.model_copy(update={"outputs": outputs})}
+        return bundle.manifest.model_copy(update={"graphs": changed})
+
+    check_types(with_type("present.0.key"))
+    with pytest.raises(BackendError, match="the graph embedder holds state as bfloat16, which is not one of float32"):
+        check_types(with_type(abi.STATE))
+
+
+def box(*most: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    return (1,) * len(most), most, most
+
+
+PROFILES = ({abi.TOKEN_IDS: box(8, 100)}, {abi.TOKEN_IDS: box(2, 400)})
+
+
+@pytest.mark.parametrize(("shape", "place"), [((8, 100), 0), ((1, 1), 0), ((2, 101), 1), ((1, 400), 1)])
+def test_the_first_profile_that_holds_the_shapes_is_used(shape: tuple[int, ...], place: int) -> None:
+    assert choose_profile("embedder", PROFILES, {abi.TOKEN_IDS: shape}) == place
+
+
+@pytest.mark.parametrize("shape", [(3, 101), (9, 1), (1, 401), (0, 1)])
+def test_shapes_beyond_all_profiles_are_named_with_the_bounds(shape: tuple[int, ...]) -> None:
+    message = rf"graph embedder takes token_ids of at most \(8, 100\) or \(2, 400\), not \({shape[0]}, {shape[1]}\)"
+    with pytest.raises(BackendError, match=message):
+        choose_profile("embedder", PROFILES, {abi.TOKEN_IDS: shape})
+
+
+def test_images_are_split_by_what_a_profile_takes() -> None:
+    profiles = [{abi.PATCHES: box(16, 64, 48)}, {abi.PATCHES: box(4, 256, 48)}]
+    assert [most_images(profiles, patches) for patches in (16, 64, 65, 256, 257)] == [16, 16, 4, 4, 1]
+
+
+class Recorder:
+    """A stream, a context of an engine and its memory, which note what they are asked to do."""
+
+    def __init__(self, free: int = 1 << 30) -> None:
+        self.notes: list[str] = []
+        self.stream, self.name, self._free = 7, "generator", free
+
+    def free_bytes(self) -> int:
+        return self._free
+
+    def check_memory(self, needed: int, what: str) -> None:
+        Cuda.check_memory(self, needed, what)  # type: ignore[arg-type]
+
+    def activation_bytes(self, profile: int) -> int:
+        return 1 << (20 + profile)
+
+    def context(self) -> Any:
+        self.notes.append("context")
+        return self
+
+    def set_profile(self, profile: int, stream: int) -> None:
+        self.notes.append(f"profile {profile} on {stream}")
+
+    def bind(self, shapes: Any, addresses: Any) -> None:
+        self.notes.append(f"bind {shapes[abi.TOKEN_IDS]} {addresses['at']}")
+
+    def enqueue(self, stream: int) -> None:
+        self.notes.append(f"enqueue on {stream}")
+
+    def capture(self, start: Callable[[], None]) -> Any:
+        self.notes.append("record")
+        start()
+        return self
+
+    def launch(self) -> None:
+        self.notes.append("launch")
+
+
+def run(graph: EngineGraph, *runs: tuple[tuple[int, int], int]) -> None:
+    for shape, address in runs:
+        graph.start({abi.TOKEN_IDS: shape}, {"at": address})
+
+
+def recorded(recorder: Recorder, *, record: bool) -> EngineGraph:
+    device: Any = recorder
+    return EngineGraph(device, device, PROFILES, record=record)
+
+
+def test_a_repeated_decode_step_is_recorded_once_and_then_launched() -> None:
+    recorder = Recorder()
+    run(recorded(recorder, record=True), *[((2, 1), 5)] * 4)
+    assert recorder.notes == [
+        "context", "profile 0 on 7", "bind (2, 1) 5", "enqueue on 7",
+        "record", "enqueue on 7", "launch", "launch", "launch",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("other", [((3, 1), 5), ((2, 1), 6)])
+def test_other_shapes_or_addresses_end_a_recording(other: tuple[tuple[int, int], int]) -> None:
+    recorder = Recorder()
+    graph = recorded(recorder, record=True)
+    run(graph, ((2, 1), 5), ((2, 1), 5))
+    recorder.notes.clear()
+    run(graph, other, ((2, 1), 5))
+    assert recorder.notes == [
+        f"bind {other[0]} {other[1]}", "enqueue on 7", "bind (2, 1) 5", "enqueue on 7"
+    ]  # fmt: skip
+
+
+def test_other_graphs_are_never_recorded() -> None:
+    recorder = Recorder()
+    run(recorded(recorder, record=False), *[((2, 1), 5)] * 3)
+    assert recorder.notes.count("enqueue on 7") == 3
+    assert "record" not in recorder.notes
+
+
+def test_too_little_memory_is_said_with_both_numbers() -> None:
+    graph = recorded(Recorder(free=3 << 19), record=False)
+    run(graph, ((8, 100), 5))  # 1 MiB
+    message = r"running the graph generator in its profile 1 needs 2 MiB of GPU memory, and 2 MiB are free"
+    with pytest.raises(BackendError, match=message):
+        run(graph, ((2, 400), 5))
+
+
+@pytest.mark.gpu
+def test_engines_built_here_agree_with_onnx_runtime(bundle: Bundle, mixed_inputs: list[Any]) -> None:
+    """With the tests of `mmemb_engines` for the build itself."""
+    pytest.importorskip("tensorrt", reason="needs TensorRT: pip install 'mmemb-deploy[tensorrt]'")
+    from mmemb_engines.build import build_engines, device_sets
+    from mmemb_engines.profiles import demand_of_limits
+    from mmemb_engines.verify import verify_engines
+    from mmemb_engines.watch import Silent
+
+    library, devices = device_sets(bundle, "tensorrt", ())
+    assert library is load_library("tensorrt")
+    demand = demand_of_limits(bundle.manifest, 8)
+    built = build_engines(bundle, library, devices[0], demand, lambda _: Silent())
+    with pytest.raises(BackendError, match="were never checked on this GPU"):
+        TensorRT("tensorrt").load(bundle)
+    parity = verify_engines(bundle, built, bundle).parity
+    assert parity is not None
+    assert parity.min_cosine > 0.9999
+    for reasoning in ("never", "always"):
+        ours, theirs = (
+            Embedder.of_bundle(bundle, backend=backend).encode(mixed_inputs, reasoning=reasoning, batch_size=8)
+            for backend in ("tensorrt", "onnxruntime")
+        )
+        assert np.allclose(ours, theirs, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_device_memory_is_given_back() -> None:
+    pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
+    probe()
+    cuda = Cuda()
+    memory = cuda.allocate(1 << 20)
+    array = np.arange(1 << 18, dtype=np.int32)
+    cuda.upload(array, memory)
+    assert np.array_equal(cuda.download(memory, array.shape, array.dtype), array)
+    address = memory.address
+    del memory
+    assert cuda.allocate(1 << 20).address == address
