@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -21,9 +22,11 @@ from mmemb_deploy.evaluation import Judge, Pair, encode_queries
 
 THRESHOLDS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, *np.arange(0.1, 1.0, 0.05).round(2).tolist(), 0.97, 0.99, 1.0)
 TOLERANCE = 0.005  # of hit@1 over all pairs: how far below the best of the curve the default threshold may be
-GROUP_TOLERANCE = 0.0025  # of a group's hit@1: how far below its reference
+GROUP_TOLERANCE = 0.005  # of a group's hit@1: how far below its reference
+ROUNDING = 1e-9
 TIMED_PAIRS = 64  # embedded one by one for the expected latency
 NORMAL_95 = 1.96  # standard deviations that hold 95% of a normal distribution
+CHANCE = 0.05  # of finding reasoning better, in any group, where it is not
 
 Budget = Literal["reasoning_rate", "latency_ms", "quality"]
 
@@ -58,7 +61,8 @@ class Measured:
             quality=float(hits_Q.mean()),
             quality_interval=wilson_interval(int(hits_Q.sum()), len(hits_Q)),
             worst_group=min(
-                float(hits_Q[members].mean()) - _reference(self.hits_2Q[:, members]) for members in self.groups
+                float(hits_Q[members].mean()) - _reference(self.hits_2Q[:, members], len(self.groups))
+                for members in self.groups
             ),
             rationale_tokens=float((self.tokens_Q * reasons_Q).mean()),
             latency_ms=1000 * float(seconds_T.mean()),
@@ -104,7 +108,8 @@ def default_threshold(curve: Sequence[CurvePoint]) -> float:
     spoils its worst group least wins, the largest of equals.
     """
     best = max(point.quality for point in curve)
-    good = [point for point in curve if point.quality >= best - TOLERANCE and point.worst_group >= -GROUP_TOLERANCE]
+    least = best - TOLERANCE - ROUNDING, -GROUP_TOLERANCE - ROUNDING
+    good = [point for point in curve if point.quality >= least[0] and point.worst_group >= least[1]]
     if good:
         return max(point.threshold for point in good)
     return max(curve, key=lambda point: (point.worst_group, point.threshold)).threshold
@@ -145,14 +150,16 @@ def wilson_interval(hits: int, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _reference(hits_2M: NDArray[np.bool_]) -> float:
+def _reference(hits_2M: NDArray[np.bool_], groups: int) -> float:
     """Return what a group of pairs must reach, from its hits without and with reasoning.
 
-    That is hit@1 with reasoning where reasoning is better by more than two standard errors, and without it elsewhere:
-    reasoning has to earn its cost.
+    That is hit@1 with reasoning where reasoning is better beyond chance, and without it elsewhere: reasoning has to
+    earn its cost. Chance is a normal test of the paired difference at 5%, two-sided, for all groups together
+    (Bonferroni): one of many groups always looks better.
     """
     gain_M = hits_2M[1].astype(np.float64) - hits_2M[0]
-    earned = gain_M.mean() > 2 * gain_M.std() / np.sqrt(len(gain_M))
+    errors = NormalDist().inv_cdf(1 - CHANCE / (2 * groups))
+    earned = gain_M.mean() > errors * gain_M.std() / np.sqrt(len(gain_M))
     return float(hits_2M[int(earned)].mean())
 
 

@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(no_args_is_help=True, help="Measure a bundle.")
     bench.command("digitchain")(digitchain)
     bench.command("startup")(startup)
+    bench.command("peers")(peers)
     app.add_typer(bench, name="bench")
     app.command("demo")(demo)
 
@@ -70,6 +71,44 @@ def startup(
         return
     for name, seconds in figures.items():
         print(f"{name:<16} {seconds:.3f} s")
+
+
+def peers(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, which transformers runs in float32.")],
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles that were exported from it.")],
+    tokens: Annotated[int, typer.Option(min=32, help="Tokens of a prompt.")] = 256,
+    batch: Annotated[list[int], typer.Option(min=1, help="Prompts that run together; repeat for several.")] = [1, 8],  # noqa: B006
+    written: Annotated[int, typer.Option(min=4, help="Tokens written after each prompt.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that warms up.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of every contender.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Run the same weights through transformers and through bundles, in turns, and print who takes how long."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmemb_benchmarks.peers import BASELINE, compare
+
+    notes = Console(stderr=True)
+    with notes.status("loading") as status:
+        found = compare(
+            checkpoint, bundles, tokens=tokens, batches=batch, written=written, rounds=rounds, threads=threads,
+            report=status.update,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(found))
+        return
+    names = list(found["seconds"])
+    table = Table(title=f"median seconds over {rounds} rounds, {found['tokens']} tokens, {threads} threads")
+    for column in ("", *names):
+        table.add_column(column, justify="right" if column else "left")
+    for what, baseline in found["seconds"][BASELINE].items():
+        cells = (
+            f"{seconds:.4f} ({baseline / seconds:.2f}x)" for seconds in (found["seconds"][name][what] for name in names)
+        )
+        table.add_row(what, *cells)
+    table.add_row("cosine of the embedding", *(f"{found['cosine'][name]:.6f}" for name in names))
+    Console().print(table)
 
 
 def demo(

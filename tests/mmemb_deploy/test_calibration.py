@@ -54,9 +54,15 @@ def test_the_default_threshold_keeps_quality_overall_and_in_every_group(
 def test_reasoning_has_to_earn_its_place_as_a_reference() -> None:
     never = np.array([True] * 50 + [False] * 50)
     much_better, by_chance = np.array([True] * 100), np.array([True] * 51 + [False] * 49)
-    assert _reference(np.stack([never, much_better])) == 1.0
-    assert _reference(np.stack([never, by_chance])) == 0.5
-    assert _reference(np.stack([much_better, never])) == 1.0
+    assert _reference(np.stack([never, much_better]), 1) == 1.0
+    assert _reference(np.stack([never, by_chance]), 1) == 0.5
+    assert _reference(np.stack([much_better, never]), 1) == 1.0
+
+
+def test_one_of_many_groups_has_to_earn_it_more_clearly() -> None:
+    never, better = np.zeros(100, bool), np.arange(100) < 6  # 2.5 standard errors
+    assert _reference(np.stack([never, better]), 1) == 0.06
+    assert _reference(np.stack([never, better]), 7) == 0.0
 
 
 def measured(scores: list[float]) -> Measured:

@@ -50,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     folder = tmp_path_factory.mktemp("nano")
     watched = Watched()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmemb_training.nano.ablation.CALIBRATION_QUERIES", 2)
+        patch.setattr("mmemb_training.nano.ablation.CALIBRATION_STEP", 200)
         tables = Ablation(folder, RECIPE, watched, report=lambda _: None, queries=20).tables()
     return folder, tables, watched
 

@@ -31,6 +31,7 @@ def register(app: typer.Typer) -> None:
     train.command("ablation")(ablation)
     train.command("plan")(plan)
     train.command("run")(run)
+    train.command("random")(random)
     app.add_typer(train, name="train")
 
 
@@ -86,6 +87,19 @@ def run(
     check_known("stage", upto, STAGES)
     Run(settings, read_samples(data, limit), folder, show_progress, Console(stderr=True)).upto(upto)
     print(f"run: {folder}")
+
+
+def random(
+    shape: Annotated[str, typer.Argument(help="Name of a shape, as `mmemb train plan` takes it.")],
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
+    seed: Seed = 0,
+) -> None:
+    """Write a checkpoint of random weights at a real shape, to measure speed and memory with."""
+    from mmemb_training.plan.shapes import find_shape
+    from mmemb_training.random_checkpoint import random_checkpoint
+
+    random_checkpoint(find_shape(shape), folder, seed=seed)
+    print(f"checkpoint: {folder}")
 
 
 def _setting(seed: int, scale: float) -> tuple[NanoRecipe, Watch]:

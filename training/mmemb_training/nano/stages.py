@@ -43,7 +43,7 @@ SAMPLING_TEMPERATURE = 4.0  # nats of gain
 
 @dataclass(frozen=True, kw_only=True)
 class NanoRecipe:
-    """The sizes of a run. The defaults make the embedded bundle in about 40 minutes on 2 cores."""
+    """The sizes of a run. The defaults make the embedded bundle in about 45 minutes on 2 cores."""
 
     seed: int = 0
     backbone_steps: int = 2000

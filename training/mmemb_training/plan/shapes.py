@@ -153,6 +153,11 @@ _EMBEDDING_README = (
     "layers and width: README of github.com/QwenLM/Qwen3-VL-Embedding; the rest: its base model, whose class it loads. "
 )
 
+_SMALL_VISION = VisionShape(
+    hidden=512, layers=8, heads=8, intermediate=2048, out=1024, patch=16, temporal_patch=2, merge=2, channels=3,
+    positions=2304, deepstack=(1, 3, 5),
+)  # fmt: skip
+
 HUB = {
     "Qwen/Qwen3-VL-2B-Instruct": "qwen3-vl-2b",
     "Qwen/Qwen3-VL-2B-Thinking": "qwen3-vl-2b",
@@ -168,6 +173,10 @@ HUB = {
 SHAPES = {
     shape.name: shape
     for shape in (
+        ModelShape(
+            name="small", text=_text(1024, 12, 16, 3072, tied=True), vision=_SMALL_VISION,
+            source="no public model: a shape of 0.2 billion parameters beside its token table, to measure with",
+        ),
         ModelShape(
             name="qwen3-vl-2b", text=_TEXT_2B, vision=_VISION_2B,
             source="config.json of Qwen/Qwen3-VL-2B-Instruct, as torchtitan's experiments/qwen3_vl restates it",

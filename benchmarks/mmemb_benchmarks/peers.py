@@ -1,0 +1,160 @@
+"""The same weights through transformers and through bundles, in one process, in turns.
+
+Every contender runs once in each round, after a round that warms up; a figure is the median over the rounds. Prompts
+are texts, all of one length.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText
+
+from mmemb_deploy.bundle import Bundle
+from mmemb_deploy.embedder import Embedder
+from mmemb_deploy.inputs import parse
+from mmemb_deploy.rows import Row, collate
+
+BASELINE = "transformers"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run the weights: a batch of prompts to embeddings, and so many tokens written after them."""
+
+    prefill: Callable[[Sequence[Row]], Any]
+    write: Callable[[Sequence[Row], int], Any]  # embeds, then writes this many tokens for every row
+
+
+def transformers_contender(checkpoint: Path, threads: int) -> Contender:
+    """Run a checkpoint by transformers in float32, with SDPA, as its users do."""
+    torch.set_num_threads(threads)
+    model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="float32", attn_implementation="sdpa")
+    model.eval()
+
+    def inputs(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        batch = collate(rows, 0)
+        ids_BT = torch.from_numpy(batch.token_ids_BT)
+        return {"input_ids": ids_BT, "attention_mask": torch.from_numpy(batch.mask_BT)}
+
+    @torch.inference_mode()
+    def prefill(rows: Sequence[Row]) -> Any:
+        hidden_BTD = model.model(**inputs(rows)).last_hidden_state
+        return torch.nn.functional.normalize(hidden_BTD[:, -1], dim=-1).numpy()
+
+    @torch.inference_mode()
+    def write(rows: Sequence[Row], tokens: int) -> Any:
+        return model.generate(
+            **inputs(rows), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+        )
+
+    return Contender(prefill, write)
+
+
+def bundle_contender(embedder: Embedder) -> Contender:
+    """Run a bundle by the runtime's own fast path and decoder."""
+    fast_path, generator = embedder.pipeline.fast_path, embedder.pipeline.generator
+    never: list[int] = list(embedder.manifest.markers.values())
+
+    def choose(logits_BW: Any) -> Any:
+        logits_BW[:, never] = -np.inf  # no marker ends a rationale early
+        return logits_BW.argmax(axis=1)
+
+    def write(rows: Sequence[Row], tokens: int) -> Any:
+        # `<think>`, the words, `</think>` and `<|gen_emb|>` are as many steps as tokens
+        return generator.generate([fast_path.run(rows).cache], tokens - 3, choose)
+
+    return Contender(lambda rows: fast_path.run(rows).embeddings_BD, write)
+
+
+def prompts(embedder: Embedder, rows: int, tokens: int, seed: int) -> list[Row]:
+    """Return different texts that become exactly so many tokens each, instruction and markers included."""
+    rng = np.random.default_rng(seed)
+    encoder = embedder._encoder  # pyright: ignore[reportPrivateUsage]
+    empty = encoder.row(parse("a"), "").length - 1
+    alphabet = list("abcdefghijklmnopqrstuvwxyz")
+    made = []
+    for _ in range(rows):
+        text = "".join(rng.choice(alphabet, size=4 * tokens))
+        words = encoder.prompt.words(text)[: tokens - empty]
+        row = encoder.row(parse(encoder.prompt.decode(words)), "")
+        made.append(row)
+    return made
+
+
+def measure(
+    contenders: dict[str, Contender],
+    make_rows: Callable[[int, int], list[Row]],
+    *,
+    batches: Sequence[int],
+    written: int,
+    rounds: int,
+    report: Callable[[str], None],
+) -> dict[str, dict[str, float]]:
+    """Return median seconds by contender: `prefill xB`, and `token xB`, a decoded token of the whole batch."""
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in contenders}
+    for step in range(rounds + 1):
+        for batch in batches:
+            rows = make_rows(batch, step)
+            for name, contender in contenders.items():
+                report(f"round {step} of {rounds}, batch {batch}: {name}")
+                prefill = _timed(contender.prefill, rows)
+                whole = _timed(contender.write, rows, written)
+                if step:
+                    seconds[name].setdefault(f"prefill x{batch}", []).append(prefill)
+                    seconds[name].setdefault(f"prefill and {written} tokens x{batch}", []).append(whole)
+                    seconds[name].setdefault(f"token x{batch}", []).append((whole - prefill) / written)
+    return {
+        name: {what: statistics.median(times) for what, times in figures.items()} for name, figures in seconds.items()
+    }
+
+
+def _timed(run: Callable[..., Any], *arguments: Any) -> float:
+    began = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - began
+
+
+def compare(
+    checkpoint: Path,
+    bundles: Sequence[Path],
+    *,
+    tokens: int,
+    batches: Sequence[int],
+    written: int,
+    rounds: int,
+    threads: int,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure a checkpoint and its bundles; ratios say how many times less than transformers a bundle takes."""
+    embedders = {folder.name: Embedder.of_bundle(Bundle.open(folder), threads=threads) for folder in bundles}
+    first = next(iter(embedders.values()))
+    contenders = {BASELINE: transformers_contender(checkpoint, threads)}
+    contenders |= {name: bundle_contender(embedder) for name, embedder in embedders.items()}
+    rows = prompts(first, 1, tokens, seed=0)
+    expected_BD = contenders[BASELINE].prefill(rows)
+    cosines = {name: float((contender.prefill(rows) * expected_BD).sum()) for name, contender in contenders.items()}
+    seconds = measure(
+        contenders, lambda batch, step: prompts(first, batch, tokens, seed=step), batches=batches,
+        written=written, rounds=rounds, report=report,
+    )  # fmt: skip
+    ratios = {
+        name: {what: seconds[BASELINE][what] / value for what, value in figures.items()}
+        for name, figures in seconds.items()
+        if name != BASELINE
+    }
+    return {
+        "tokens": rows[0].length,
+        "threads": threads,
+        "rounds": rounds,
+        "cosine": cosines,
+        "seconds": seconds,
+        "ratio": ratios,
+    }

@@ -1,0 +1,102 @@
+"""A checkpoint of random weights at any shape, to measure speed and memory with; written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from mmemb_deploy import prompts
+from mmemb_deploy.errors import OptionError
+from mmemb_deploy.prompts import PromptEncoder
+from mmemb_training.checkpoint import new_checkpoint, save_facts
+from mmemb_training.plan.shapes import ModelShape
+from mmemb_training.prepare import PROMPT
+from mmemb_training.tokenizer import train_tokenizer
+
+SHARD_BYTES = 2 * 2**30
+PIXELS = 256 * 32 * 32  # of an image: 256 visual tokens
+STD = 0.02  # of every matrix
+
+
+def random_checkpoint(shape: ModelShape, folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
+    """Write a checkpoint in the shape's own config; its tokenizer knows bytes and markers.
+
+    Raises OptionError if the folder exists.
+    """
+    if folder.exists():
+        raise OptionError(f"{folder} exists: choose another folder")
+    tokenizer = train_tokenizer([PROMPT.system], 300)
+    config = model_config(shape, PromptEncoder(tokenizer, PROMPT))
+    with torch.device("meta"):
+        model: Any = Qwen3VLForConditionalGeneration(config)
+    model = model.to(dtype)
+    checkpoint = new_checkpoint(
+        model, tokenizer, PROMPT, pixels=PIXELS, video_pixels=8 * PIXELS, dims=(shape.text.hidden,),
+        max_rationale_tokens=64, provenance={"weights": "random", "shape": shape.name, "seed": seed},
+    )  # fmt: skip
+    model.config.save_pretrained(folder)
+    save_facts(checkpoint, folder)
+    _write_weights(model, folder, seed)
+
+
+def model_config(shape: ModelShape, encoder: PromptEncoder) -> Qwen3VLConfig:
+    """Return the transformers config of a shape."""
+    text, vision, ids = shape.text, shape.vision, encoder.ids
+    section = text.head_dim // 2
+    side = (section - 2 * (section // 3 // 2 * 2)), section // 3 // 2 * 2
+    return Qwen3VLConfig(
+        text_config={
+            "hidden_size": text.hidden, "num_hidden_layers": text.layers, "num_attention_heads": text.heads,
+            "num_key_value_heads": text.kv_heads, "head_dim": text.head_dim, "intermediate_size": text.intermediate,
+            "vocab_size": text.vocabulary, "max_position_embeddings": 262144, "tie_word_embeddings": text.tied,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 5_000_000.0, "mrope_section": [side[0], side[1], side[1]]
+            },
+        },
+        vision_config={
+            "depth": vision.layers, "hidden_size": vision.hidden, "num_heads": vision.heads,
+            "intermediate_size": vision.intermediate, "out_hidden_size": vision.out, "patch_size": vision.patch,
+            "temporal_patch_size": vision.temporal_patch, "spatial_merge_size": vision.merge,
+            "num_position_embeddings": vision.positions, "deepstack_visual_indexes": list(vision.deepstack),
+        },
+        image_token_id=ids[prompts.IMAGE_PAD],
+        video_token_id=ids[prompts.VIDEO_PAD],
+        vision_start_token_id=ids[prompts.VISION_START],
+        vision_end_token_id=ids[prompts.VISION_END],
+        tie_word_embeddings=text.tied,
+    )  # fmt: skip
+
+
+def _write_weights(model: Any, folder: Path, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set[str]()
+    shard: dict[str, torch.Tensor] = {}
+    homes: dict[str, str] = {}
+    size = total = 0
+
+    def flush() -> None:
+        file = f"model-{len(set(homes.values())) + 1:05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        homes.update(dict.fromkeys(shard, file))
+        shard.clear()
+
+    for name, weight in model.state_dict().items():
+        if name in tied:
+            continue
+        values = torch.ones(weight.shape) if weight.ndim == 1 else torch.randn(weight.shape, generator=generator) * STD
+        if name.endswith(".bias"):
+            values.zero_()
+        shard[name] = values.to(weight.dtype)
+        size += shard[name].nbytes
+        total += shard[name].nbytes
+        if size > SHARD_BYTES:
+            flush()
+            size = 0
+    flush()
+    index = {"metadata": {"total_size": total}, "weight_map": homes}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
