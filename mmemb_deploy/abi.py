@@ -17,7 +17,8 @@ VISION: Final = "vision"
 EMBEDDER: Final = "embedder"
 GATE: Final = "gate"
 GENERATOR: Final = "generator"
-GRAPHS: Final = (VISION, EMBEDDER, GATE, GENERATOR)
+FAST_GRAPHS: Final = (VISION, EMBEDDER)  # all that a model without reasoning has
+GRAPHS: Final = (*FAST_GRAPHS, GATE, GENERATOR)
 
 # vision, in; the tables come from `mmemb_deploy.preprocess.vision_tables`
 PATCHES: Final = "patches"  # (N, P, F)

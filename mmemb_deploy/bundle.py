@@ -1,6 +1,8 @@
 """A bundle on disk: its manifest, and the checks that a runtime makes before it trusts one.
 
 bundle/manifest.json  tokenizer.json  vision.onnx  embedder.onnx  gate.onnx  generator.onnx  *.onnx.data
+
+A bundle of an embedding model that does not reason has neither gate nor generator.
 """
 
 from __future__ import annotations
@@ -116,14 +118,19 @@ class Certificate(_Part):
     reference: str
     runtime: str
     modalities: dict[str, Parity]
-    reasoned: Parity  # embeddings after the runtime's own rationales, against one full forward pass over each
-    token_agreement: Share  # share of rationale tokens that equal the reference's greedy choice
+    reasoned: Parity | None  # embeddings after the runtime's own rationales, against one full forward pass over each
+    token_agreement: Share  # share of rationale tokens that equal the reference's greedy choice; 1 if there are none
     retrieval_overlap: Share  # share of inputs whose nearest other input is the reference's too
     bounds: Bounds
 
+    @property
+    def parities(self) -> dict[str, Parity]:
+        """Return the agreement of direct embeddings by modality, and of reasoned ones where the bundle reasons."""
+        return self.modalities if self.reasoned is None else {**self.modalities, "reasoned": self.reasoned}
+
     def check(self) -> None:
         """Raise CertificateError, naming the first figure that misses its bound."""
-        for name, parity in {**self.modalities, "reasoned": self.reasoned}.items():
+        for name, parity in self.parities.items():
             if not parity.min_cosine >= self.bounds.min_cosine:
                 raise CertificateError(
                     f"certificate: min cosine of {name} is {parity.min_cosine}, below {self.bounds.min_cosine}"
@@ -149,7 +156,7 @@ class Manifest(_Part):
     markers: dict[str, int]
     limits: Limits
     batch: BatchLimits
-    gate: GateFacts
+    gate: GateFacts | None  # None in a bundle that does not reason
     graphs: dict[str, GraphFacts]
     files: dict[str, str]  # path inside the bundle -> sha256
     certificate: Certificate | None  # None only while export is still measuring it
@@ -204,7 +211,8 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise SchemaError(f"{path}: {where}: {first['msg']}; export the bundle again") from error
-    missing = [name for name in abi.GRAPHS if name not in manifest.graphs]
+    needed = abi.GRAPHS if manifest.prompt.reasons else abi.FAST_GRAPHS
+    missing = [name for name in needed if name not in manifest.graphs]
     if missing:
         raise SchemaError(f"{path} describes no graph {missing[0]!r}; export the bundle again")
     unhashed = {facts.file for facts in manifest.graphs.values()} | {TOKENIZER}

@@ -156,8 +156,8 @@ def inspect(bundle: Bundle = None, as_json: Json = False) -> None:
             shown = [f"{tensor.name} ({', '.join(map(str, tensor.shape))})" for tensor in tensors[:6]]
             more = [f"... {len(tensors)} in all"] if len(tensors) > 6 else []
             console.print(f"  {side:<3} " + "  ".join(shown + more), markup=False)
-    gate = manifest.gate
-    console.print(_curve(gate))
+    if manifest.gate is not None:
+        console.print(_curve(manifest.gate))
     if manifest.certificate is not None:
         _print_certificate(console, manifest.certificate)
 
@@ -184,7 +184,7 @@ def _print_certificate(console: Any, certificate: Any) -> None:
     table = Table(title=f"certificate: {certificate.runtime} against {certificate.reference}")
     for column in ("embeddings", "inputs", "min cosine", "mean cosine", "gate flips"):
         table.add_column(column, justify="left" if column == "embeddings" else "right")
-    for name, parity in {**certificate.modalities, "reasoned": certificate.reasoned}.items():
+    for name, parity in certificate.parities.items():
         flips = "-" if name == "reasoned" else str(parity.gate_flips)
         table.add_row(name, str(parity.inputs), f"{parity.min_cosine:.8f}", f"{parity.mean_cosine:.8f}", flips)
     console.print(table)
@@ -196,7 +196,7 @@ def _print_certificate(console: Any, certificate: Any) -> None:
 
 @app.command()
 def verify(bundle: Bundle = None, as_json: Json = False) -> None:
-    """Check a bundle's hashes and certificate, load it, and embed a text and an image by both routes."""
+    """Check a bundle's hashes and certificate, load it, and embed a text and an image by every route it has."""
     import numpy as np
 
     from mmemb_deploy.embedder import Embedder
@@ -205,7 +205,7 @@ def verify(bundle: Bundle = None, as_json: Json = False) -> None:
     embedder = Embedder.load(bundle)
     image = np.arange(64 * 48 * 3, dtype=np.uint8).reshape(64, 48, 3)
     inputs = ["a text", {"image": image, "text": "and an image"}]
-    for reasoning in ("never", "always"):
+    for reasoning in ("never", "always") if embedder.reasons else ("never",):
         lengths = np.linalg.norm(embedder.encode(inputs, reasoning=reasoning), axis=1)
         if not np.allclose(lengths, 1, atol=1e-5):
             raise CertificateError(f"embeddings with reasoning={reasoning!r} have lengths {lengths}, not 1")
@@ -246,6 +246,8 @@ def calibrate(
         raise OptionError("pass one target: --reasoning-rate, --latency-ms or --quality")
     pairs = held_out_pairs(data)
     opened = Bundle.open(bundle)
+    if opened.manifest.gate is None:
+        raise OptionError(f"{bundle} is a bundle of an embedding model that does not reason: it has no gate")
     embedder = Embedder.of_bundle(opened, threads=threads)
     with Console(stderr=True).status(f"calibrating on {len(pairs)} pairs"):
         gate = measure(embedder, pairs, data, asked[0] if asked else None)

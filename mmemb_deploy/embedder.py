@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy.backends.session import Engine, choose_backend
+from mmemb_deploy.backends.choose import choose_backend
+from mmemb_deploy.backends.session import Engine
 from mmemb_deploy.bundle import TOKENIZER, Bundle, Manifest
 from mmemb_deploy.errors import InputError, MissingExtraError, OptionError, check_known
 from mmemb_deploy.fast_path import FastPath
@@ -22,7 +23,7 @@ from mmemb_deploy.preprocess import Floats
 from mmemb_deploy.progress import counting
 from mmemb_deploy.prompts import PAD, PromptEncoder
 from mmemb_deploy.results import Detail, EncodeResult, Timings
-from mmemb_deploy.router import Policy, Route
+from mmemb_deploy.router import MODES, Policy, Route
 from mmemb_deploy.rows import Row, RowEncoder
 from mmemb_deploy.vision import VisionEncoder
 
@@ -56,6 +57,8 @@ class Embedder:
             cache_bytes=manifest.batch.vision_bytes,
         )
         fast_path = FastPath(vision, engine.decoder, engine.gate, markers[PAD])
+        if reasoner is not None and manifest.gate is None:
+            raise OptionError(f"reasoner is {reasoner.name}: this bundle does not reason, so pass none")
         self._remote = None if reasoner is None else reasoner.generator(encoder.prompt, manifest.limits)
         self.pipeline = Pipeline(fast_path, Generator(engine.decoder, markers), model, manifest.batch, self._remote)
 
@@ -96,6 +99,11 @@ class Embedder:
     def dim(self) -> int:
         """Size of the embeddings."""
         return self.manifest.model.hidden_size
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the bundle has a gate and a reasoning path."""
+        return self.manifest.gate is not None
 
     @overload
     def encode(
@@ -139,11 +147,7 @@ class Embedder:
         settings = Options.of(dict(options))
         check_known("errors", errors, ("raise", "return"))
         self._check(inputs, settings)
-        policy = Policy(
-            settings.reasoning,
-            self.manifest.gate.threshold if settings.threshold is None else settings.threshold,
-            settings.reasoning_rate,
-        )
+        policy = self._policy(settings)
         items, failures = self._prepare(inputs, settings, keep_going=errors == "return")
         limit = self.manifest.model.max_rationale_tokens
         if settings.max_rationale_tokens is not None:
@@ -206,6 +210,26 @@ class Embedder:
         if options.truncate_dim is not None and options.truncate_dim not in self.manifest.model.dims:
             known = ", ".join(map(str, self.manifest.model.dims))
             raise OptionError(f"truncate_dim is {options.truncate_dim}: this bundle was trained for {known}")
+
+    def _policy(self, options: Options) -> Policy:
+        gate = self.manifest.gate
+        if gate is not None:
+            threshold = gate.threshold if options.threshold is None else options.threshold
+            return Policy(options.reasoning, threshold, options.reasoning_rate)
+        refused = {
+            "reasoning": "always" if options.reasoning == "always" else None,
+            "threshold": options.threshold,
+            "reasoning_rate": options.reasoning_rate,
+            "rationales": options.rationales,
+        }
+        for name, value in refused.items():
+            if value is not None:
+                raise OptionError(
+                    f"{name} is {value!r}: {self.manifest.model.name} embeds without reasoning; leave {name} out, or "
+                    "load a bundle of an MMEmb-R1 checkpoint"
+                )
+        check_known("reasoning", options.reasoning, MODES)
+        return Policy("never")
 
     def _prepare(
         self, inputs: Sequence[Any], options: Options, *, keep_going: bool

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mmemb_deploy import abi
 from mmemb_deploy.backends.session import Cache, Decoder, Session
 from mmemb_deploy.preprocess import Floats
@@ -15,7 +17,7 @@ from mmemb_deploy.vision import VisionEncoder
 
 @dataclass(frozen=True)
 class FastResult:
-    """Direct embeddings (B, D), L2-normalised; gate scores (B,) in 0..1; the cache of the B prompts."""
+    """Direct embeddings (B, D), L2-normalised; gate scores (B,) in 0..1, NaN without a gate; the cache."""
 
     embeddings_BD: Floats
     scores_B: Floats
@@ -25,7 +27,7 @@ class FastResult:
 class FastPath:
     """Vision, embedder and gate."""
 
-    def __init__(self, vision: VisionEncoder, decoder: Decoder[Any], gate: Session, pad_id: int) -> None:
+    def __init__(self, vision: VisionEncoder, decoder: Decoder[Any], gate: Session | None, pad_id: int) -> None:
         self._vision, self._decoder, self._gate = vision, decoder, gate
         self._pad_id = pad_id
 
@@ -33,5 +35,8 @@ class FastPath:
         """Prefill the rows' prompts, up to and including `<|disc_emb|>`."""
         batch = collate(rows, self._pad_id)
         result = self._decoder.prefill(batch, *self._vision.encode(batch.visuals))
-        scores_B = self._gate.run({abi.STATE: result.states_BD})[abi.SCORE]
+        if self._gate is None:
+            scores_B = np.full(len(rows), np.nan, np.float32)
+        else:
+            scores_B = self._gate.run({abi.STATE: result.states_BD})[abi.SCORE]
         return FastResult(result.embeddings_BD, scores_B, result.cache)

@@ -33,7 +33,7 @@ class Detail:
     """How one input was embedded."""
 
     route: Route
-    gate_score: float  # probability, by the model's own next-token choice, that reasoning pays
+    gate_score: float  # probability, by the model's own next-token choice, that reasoning pays; NaN without a gate
     rationale: str | None
     rationale_ids: tuple[int, ...]  # without the markers around them
     rationale_source: str | None  # "caller", "bundle", or the model and the address of a reasoner

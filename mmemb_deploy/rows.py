@@ -78,7 +78,7 @@ class RowEncoder:
             image_tokens=[image.tokens for image in images],
             video_tokens=[(seconds, frame.tokens) for seconds, frame in zip(times, frames, strict=True)],
         )
-        visuals = (*images, *frames)
+        visuals = (*images, *frames) if self.prompt.format.reasons else (*frames, *images)
         token_ids_S = np.asarray(ids, np.int64)
         shown_S = np.isin(token_ids_S, self._pads)
         return Row(

@@ -74,7 +74,7 @@ def build_engines(bundle: Bundle, library: Library, wanted: EngineSet, demand: D
         before = next((found for found in read_sets(bundle) if found.folder == wanted.folder), wanted)
         engines = dict(before.engines)
         current = before
-        for name in abi.GRAPHS:
+        for name in bundle.manifest.graphs:
             boxes = profiles(name, bundle.manifest, demand)
             graph = graph_hash(bundle, name)
             if _kept(folder, engines.get(name), wanted.key(graph, boxes)):

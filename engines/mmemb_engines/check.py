@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mmemb_deploy import abi
 from mmemb_deploy.backends.engine_files import EngineSet
 from mmemb_deploy.backends.tensorrt_api import TENSORRT, Library, Network
 from mmemb_deploy.bundle import Bundle
@@ -34,7 +33,7 @@ def check_graphs(
 ) -> Iterator[Checked]:
     """Parse and build every graph of a bundle for every device; yield each as it is done."""
     for device in devices:
-        for name in abi.GRAPHS:
+        for name in bundle.manifest.graphs:
             parsed, size, problem = False, 0, None
             began = time.perf_counter()
             try:

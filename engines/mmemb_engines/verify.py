@@ -43,27 +43,26 @@ def compare(ours: Embedder, reference: Embedder, bounds: Bounds) -> Parity:
     Raises CertificateError, naming the figure that misses its bound.
     """
     inputs = verification_inputs()
+    gate = reference.manifest.gate
     direct = [each.encode(inputs, reasoning="never", return_details=True) for each in (ours, reference)]
-    given = [each.encode(inputs, rationales=[TEXTS[1]] * len(inputs)) for each in (ours, reference)]
-    own = [each.encode(inputs, reasoning="always", return_details=True) for each in (ours, reference)]
-    paths = [[_rationale(detail) for detail in each.details] for each in own]
-    same_N = np.array([left == right for left, right in zip(*paths, strict=True)])
-    cosines_N = np.concatenate(
-        [
-            np.sum(direct[0].embeddings * direct[1].embeddings, axis=1),
+    cosines = [np.sum(direct[0].embeddings * direct[1].embeddings, axis=1)]
+    flips, agreement = 0, 1.0
+    if gate is not None:
+        given = [each.encode(inputs, rationales=[TEXTS[1]] * len(inputs)) for each in (ours, reference)]
+        own = [each.encode(inputs, reasoning="always", return_details=True) for each in (ours, reference)]
+        paths = [[_rationale(detail) for detail in each.details] for each in own]
+        same_N = np.array([left == right for left, right in zip(*paths, strict=True)])
+        cosines += [
             np.sum(given[0] * given[1], axis=1),
             np.sum(own[0].embeddings * own[1].embeddings, axis=1)[same_N],
         ]
-    )
-    threshold = reference.manifest.gate.threshold
-    scores = [np.array([detail.gate_score for detail in each.details if detail]) for each in direct]
+        scores = [np.array([detail.gate_score for detail in each.details if detail]) for each in direct]
+        flips = int(np.sum((scores[0] >= gate.threshold) != (scores[1] >= gate.threshold)))
+        agreement = _agreement(paths[0], paths[1])
+    cosines_N = np.concatenate(cosines)
     parity = Parity(
-        inputs=len(inputs),
-        min_cosine=float(cosines_N.min()),
-        mean_cosine=float(cosines_N.mean()),
-        gate_flips=int(np.sum((scores[0] >= threshold) != (scores[1] >= threshold))),
+        inputs=len(inputs), min_cosine=float(cosines_N.min()), mean_cosine=float(cosines_N.mean()), gate_flips=flips
     )
-    agreement = _agreement(paths[0], paths[1])
     where = f"measured on {ours.backend} against {reference.backend}"
     if not parity.min_cosine >= bounds.min_cosine:
         raise CertificateError(f"min cosine is {parity.min_cosine}, below {bounds.min_cosine}, {where}")

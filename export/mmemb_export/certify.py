@@ -29,12 +29,13 @@ class Answers:
     runtime: str
     probes: Sequence[Pair]
     direct: Encoded
-    reasoned: Encoded
+    reasoned: Encoded | None  # None where the checkpoint does not reason
 
 
 def answer(embedder: Embedder, probes: Sequence[Pair]) -> Answers:
-    """Embed the query of every probe by both paths."""
-    direct, reasoned = (encode_queries(embedder, probes, reasoning=reasoning) for reasoning in ("never", "always"))
+    """Embed the query of every probe by every path there is."""
+    direct = encode_queries(embedder, probes, reasoning="never")
+    reasoned = encode_queries(embedder, probes, reasoning="always") if embedder.reasons else None
     return Answers(embedder.backend, probes, direct, reasoned)
 
 
@@ -42,12 +43,16 @@ def certify(answers: Answers, checkpoint: Checkpoint, bounds: Bounds) -> Certifi
     """Compare with the reference, which reads the runtime's own rationales."""
     direct, reasoned, probes = answers.direct, answers.reasoned, answers.probes
     expected = _expected(checkpoint, probes, reasoned)
-    flips_N = np.array(
-        [each.reasons != (detail.gate_score > 0.5) for each, detail in zip(expected, direct.details, strict=True)]
-    )
+    flips_N, agreed, agreement = np.zeros(len(probes), bool), None, 1.0
+    if reasoned is not None:
+        flips_N = np.array(
+            [each.reasons != (detail.gate_score > 0.5) for each, detail in zip(expected, direct.details, strict=True)]
+        )
+        reasoned_cosine_N = _row_cosines(reasoned.embeddings_QD, np.stack([each.reasoned_D for each in expected]))
+        agreed = _parity(reasoned_cosine_N, np.zeros(len(probes), bool))
+        agreement = _token_agreement(reasoned, expected, frozenset(checkpoint.rows.prompt.ids.values()))
     expected_direct_ND = np.stack([each.direct_D for each in expected])
     direct_cosine_N = _row_cosines(direct.embeddings_QD, expected_direct_ND)
-    reasoned_cosine_N = _row_cosines(reasoned.embeddings_QD, np.stack([each.reasoned_D for each in expected]))
     kinds_N = np.array([modality(probe.query) for probe in probes])
     return Certificate(
         reference=f"transformers {transformers.__version__}, float32",
@@ -56,20 +61,21 @@ def certify(answers: Answers, checkpoint: Checkpoint, bounds: Bounds) -> Certifi
             str(kind): _parity(direct_cosine_N[kinds_N == kind], flips_N[kinds_N == kind])
             for kind in dict.fromkeys(kinds_N.tolist())
         },
-        reasoned=_parity(reasoned_cosine_N, np.zeros(len(probes), bool)),
-        token_agreement=_token_agreement(reasoned, expected, frozenset(checkpoint.rows.prompt.ids.values())),
+        reasoned=agreed,
+        token_agreement=agreement,
         retrieval_overlap=float(np.mean(_nearest(direct.embeddings_QD) == _nearest(expected_direct_ND))),
         bounds=bounds,
     )
 
 
-def _expected(checkpoint: Checkpoint, probes: Sequence[Pair], reasoned: Encoded) -> list[Expected]:
+def _expected(checkpoint: Checkpoint, probes: Sequence[Pair], reasoned: Encoded | None) -> list[Expected]:
     reference = Reference(checkpoint)
+    rationales = [()] * len(probes) if reasoned is None else [detail.rationale_ids for detail in reasoned.details]
     expected = []
-    for probe, detail in zip(probes, reasoned.details, strict=True):
+    for probe, words in zip(probes, rationales, strict=True):
         request = parse(probe.query)
         row = checkpoint.rows.row(request, checkpoint.instruction(probe.instruction))
-        expected.append(reference.run(request, row, detail.rationale_ids))
+        expected.append(reference.run(request, row, words))
     return expected
 
 

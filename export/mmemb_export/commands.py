@@ -36,6 +36,12 @@ def export(
     min_cosine: Annotated[
         float | None, typer.Option(help="What the certificate must reach, in place of the precision's own bound.")
     ] = None,
+    max_flips: Annotated[
+        float | None, typer.Option(help="Share of inputs whose route may differ, in place of the precision's own.")
+    ] = None,
+    min_token_agreement: Annotated[
+        float | None, typer.Option(help="Share of rationale tokens that must agree, in place of the precision's own.")
+    ] = None,
     probes: Annotated[int, typer.Option(help="Synthetic inputs to certify on.")] = 200,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate and the gate as JSON.")] = False,
@@ -52,7 +58,10 @@ def export(
 
     pairs = [] if calibrate == "none" else held_out_pairs(calibrate)
     notes = Console(stderr=True)
-    recipe = Recipe(form=form, precision=precision, generator_precision=generator_precision, min_cosine=min_cosine)
+    recipe = Recipe(
+        form=form, precision=precision, generator_precision=generator_precision, min_cosine=min_cosine,
+        max_flips=max_flips, min_token_agreement=min_token_agreement,
+    )  # fmt: skip
     manifest = export_bundle(
         checkpoint, bundle, recipe=recipe, pairs=pairs, pairs_name=calibrate, probes=probes, overwrite=overwrite,
         report=notes.print,
@@ -63,10 +72,11 @@ def export(
         print(manifest.model_dump_json(include={"certificate", "gate"}))
         return
     console = Console()
-    worst = min(parity.min_cosine for parity in [*certificate.modalities.values(), certificate.reasoned])
+    worst = min(parity.min_cosine for parity in certificate.parities.values())
     console.print(f"bundle: {bundle}")
     console.print(
         f"certificate: min cosine {worst:.7f}, token agreement {certificate.token_agreement:.2%}, "
         f"gate flips {sum(parity.gate_flips for parity in certificate.modalities.values())}"
     )
-    console.print(f"gate threshold: {manifest.gate.threshold} (calibrated on: {manifest.gate.calibration})")
+    if manifest.gate is not None:
+        console.print(f"gate threshold: {manifest.gate.threshold} (calibrated on: {manifest.gate.calibration})")

@@ -13,9 +13,9 @@ from mmemb_training.parts import Part
 
 
 class Decoder(Part):
-    """New tokens, which may show images, after a KV cache, which may be empty."""
+    """New tokens, which may show images, after a KV cache, which may be empty; no logits without `lm_head`."""
 
-    def __init__(self, language_model: Any, lm_head: nn.Linear, *, levels: int) -> None:
+    def __init__(self, language_model: Any, lm_head: nn.Linear | None, *, levels: int) -> None:
         super().__init__()
         self.language_model = language_model
         self.lm_head = lm_head
@@ -24,7 +24,8 @@ class Decoder(Part):
         text = abi.TOKEN_IDS, abi.POSITION_IDS, abi.MASK, abi.LAST, abi.VISUAL_INDEX, abi.VISUAL_TOKENS
         self.inputs = (*text, *([abi.DEEPSTACK] if levels else []), *past)
         self.listed = len(past) + (1 if levels else 0)
-        self.outputs = abi.EMBEDDING, abi.STATE, abi.LOGITS, *abi.present_names(len(language_model.layers))
+        made = (abi.EMBEDDING, abi.STATE) if lm_head is None else (abi.EMBEDDING, abi.STATE, abi.LOGITS)
+        self.outputs = (*made, *abi.present_names(len(language_model.layers)))
 
     @property
     def weight(self) -> Tensor:
@@ -44,6 +45,6 @@ class Decoder(Part):
         )  # fmt: skip
         last_B11 = last[:, None, None].expand(-1, -1, hidden_BSD.shape[-1])
         state_BD = hidden_BSD.gather(1, last_B11).squeeze(1)
+        logits = () if self.lm_head is None else (self.lm_head(state_BD).float(),)
         present = (tensor for layer in cache for tensor in layer)
-        embedding_BD = F.normalize(state_BD.float(), dim=-1)
-        return embedding_BD, state_BD.float(), self.lm_head(state_BD).float(), *present
+        return F.normalize(state_BD.float(), dim=-1), state_BD.float(), *logits, *present

@@ -35,7 +35,7 @@ class Graph:
 
 
 def portable_graphs(outline: Checkpoint) -> list[Graph]:
-    """Return the four graphs of a checkpoint in standard ONNX, in the order of `abi.GRAPHS`."""
+    """Return the graphs of a checkpoint in standard ONNX, in the order of `abi.GRAPHS`."""
     found = parts(outline.model, outline.rows.prompt.ids)
     mode: FakeTensorMode = outline.model.fake_mode
     with mode:
@@ -45,27 +45,30 @@ def portable_graphs(outline: Checkpoint) -> list[Graph]:
         past, past_axes = _past_inputs(outline)
         gate = {abi.STATE: torch.zeros(ROWS, outline.model.config.text_config.hidden_size)}
         images, images_axes = _image_inputs(outline)
-    return [
-        Graph(abi.VISION, found[abi.VISION], images, images_axes, mode),
-        Graph(abi.EMBEDDER, found[abi.EMBEDDER], prefill | shown, prefill_axes | shown_axes, mode),
-        Graph(abi.GATE, found[abi.GATE], gate, {abi.STATE: {0: "batch"}}, mode),
-        Graph(abi.GENERATOR, found[abi.GENERATOR], decode | past, decode_axes | past_axes, mode),
-    ]
+    inputs: dict[str, tuple[dict[str, Tensor], Axes]] = {
+        abi.VISION: (images, images_axes),
+        abi.EMBEDDER: (prefill | shown, prefill_axes | shown_axes),
+        abi.GATE: (gate, {abi.STATE: {0: "batch"}}),
+        abi.GENERATOR: (decode | past, decode_axes | past_axes),
+    }
+    return [Graph(name, part, *inputs[name], mode) for name, part in found.items()]
 
 
 def fused_graphs(outline: Checkpoint) -> list[Graph]:
     """Return vision, gate, and embedder and generator as one DECODER, to be fused (`mmemb_export.fuse`)."""
-    vision, _, gate, _ = portable_graphs(outline)
+    others = [graph for graph in portable_graphs(outline) if graph.name in (abi.VISION, abi.GATE)]
     model = outline.model
     levels = len(model.model.visual.deepstack_visual_indexes)
-    with vision.mode:
-        part = Decoder(model.model.language_model, model.lm_head, levels=levels)
+    mode: FakeTensorMode = model.fake_mode
+    with mode:
+        head = model.lm_head if outline.facts.prompt.reasons else None
+        part = Decoder(model.model.language_model, head, levels=levels)
         tokens, token_axes = _token_inputs(NEW, CACHED, "tokens", "all_tokens")
         shown, shown_axes = _visual_inputs(outline, NEW, "tokens")
         past, past_axes = _past_inputs(outline)
         last = {abi.LAST: torch.zeros(ROWS, dtype=torch.long)}
     axes = token_axes | shown_axes | past_axes | {abi.LAST: {0: "batch"}}
-    return [vision, gate, Graph(DECODER, part, tokens | shown | past | last, axes, vision.mode)]
+    return [*others, Graph(DECODER, part, tokens | shown | past | last, axes, mode)]
 
 
 def _token_inputs(new: int, cached: int, axis: str, mask_axis: str) -> tuple[dict[str, Tensor], Axes]:

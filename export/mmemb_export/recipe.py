@@ -46,7 +46,13 @@ class Recipe:
     and bfloat16 in a portable one."""
 
     min_cosine: float | None = None
-    """What the certificate must reach; None takes the bound of the coarser precision."""
+    """What the certificate must reach; None takes the bound of the coarser precision, as in the next two."""
+
+    max_flips: float | None = None
+    """Share of inputs that the gate may route otherwise than the reference does."""
+
+    min_token_agreement: float | None = None
+    """Share of the rationales' tokens that must be the reference's own choice."""
 
     def __post_init__(self) -> None:
         check_known("form", self.form, FORMS)
@@ -86,10 +92,12 @@ class Recipe:
     def bounds(self, inputs: int) -> Bounds:
         """Return what a certificate over so many inputs must reach: the bounds of the coarser precision."""
         coarser = self.coarser
+        flips = FLIPS[coarser] if self.max_flips is None else self.max_flips
+        agreement = self.min_token_agreement
         return Bounds(
             min_cosine=MIN_COSINE[coarser] if self.min_cosine is None else self.min_cosine,
-            gate_flips=int(FLIPS[coarser] * inputs),
-            token_agreement=TOKEN_AGREEMENT[coarser],
+            gate_flips=int(flips * inputs),
+            token_agreement=TOKEN_AGREEMENT[coarser] if agreement is None else agreement,
         )
 
 
@@ -114,10 +122,11 @@ def write_graphs(
 ) -> dict[str, GraphFacts]:
     """Write the graphs of a checkpoint and their weights to a folder; return their facts in the order of abi.GRAPHS."""
     traced = _traced(outline, weights, recipe, report)
-    precisions: dict[str, str] = dict.fromkeys(abi.GRAPHS, recipe.precision)
+    names = [name for name in abi.GRAPHS if name in traced]
+    precisions: dict[str, str] = dict.fromkeys(names, recipe.precision)
     precisions |= {abi.GENERATOR: recipe.generator, abi.GATE: recipe.floats}
-    stems: dict[str, str] = {name: name for name in abi.GRAPHS}
-    if traced[abi.EMBEDDER] is traced[abi.GENERATOR]:
+    stems: dict[str, str] = {name: name for name in names}
+    if traced[abi.EMBEDDER] is traced.get(abi.GENERATOR):
         stems |= {abi.EMBEDDER: DECODER, abi.GENERATOR: DECODER}
     models: dict[str, ir.Model] = {}
     for name, stem in stems.items():
@@ -127,11 +136,11 @@ def write_graphs(
         name: describe(models[stem], f"{stem}.onnx", precisions[name], choices.kept) for name, stem in stems.items()
     }
     for data, group in {abi.VISION: [abi.VISION], DECODER: [abi.EMBEDDER, abi.GENERATOR], abi.GATE: [abi.GATE]}.items():
-        names = list(dict.fromkeys(stems[name] for name in group))
-        report(f"writing the weights of {' and '.join(names)}")
-        save(
-            [models[name] for name in names], [folder / f"{name}.onnx" for name in names], folder / f"{data}.onnx.data"
-        )
+        files = list(dict.fromkeys(stems[name] for name in group if name in stems))
+        if files:
+            report(f"writing the weights of {' and '.join(files)}")
+            paths = [folder / f"{file}.onnx" for file in files]
+            save([models[file] for file in files], paths, folder / f"{data}.onnx.data")
     return facts
 
 
@@ -146,8 +155,9 @@ def _traced(
     if recipe.form == "fused":
         text = outline.model.config.text_config
         decoder = fuse(traced.pop(DECODER), heads=text.num_attention_heads, kv_heads=text.num_key_value_heads)
-        other = decoder if recipe.precision == recipe.generator else decoder.clone()
-        traced |= {abi.EMBEDDER: decoder, abi.GENERATOR: other}
+        traced[abi.EMBEDDER] = decoder
+        if outline.facts.prompt.reasons:
+            traced[abi.GENERATOR] = decoder if recipe.precision == recipe.generator else decoder.clone()
     return traced
 
 

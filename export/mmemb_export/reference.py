@@ -20,11 +20,11 @@ from mmemb_training.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Expected:
-    """One full forward pass over a prompt and a rationale's path."""
+    """One full forward pass over a prompt and a rationale's path, which is empty in a layout without reasoning."""
 
-    direct_D: Floats  # at `<|disc_emb|>`, L2-normalised
+    direct_D: Floats  # at the prompt's last token, L2-normalised
     reasons: bool  # `<think>` is more likely than stop
-    reasoned_D: Floats  # at `<|gen_emb|>`, L2-normalised
+    reasoned_D: Floats  # at the path's last token, L2-normalised
     greedy: list[int]  # the likeliest token after `<think>` and after every word that follows
 
 
@@ -38,13 +38,17 @@ class Reference:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._model = checkpoint.model
         self._ids = checkpoint.rows.prompt.ids
+        self._reasons = checkpoint.facts.prompt.reasons
         self._vision = checkpoint.vision
         self._processor = checkpoint.image_processor
 
     def run(self, request: Request, row: Row, words: Sequence[int]) -> Expected:
-        """Forward a prompt followed by `<think>`, the words of a rationale, `</think>` and `<|gen_emb|>`."""
+        """Forward a prompt followed by `<think>`, the words of a rationale, `</think>` and `<|gen_emb|>`.
+
+        In a layout without reasoning the prompt stands alone.
+        """
         ids = self._ids
-        path = [ids[prompts.THINK], *words, ids[prompts.END_THINK], ids[prompts.GEN_EMB]]
+        path = [ids[prompts.THINK], *words, ids[prompts.END_THINK], ids[prompts.GEN_EMB]] if self._reasons else []
         token_ids_1S = torch.tensor([[*row.token_ids_S.tolist(), *path]])
         kinds_1S = (token_ids_1S == ids[prompts.IMAGE_PAD]) + 2 * (token_ids_1S == ids[prompts.VIDEO_PAD])
         inputs: dict[str, Any] = {
@@ -55,7 +59,7 @@ class Reference:
         if request.images:
             processed = self._processor(images=list(request.images), return_tensors="pt")
             inputs |= {"pixel_values": processed["pixel_values"], "image_grid_thw": processed["image_grid_thw"]}
-        frames = row.visuals[len(request.images) :]
+        frames = row.visuals[len(request.images) :] if self._reasons else row.visuals[: -len(request.images) or None]
         if frames:
             inputs |= {
                 "pixel_values_videos": torch.from_numpy(
@@ -68,9 +72,10 @@ class Reference:
             hidden_SD: Tensor = self._model.model(**inputs).last_hidden_state[0]
             disc = row.length - 1
             logits_TV = self._model.lm_head(hidden_SD[disc : disc + len(words) + 2])
+        think, stop = ids.get(prompts.THINK), ids[prompts.STOP]
         return Expected(
             direct_D=F.normalize(hidden_SD[disc], dim=-1).numpy(),
-            reasons=bool(logits_TV[0, ids[prompts.THINK]] > logits_TV[0, ids[prompts.STOP]]),
+            reasons=think is not None and bool(logits_TV[0, think] > logits_TV[0, stop]),
             reasoned_D=F.normalize(hidden_SD[-1], dim=-1).numpy(),
             greedy=logits_TV[1:].argmax(dim=-1).tolist(),
         )

@@ -60,6 +60,8 @@ def export_bundle(
         raise OptionError(f"probes is {probes}: pass at least 4, one of each modality")
     recipe = Recipe() if recipe is None else recipe
     outline = outline_checkpoint(source, dtype=recipe.floats)
+    if pairs and not outline.facts.prompt.reasons:
+        raise OptionError(f"--calibrate is {pairs_name}: {source} does not reason, and has no gate to calibrate")
     target.parent.mkdir(parents=True, exist_ok=True)
     drawn = pairs[:: len(pairs) // CERTIFIED_PAIRS + 1]
     quantised = recipe.coarser not in FLOATS

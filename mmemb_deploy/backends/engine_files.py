@@ -15,7 +15,6 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mmemb_deploy import abi
 from mmemb_deploy.backends.device import Shape
 from mmemb_deploy.bundle import Bundle, Parity, file_hash
 from mmemb_deploy.errors import BackendError
@@ -116,7 +115,7 @@ def _describe(engines: EngineSet) -> str:
 
 
 def _current(bundle: Bundle, found: EngineSet, build: str) -> EngineSet:
-    for name in abi.GRAPHS:
+    for name in bundle.manifest.graphs:
         if name not in found.engines:
             raise BackendError(f"{bundle.folder} has no engine of the graph {name} in {found.folder}: {build}")
         if found.engines[name].graph != graph_hash(bundle, name):

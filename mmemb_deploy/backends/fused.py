@@ -59,9 +59,9 @@ class BufferCache:
 
 
 class FusedDecoder:
-    """`embedder` and `generator` are fused graphs; they may be the same."""
+    """`embedder` and `generator` are fused graphs; they may be the same. Without a generator it only prefills."""
 
-    def __init__(self, embedder: FusedGraph, generator: FusedGraph, model: ModelFacts) -> None:
+    def __init__(self, embedder: FusedGraph, generator: FusedGraph | None, model: ModelFacts) -> None:
         self._embedder, self._generator = embedder, generator
         self._model = model
         self._past = tuple(abi.past_names(model.layers))
@@ -151,6 +151,7 @@ class FusedDecoder:
         tensors = [tensor[rows] for tensor in cache.tensors]
         new = token_ids_BT.shape[1]
         positions_BT = cache.next_position_B[rows, None] + np.arange(new)
+        assert self._generator is not None
         return self._generator.run_in_place(
             {
                 abi.TOKEN_IDS: token_ids_BT,

@@ -48,9 +48,9 @@ class HostCache:
 
 
 class HostDecoder:
-    """`embedder` and `generator` read and write the tensors of `mmemb_deploy.abi`."""
+    """`embedder` and `generator` read and write the tensors of `mmemb_deploy.abi`; without a generator it prefills."""
 
-    def __init__(self, embedder: Session, generator: Session, layers: int) -> None:
+    def __init__(self, embedder: Session, generator: Session | None, layers: int) -> None:
         self._embedder, self._generator = embedder, generator
         self._past = tuple(abi.past_names(layers))
         self._present = tuple(abi.present_names(layers))
@@ -83,6 +83,7 @@ class HostDecoder:
 
     def extend(self, cache: HostCache, token_ids_BT: Ints, lengths_B: Ints) -> Extended[HostCache]:
         """Run new tokens after a cache."""
+        assert self._generator is not None
         steps_T = np.arange(token_ids_BT.shape[1])
         positions_BT = cache.next_position_B[:, None] + steps_T
         mask_BK = np.concatenate([cache.mask_BK, (steps_T < lengths_B[:, None]).astype(np.int64)], axis=1)

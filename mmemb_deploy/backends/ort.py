@@ -40,10 +40,10 @@ class OnnxRuntime:
         graphs = bundle.manifest.graphs
         files = {facts.file: self._open(bundle.folder / facts.file) for facts in graphs.values()}
         sessions = {name: OrtSession(facts.file, files[facts.file]) for name, facts in graphs.items()}
-        decoder = self._decoder(bundle.manifest, sessions[abi.EMBEDDER], sessions[abi.GENERATOR])
-        return Engine(self.name, sessions[abi.VISION], decoder, sessions[abi.GATE])
+        decoder = self._decoder(bundle.manifest, sessions[abi.EMBEDDER], sessions.get(abi.GENERATOR))
+        return Engine(self.name, sessions[abi.VISION], decoder, sessions.get(abi.GATE))
 
-    def _decoder(self, manifest: Manifest, embedder: OrtSession, generator: OrtSession) -> Decoder[Any]:
+    def _decoder(self, manifest: Manifest, embedder: OrtSession, generator: OrtSession | None) -> Decoder[Any]:
         model = manifest.model
         if any(tensor.name == abi.LENGTHS for tensor in manifest.graphs[abi.EMBEDDER].inputs):
             return FusedDecoder(embedder, generator, model)

@@ -35,20 +35,22 @@ class OnnxRuntimeCuda:
     def load(self, bundle: Bundle) -> Engine:
         """Load every graph. Raises BackendError where there is no GPU, or ONNX Runtime does not run a graph on it."""
         facts = bundle.manifest.graphs
-        cached = next((tensor for tensor in facts[abi.GENERATOR].inputs if tensor.name in abi.past_names(1)), None)
-        if any(tensor.name == abi.LENGTHS for tensor in facts[abi.EMBEDDER].inputs) or cached is None:
+        if any(tensor.name == abi.LENGTHS for tensor in facts[abi.EMBEDDER].inputs):
             raise BackendError(
                 f"{bundle.folder} holds fused graphs, which run on the CPU: export it with --form portable"
             )
         gpu = probe()
         cuda = Cuda()
-        sessions = {name: self._open(bundle.graph(name), gpu, cuda) for name in abi.GRAPHS}
-        embedder, generator = (DeviceGraph(sessions[name], facts[name]) for name in (abi.EMBEDDER, abi.GENERATOR))
+        sessions = {name: self._open(bundle.graph(name), gpu, cuda) for name in facts}
+        graphs = {name: DeviceGraph(session, facts[name]) for name, session in sessions.items()}
+        cached = next(tensor for tensor in facts[abi.EMBEDDER].outputs if tensor.name in abi.present_names(1))
         return Engine(
             f"onnxruntime {onnxruntime.__version__} {gpu.name}",
             OrtSession(facts[abi.VISION].file, sessions[abi.VISION]),
-            ResidentDecoder(cuda, embedder, generator, bundle.manifest.model, VALUE_BYTES[cached.dtype]),
-            OrtSession(facts[abi.GATE].file, sessions[abi.GATE]),
+            ResidentDecoder(
+                cuda, graphs[abi.EMBEDDER], graphs.get(abi.GENERATOR), bundle.manifest.model, VALUE_BYTES[cached.dtype]
+            ),
+            OrtSession(facts[abi.GATE].file, sessions[abi.GATE]) if abi.GATE in sessions else None,
         )
 
     def _open(self, graph: Path, gpu: Gpu, cuda: Cuda) -> Any:

@@ -100,11 +100,16 @@ class DeviceCache:
 class ResidentDecoder:
     """`embedder` and `generator` read and write the tensors of `mmemb_deploy.abi`.
 
-    `value_bytes` is the size of one number in the cache.
+    `value_bytes` is the size of one number in the cache. Without a generator it only prefills.
     """
 
     def __init__(
-        self, device: Device, embedder: DeviceEngine, generator: DeviceEngine, model: ModelFacts, value_bytes: int
+        self,
+        device: Device,
+        embedder: DeviceEngine,
+        generator: DeviceEngine | None,
+        model: ModelFacts,
+        value_bytes: int,
     ) -> None:
         self._embedder, self._generator = embedder, generator
         self._model = model
@@ -149,6 +154,7 @@ class ResidentDecoder:
 
     def extend(self, cache: DeviceCache, token_ids_BT: Ints, lengths_B: Ints) -> Extended[DeviceCache]:
         """Run new tokens after a cache, and write their keys and values into its free slots."""
+        assert self._generator is not None
         (rows, new), slots = token_ids_BT.shape, cache.slots
         if cache.filled + new > slots:
             raise BackendError(

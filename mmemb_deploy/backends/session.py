@@ -13,11 +13,8 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from numpy.typing import NDArray
 
 from mmemb_deploy.bundle import Bundle
-from mmemb_deploy.errors import OptionError, check_known
 from mmemb_deploy.preprocess import Floats, Ints
 from mmemb_deploy.rows import Batch
-
-BACKENDS = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
 
 class Session(Protocol):
@@ -84,7 +81,7 @@ class Engine:
     name: str
     vision: Session
     decoder: Decoder[Any]
-    gate: Session
+    gate: Session | None  # None in a bundle that does not reason: its decoder only prefills
 
 
 class Backend(Protocol):
@@ -93,21 +90,3 @@ class Backend(Protocol):
     def load(self, bundle: Bundle) -> Engine:
         """Load every graph; raises BackendError if the engine refuses one."""
         ...
-
-
-def choose_backend(name: str, threads: int | None) -> Backend:
-    """Return the backend of that name; "auto" is ONNX Runtime on the CPU. Raises OptionError, MissingExtraError."""
-    check_known("backend", name, BACKENDS)
-    if name in ("auto", "onnxruntime"):
-        from mmemb_deploy.backends.ort import OnnxRuntime
-
-        return OnnxRuntime(threads)
-    if threads is not None:
-        raise OptionError(f"threads is {threads}: it bounds threads of the CPU, and {name} runs on a GPU")
-    if name == "onnxruntime-cuda":
-        from mmemb_deploy.backends.ort_cuda import OnnxRuntimeCuda
-
-        return OnnxRuntimeCuda()
-    from mmemb_deploy.backends.tensorrt import TensorRT
-
-    return TensorRT(name)

@@ -46,17 +46,18 @@ class TensorRT:
             )
         check_types(bundle.manifest)
         cuda = Cuda()
-        graphs = {name: self._graph(bundle, library, found, cuda, name) for name in abi.GRAPHS}
         facts = bundle.manifest.graphs
-        cached = next(tensor for tensor in facts[abi.GENERATOR].inputs if tensor.name in abi.past_names(1))
+        graphs = {name: self._graph(bundle, library, found, cuda, name) for name in facts}
+        cached = next(tensor for tensor in facts[abi.EMBEDDER].outputs if tensor.name in abi.present_names(1))
+        gate = graphs.get(abi.GATE)
         decoder = ResidentDecoder(
-            cuda, graphs[abi.EMBEDDER], graphs[abi.GENERATOR], bundle.manifest.model, VALUE_BYTES[cached.dtype]
+            cuda, graphs[abi.EMBEDDER], graphs.get(abi.GENERATOR), bundle.manifest.model, VALUE_BYTES[cached.dtype]
         )
         return Engine(
             f"{self._flavour} {library.version} {gpu.name}",
             VisionSession(EngineSession(cuda, graphs[abi.VISION], _vision_results(bundle.manifest))),
             decoder,
-            EngineSession(cuda, graphs[abi.GATE], lambda shapes: {abi.SCORE: shapes[abi.STATE][:1]}),
+            None if gate is None else EngineSession(cuda, gate, lambda shapes: {abi.SCORE: shapes[abi.STATE][:1]}),
         )
 
     def _graph(self, bundle: Bundle, library: Library, engines: EngineSet, cuda: Cuda, name: str) -> EngineGraph:

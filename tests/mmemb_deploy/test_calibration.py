@@ -120,6 +120,7 @@ def test_mmemb_calibrate_rewrites_the_gate_alone(tmp_path: Path) -> None:
     )  # fmt: skip
     before, after = read_manifest(NANO), read_manifest(bundle)
     assert after.model_copy(update={"gate": before.gate}) == before
+    assert after.gate is not None
     assert json.loads(run.stdout) == json.loads(after.gate.model_dump_json())
     (chosen,) = (point for point in after.gate.curve if point.threshold == after.gate.threshold)
     assert chosen.reasoning_rate == 0.5

@@ -14,9 +14,10 @@ import pytest
 from numpy.typing import DTypeLike, NDArray
 
 from mmemb_deploy import Embedder, abi
+from mmemb_deploy.backends.choose import choose_backend
 from mmemb_deploy.backends.device import ALIGNMENT, Plane, Shape
 from mmemb_deploy.backends.resident import BUCKET, DeviceCache, ResidentDecoder
-from mmemb_deploy.backends.session import Engine, choose_backend
+from mmemb_deploy.backends.session import Engine
 from mmemb_deploy.bundle import Bundle, GraphFacts
 from mmemb_deploy.embedder import row_encoder
 from mmemb_deploy.errors import BackendError

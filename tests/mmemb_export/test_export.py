@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmemb_deploy import CertificateError, Embedder, OptionError, abi
-from mmemb_deploy.backends.session import choose_backend
+from mmemb_deploy.backends.choose import choose_backend
 from mmemb_deploy.bundle import Bundle
 from mmemb_deploy.evaluation import Judge, Pair, encode_queries
 from mmemb_export import write
@@ -60,7 +60,7 @@ def test_any_config_is_certified_in_every_modality(fixture: str, request: pytest
     assert certificate is not None
     assert certificate.bounds == Recipe().bounds(200)
     assert {"text", "image", "images", "video"} == set(certificate.modalities)
-    for parity in [*certificate.modalities.values(), certificate.reasoned]:
+    for parity in certificate.parities.values():
         assert parity.inputs >= 50
         assert parity.min_cosine >= 0.9999
         assert parity.gate_flips == 0
@@ -73,7 +73,7 @@ def test_a_certificate_tells_another_model_apart(tiny_embedder: Embedder, tiny_c
         other.model.lm_head.weight.neg_()
         other.model.model.language_model.layers[2].mlp.down_proj.weight.mul_(0.7)
     certificate = certify(answer(tiny_embedder, synthetic_probes(8)), other, Recipe().bounds(8))
-    assert max(parity.min_cosine for parity in [*certificate.modalities.values(), certificate.reasoned]) < 0.9999
+    assert max(parity.min_cosine for parity in certificate.parities.values()) < 0.9999
     assert sum(parity.gate_flips for parity in certificate.modalities.values()) == 8
     assert certificate.token_agreement < 0.5
     with pytest.raises(CertificateError):
@@ -103,6 +103,7 @@ def test_the_gate_is_the_model_s_own_choice(tiny_bundle: Path, tiny_checkpoint: 
     ids = checkpoint.rows.prompt.ids
     state_BD = np.random.default_rng(0).normal(size=(50, 48)).astype(np.float32)
     gate = choose_backend("auto", None).load(Bundle.open(tiny_bundle)).gate
+    assert gate is not None
     score_B = gate.run({abi.STATE: state_BD})[abi.SCORE]
     with torch.no_grad():
         logits_BV = checkpoint.model.lm_head(torch.from_numpy(state_BD))
@@ -139,6 +140,7 @@ def test_a_model_without_deepstack_has_no_such_tensor(odd_bundle: Path) -> None:
 
 def test_the_curve_s_rate_falls_with_the_threshold(odd_bundle: Path) -> None:
     gate = Bundle.open(odd_bundle).manifest.gate
+    assert gate is not None
     rates = [point.reasoning_rate for point in gate.curve]
     assert gate.calibration == "words"
     assert rates == sorted(rates, reverse=True)
@@ -149,7 +151,9 @@ def test_the_curve_s_rate_falls_with_the_threshold(odd_bundle: Path) -> None:
 
 def test_the_curve_s_ends_are_the_quality_of_always_and_never(odd_bundle: Path) -> None:
     embedder = Embedder.load(odd_bundle)
-    judge, points = Judge(embedder, PAIRS), embedder.manifest.gate.curve
+    gate = embedder.manifest.gate
+    assert gate is not None
+    judge, points = Judge(embedder, PAIRS), gate.curve
     always, never = (encode_queries(embedder, PAIRS, reasoning=mode) for mode in ("always", "never"))
     assert (points[0].threshold, points[-1].reasoning_rate) == (0.0, 0.0)
     assert points[0].quality == judge.hits(always.embeddings_QD).mean()

@@ -20,8 +20,11 @@ from mmemb_training.checkpoint import load_checkpoint
 
 RECIPES = {
     "float32": Recipe(form="fused"),
-    "int8": Recipe(form="fused", precision="int8", min_cosine=0.9),
-    "int8-int4": Recipe(form="fused", precision="int8", generator_precision="int4", min_cosine=0.5),
+    # a random model's choices turn on the last digit
+    "int8": Recipe(form="fused", precision="int8", min_cosine=0.9, max_flips=1, min_token_agreement=0),
+    "int8-int4": Recipe(
+        form="fused", precision="int8", generator_precision="int4", min_cosine=0.5, max_flips=1, min_token_agreement=0
+    ),
 }
 
 
@@ -29,10 +32,7 @@ RECIPES = {
 def fused(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
     """The tiny checkpoint's bundle in fused form, in every precision."""
     target = tmp_path_factory.mktemp(request.param) / "bundle"
-    with pytest.MonkeyPatch.context() as patch:  # a random model's choices turn on the last digit
-        patch.setattr(recipes, "FLIPS", dict.fromkeys(recipes.FLIPS, 1.0))
-        patch.setattr(recipes, "TOKEN_AGREEMENT", dict.fromkeys(recipes.TOKEN_AGREEMENT, 0.0))
-        export_bundle(tiny_checkpoint, target, recipe=RECIPES[request.param], probes=8, report=lambda _: None)
+    export_bundle(tiny_checkpoint, target, recipe=RECIPES[request.param], probes=8, report=lambda _: None)
     return target
 
 

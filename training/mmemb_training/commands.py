@@ -32,6 +32,7 @@ def register(app: typer.Typer) -> None:
     train.command("plan")(plan)
     train.command("run")(run)
     train.command("random")(random)
+    train.command("adopt")(adopt)
     app.add_typer(train, name="train")
 
 
@@ -100,6 +101,19 @@ def random(
 
     random_checkpoint(find_shape(shape), folder, seed=seed)
     print(f"checkpoint: {folder}")
+
+
+def adopt(
+    source: Annotated[Path, typer.Argument(help="Folder of a public Qwen3-VL-Embedding, as its hub page has it.")],
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder to write; the weights stay where they are.")],
+) -> None:
+    """Make a public embedding model exportable: `mmemb export FOLDER BUNDLE` then gives a bundle that never reasons."""
+    try:
+        from mmemb_training.adopt import adopt as make
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "torch", "train") from error
+    facts = make(source, folder)
+    print(f"checkpoint: {folder}, embeddings of {', '.join(map(str, facts.dims))} values")
 
 
 def _setting(seed: int, scale: float) -> tuple[NanoRecipe, Watch]:

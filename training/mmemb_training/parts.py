@@ -136,11 +136,18 @@ def last_state(hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:
 
 
 def parts(model: Any, marker_ids: dict[str, int]) -> dict[str, Part]:
-    """Return the four parts of a `Qwen3VLForConditionalGeneration` by the names of `abi.GRAPHS`."""
+    """Return the parts of a `Qwen3VLForConditionalGeneration` by the names of `abi.GRAPHS`.
+
+    Without `<|disc_emb|>` among its markers it is an embedding model, of `abi.FAST_GRAPHS` alone.
+    """
     visual, language_model = model.model.visual, model.model.language_model
-    return {
+    fast: dict[str, Part] = {
         abi.VISION: Vision(visual),
         abi.EMBEDDER: Prefill(language_model, levels=len(visual.deepstack_visual_indexes)),
+    }
+    if prompts.DISC_EMB not in marker_ids:
+        return fast
+    return fast | {
         abi.GATE: Gate(model.lm_head, marker_ids[prompts.THINK], marker_ids[prompts.STOP]),
         abi.GENERATOR: Decode(language_model, model.lm_head),
     }

@@ -56,10 +56,10 @@ def torch_embedder(checkpoint: Checkpoint, gate: GateFacts = UNCALIBRATED) -> Em
     graphs = {name: TorchSession(part) for name, part in parts(checkpoint.model, checkpoint.rows.prompt.ids).items()}
     facts = manifest(checkpoint, "checkpoint")
     batch = facts.batch.model_copy(update={"vision_bytes": 0})
-    facts = facts.model_copy(update={"gate": gate, "batch": batch})
-    decoder = HostDecoder(graphs[abi.EMBEDDER], graphs[abi.GENERATOR], facts.model.layers)
+    facts = facts.model_copy(update={"gate": gate if facts.prompt.reasons else None, "batch": batch})
+    decoder = HostDecoder(graphs[abi.EMBEDDER], graphs.get(abi.GENERATOR), facts.model.layers)
     dtype = str(checkpoint.model.dtype).removeprefix("torch.")
-    engine = Engine(f"torch {torch.__version__}, {dtype}", graphs[abi.VISION], decoder, graphs[abi.GATE])
+    engine = Engine(f"torch {torch.__version__}, {dtype}", graphs[abi.VISION], decoder, graphs.get(abi.GATE))
     return Embedder(facts, checkpoint.rows, engine)
 
 
@@ -90,7 +90,7 @@ def manifest(checkpoint: Checkpoint, name: str) -> Manifest:
             patches=MAX_BATCH_PATCHES,
             cache_bytes=MAX_CACHE_BYTES,
         ),
-        gate=UNCALIBRATED,
+        gate=UNCALIBRATED if checkpoint.facts.prompt.reasons else None,
         graphs={},
         files={},
         certificate=None,

@@ -227,6 +227,8 @@ def _infos(queries: Sequence[Query], part: Columns) -> Iterator[dict[str, Any]]:
     """Yield the public info of queries, and how each was embedded."""
     for place, query in enumerate(queries):
         route = {name: part[name][place].item() for name in ROUTE_COLUMNS}
+        if np.isnan(route["gate_score"]):  # JSON has no such number
+            route["gate_score"] = None
         yield query.as_info() | route
 
 

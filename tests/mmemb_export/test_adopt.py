@@ -1,0 +1,191 @@
+"""A public Qwen3-VL-Embedding becomes a bundle that embeds as its own inference script does, and refuses to reason."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from typer.testing import CliRunner
+
+from mmemb_deploy import Embedder, OptionError, abi
+from mmemb_deploy.bundle import Bundle
+from mmemb_deploy.cli import app
+from mmemb_deploy.evaluation import Pair
+from mmemb_export.recipe import Recipe
+from mmemb_export.write import export_bundle
+from mmemb_training.adopt import adopt
+
+# the public chat template in short: roles, images and text, and nothing after the assistant's turn begins
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PUBLIC = "public"
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """The tiny model as if it were public: the public chat template, and a tokenizer that knows none of our markers."""
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("public") / PUBLIC))
+    (folder / "mmemb.json").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (folder / name).read_text()
+        for marker, other in (("<|disc_emb|>", "<|a|>"), ("<|gen_emb|>", "<|b|>"), ("think>", "thought>")):
+            text = text.replace(marker, other)
+        (folder / name).write_text(text)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["portable", "fused"])
+def bundle(request: pytest.FixtureRequest, public: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adopted")
+    adopt(public, folder / "checkpoint")
+    recipe = Recipe(form=request.param)
+    export_bundle(folder / "checkpoint", folder / "bundle", recipe=recipe, probes=8, report=lambda _: None)
+    return folder / "bundle"
+
+
+def as_the_script_does(public: Path, inputs: list[dict[str, Any]]) -> NDArray[np.float32]:
+    """Render, tokenise, resize, forward and pool as the public inference script does, one input at a time."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(public)
+    processor: Any = Qwen2VLImageProcessorPil.from_pretrained(
+        public, size={"shortest_edge": 4 * 64, "longest_edge": 1800 * 64}
+    )
+    model: Any = AutoModelForImageTextToText.from_pretrained(public, dtype="float32").eval()
+    embeddings = []
+    for each in inputs:
+        images = each.get("images", [])
+        content = [{"type": "image"} for _ in images]
+        if each.get("text") or not images:
+            content.append({"type": "text", "text": each.get("text") or "NULL"})
+        chat = [
+            {"role": "system", "content": [{"type": "text", "text": each["system"]}]},
+            {"role": "user", "content": content},
+        ]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        pixels: dict[str, Any] = {}
+        if images:
+            pixels = dict(processor(images=images, return_tensors="pt"))
+            for grid in pixels["image_grid_thw"]:
+                text = text.replace("<|image_pad|>", "<|hole|>" * int(grid.prod() // 4), 1)
+            text = text.replace("<|hole|>", "<|image_pad|>")
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        kinds = (ids == model.config.image_token_id).int()
+        with torch.no_grad():
+            hidden = model.model(input_ids=ids, mm_token_type_ids=kinds, **pixels).last_hidden_state[0, -1]
+        embeddings.append(torch.nn.functional.normalize(hidden, dim=-1).numpy())
+    return np.stack(embeddings)
+
+
+def picture(height: int, width: int) -> Image.Image:
+    pixels = np.random.default_rng(height).integers(0, 256, size=(height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_embeddings_equal_the_public_script_s(bundle: Path, public: Path) -> None:
+    image, wide = picture(40, 24), picture(9, 70)
+    default = "Represent the user's input."
+    cases: list[tuple[Any, str | None, dict[str, Any]]] = [
+        ("a text", None, {"text": "a text", "system": default}),
+        ("\n\n a text that begins with lines", None, {"text": "\n\n a text that begins with lines", "system": default}),
+        ("find me", "Find it", {"text": "find me", "system": "Find it."}),
+        ("find me", "  Find it!  ", {"text": "find me", "system": "Find it!"}),
+        ("find me", "", {"text": "find me", "system": default}),
+        ({"image": image}, None, {"images": [image], "system": default}),
+        ({"image": wide, "text": "what?"}, "Answer it.", {"images": [wide], "text": "what?", "system": "Answer it."}),
+    ]
+    embedder = Embedder.load(bundle)
+    ours = np.concatenate([embedder.encode([content], instruction=instruction) for content, instruction, _ in cases])
+    theirs = as_the_script_does(public, [each for _, _, each in cases])
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_a_bundle_that_never_reasons_has_neither_gate_nor_generator(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    assert tuple(opened.manifest.graphs) == abi.FAST_GRAPHS
+    assert opened.manifest.gate is None
+    certificate = opened.manifest.certificate
+    assert certificate is not None
+    assert certificate.reasoned is None
+    outputs = {tensor.name for tensor in opened.manifest.graphs[abi.EMBEDDER].outputs}
+    assert abi.LOGITS not in outputs
+    assert not (bundle / "gate.onnx").exists()
+
+
+def test_auto_is_direct_and_the_score_is_absent(bundle: Path) -> None:
+    embedder = Embedder.load(bundle)
+    result = embedder.encode(["a", "b"], return_details=True, truncate_dim=48)
+    assert not embedder.reasons
+    assert [detail.route.value for detail in result.details if detail] == ["fast", "fast"]
+    assert all(np.isnan(detail.gate_score) for detail in result.details if detail)
+    np.testing.assert_allclose(result.embeddings, embedder.encode(["a", "b"], reasoning="never"), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reasoning": "always"}, "reasoning is 'always': bundle embeds without reasoning"),
+        ({"threshold": 0.5}, "threshold is 0.5"),
+        ({"reasoning_rate": 0.5}, "reasoning_rate is 0.5"),
+        ({"rationales": ["so"]}, r"rationales is \['so'\]"),
+        ({"reasoning": "alway"}, "did you mean 'always'"),
+    ],
+)
+def test_reasoning_is_refused_by_name(bundle: Path, options: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Embedder.load(bundle).encode(["a"], **options)
+
+
+def test_commands_say_what_such_a_bundle_has_not(bundle: Path, public: Path, tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    assert run(app, ["verify", str(bundle)]).exit_code == 0
+    assert "gate" not in run(app, ["inspect", str(bundle)]).output.split("certificate")[0]
+    (tmp_path / "pairs.jsonl").write_text(
+        json.dumps({"query": "a", "candidates": ["b", "c"], "relevant": [True, False]}) + "\n"
+    )
+    refused = run(app, ["calibrate", str(bundle), "--data", str(tmp_path / "pairs.jsonl")])
+    assert isinstance(refused.exception, OptionError)
+    assert "it has no gate" in str(refused.exception)
+    adopt(public, tmp_path / "checkpoint")
+    with pytest.raises(OptionError, match="does not reason, and has no gate"):
+        export_bundle(
+            tmp_path / "checkpoint",
+            tmp_path / "new",
+            pairs=[Pair(query="a", candidates=["b"], relevant=[True])],
+            pairs_name="pairs",
+        )
+
+
+def test_a_model_that_is_not_of_this_kind_is_refused(public: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OptionError, match="there exists: choose another folder"):
+        adopt(public, tmp_path / "there")
+    with pytest.raises(OptionError, match=r"there is not a Qwen3-VL-Embedding: it has no config.json"):
+        adopt(tmp_path / "there", tmp_path / "new")
+    other = Path(shutil.copytree(public, tmp_path / "other"))
+    (other / "chat_template.jinja").write_text(TEMPLATE + "<think>")
+    with pytest.raises(OptionError, match="which is not the layout of Qwen3-VL-Embedding"):
+        adopt(other, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_video_comes_before_an_image(bundle: Path) -> None:
+    embedder = Embedder.load(bundle)
+    encoder = embedder._encoder  # pyright: ignore[reportPrivateUsage]
+    from mmemb_deploy.inputs import parse
+
+    frames = [np.asarray(picture(24, 24))] * 2
+    row = encoder.row(parse({"video": frames, "fps": 1.0, "image": picture(16, 32), "text": "x"}), "")
+    ids = encoder.prompt.ids
+    shown = [token for token in row.token_ids_S if token in (ids["<|video_pad|>"], ids["<|image_pad|>"])]
+    assert shown == sorted(shown, key=lambda token: token == ids["<|image_pad|>"])
+    assert row.visual_tokens == len(shown)
