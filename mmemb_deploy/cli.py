@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,18 +29,21 @@ Bundle = Annotated[Path | None, typer.Argument(help="Bundle folder; the embedded
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for scripts.")]
 
 
-def main() -> None:
-    """Run `mmemb`: exit code 2 for a user's mistake, 130 when interrupted, 1 for a defect."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `mmemb` on the command line's arguments, or on these.
+
+    Exit code 2 for a user's mistake, 130 when interrupted, 1 for a defect.
+    """
     for entry in sorted(entry_points(group=COMMANDS), key=lambda entry: entry.name):
         entry.load()(app)
     try:
-        app()
+        app(arguments)
     except MmembError as error:
         from rich.console import Console
         from rich.markup import escape
 
         Console(stderr=True, highlight=False).print("[bold red]error:[/]", escape(str(error)), soft_wrap=True)
-        if "--json" in sys.argv:
+        if "--json" in (sys.argv if arguments is None else arguments):
             print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
         raise SystemExit(2) from error
 

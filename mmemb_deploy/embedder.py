@@ -47,7 +47,7 @@ class Embedder:
         self.backend = engine.name
         self.reasoner = reasoner
         model, markers = manifest.model, manifest.markers
-        self._encoder = encoder
+        self.encoder = encoder
         vision = VisionEncoder(
             engine.vision,
             manifest.vision,
@@ -244,8 +244,8 @@ class Embedder:
             began = time.perf_counter()
             try:
                 request = parse(content, self.manifest.limits)
-                row = self._encoder.row(request, instruction)
-                given = None if rationale is None else self._encoder.prompt.words(rationale)
+                row = self.encoder.row(request, instruction)
+                given = None if rationale is None else self.encoder.prompt.words(rationale)
                 self._check_length(row, given or [])
                 chat = None
                 if self._remote is not None and given is None and options.reasoning != "never":
@@ -273,7 +273,7 @@ class Embedder:
         return Detail(
             route=Route.FAST if reasoned is None else Route.REASON,
             gate_score=item.score,
-            rationale=None if reasoned is None else self._encoder.prompt.decode(reasoned.token_ids),
+            rationale=None if reasoned is None else self.encoder.prompt.decode(reasoned.token_ids),
             rationale_ids=() if reasoned is None else tuple(reasoned.token_ids),
             rationale_source=None if reasoned is None else source,
             truncated=reasoned is not None and reasoned.truncated,

@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
     bench.command("digitchain")(digitchain)
     bench.command("startup")(startup)
     bench.command("peers")(peers)
+    bench.command("runtime")(runtime)
     app.add_typer(bench, name="bench")
     app.command("demo")(demo)
 
@@ -109,6 +110,41 @@ def peers(
         table.add_row(what, *cells)
     table.add_row("cosine of the embedding", *(f"{found['cosine'][name]:.6f}" for name in names))
     Console().print(table)
+
+
+def runtime(
+    bundle: Bundle = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder, which transformers loads in float32 to compare.")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Characters of a text: its tokens, where a token is a byte.")
+    ] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Texts of a call.")] = 8,
+    written: Annotated[int, typer.Option(min=1, help="Words of a rationale, at most.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that warms up.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of one operator.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Measure what the runtime costs and saves beside its graphs: overhead, hand-off, prefix reuse, memory, loading."""
+    from rich.console import Console
+
+    from mmemb_benchmarks.runtime_costs import measure_loading, measure_runtime, words
+    from mmemb_deploy.bundle import NANO
+    from mmemb_deploy.embedder import Embedder
+
+    folder = bundle or NANO
+    with Console(stderr=True).status("loading") as status:
+        found = measure_loading(folder, checkpoint, threads=threads, runs=3)
+        found |= measure_runtime(
+            Embedder.load(folder, threads=threads), words(tokens, batch), written=written, rounds=rounds,
+            report=status.update,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:<44} {value:.4g}")
 
 
 def demo(

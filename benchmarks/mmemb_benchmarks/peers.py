@@ -77,7 +77,7 @@ def bundle_contender(embedder: Embedder) -> Contender:
 def prompts(embedder: Embedder, rows: int, tokens: int, seed: int) -> list[Row]:
     """Return different texts that become exactly so many tokens each, instruction and markers included."""
     rng = np.random.default_rng(seed)
-    encoder = embedder._encoder  # pyright: ignore[reportPrivateUsage]
+    encoder = embedder.encoder
     empty = encoder.row(parse("a"), "").length - 1
     alphabet = list("abcdefghijklmnopqrstuvwxyz")
     made = []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 _TIMED = "import time; began = time.perf_counter(); {code}; print(time.perf_counter() - began)"
 
@@ -22,8 +24,10 @@ def measure_startup(bundle: Path | None, runs: int) -> dict[str, float]:
 
 
 def _median_seconds(code: str, runs: int) -> float:
-    seconds = []
-    for _ in range(runs + 1):
-        finished = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-        seconds.append(float(finished.stdout))
-    return statistics.median(seconds[1:])
+    return statistics.median([run_fresh(code) for _ in range(runs + 1)][1:])
+
+
+def run_fresh(code: str) -> Any:
+    """Run a program in a process of its own, and return what its last line says in JSON."""
+    finished = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return json.loads(finished.stdout.splitlines()[-1])

@@ -6,6 +6,7 @@ The checkpoint is an outline (`mmemb_training.checkpoint.outline_checkpoint`): i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,19 +40,29 @@ def portable_graphs(outline: Checkpoint) -> list[Graph]:
     found = parts(outline.model, outline.rows.prompt.ids)
     mode: FakeTensorMode = outline.model.fake_mode
     with mode:
-        prefill, prefill_axes = _token_inputs(TOKENS, 0, "tokens", "tokens")
-        shown, shown_axes = _visual_inputs(outline, TOKENS, "tokens")
-        decode, decode_axes = _token_inputs(NEW, CACHED, "new_tokens", "all_tokens")
-        past, past_axes = _past_inputs(outline)
+        config, dtype = outline.model.config, outline.model.dtype
         gate = {abi.STATE: torch.zeros(ROWS, outline.model.config.text_config.hidden_size)}
-        images, images_axes = _image_inputs(outline)
-    inputs: dict[str, tuple[dict[str, Tensor], Axes]] = {
-        abi.VISION: (images, images_axes),
-        abi.EMBEDDER: (prefill | shown, prefill_axes | shown_axes),
-        abi.GATE: (gate, {abi.STATE: {0: "batch"}}),
-        abi.GENERATOR: (decode | past, decode_axes | past_axes),
-    }
+        inputs: dict[str, tuple[dict[str, Tensor], Axes]] = {
+            abi.VISION: _image_inputs(outline),
+            abi.EMBEDDER: embedder_inputs(config),
+            abi.GATE: (gate, {abi.STATE: {0: "batch"}}),
+            abi.GENERATOR: generator_inputs(config, dtype),
+        }
     return [Graph(name, part, *inputs[name], mode) for name, part in found.items()]
+
+
+def embedder_inputs(config: Any) -> tuple[dict[str, Tensor], Axes]:
+    """Return example inputs of `abi.EMBEDDER` for a `Qwen3VLConfig`, and the axes that vary."""
+    tokens, token_axes = _token_inputs(TOKENS, 0, "tokens", "tokens")
+    shown, shown_axes = _visual_inputs(config, TOKENS, "tokens")
+    return tokens | shown, token_axes | shown_axes
+
+
+def generator_inputs(config: Any, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], Axes]:
+    """Return example inputs of `abi.GENERATOR` over a cache of `dtype`, and the axes that vary."""
+    tokens, token_axes = _token_inputs(NEW, CACHED, "new_tokens", "all_tokens")
+    past, past_axes = _past_inputs(config, dtype)
+    return tokens | past, token_axes | past_axes
 
 
 def fused_graphs(outline: Checkpoint) -> list[Graph]:
@@ -64,8 +75,8 @@ def fused_graphs(outline: Checkpoint) -> list[Graph]:
         head = model.lm_head if outline.facts.prompt.reasons else None
         part = Decoder(model.model.language_model, head, levels=levels)
         tokens, token_axes = _token_inputs(NEW, CACHED, "tokens", "all_tokens")
-        shown, shown_axes = _visual_inputs(outline, NEW, "tokens")
-        past, past_axes = _past_inputs(outline)
+        shown, shown_axes = _visual_inputs(model.config, NEW, "tokens")
+        past, past_axes = _past_inputs(model.config, model.dtype)
         last = {abi.LAST: torch.zeros(ROWS, dtype=torch.long)}
     axes = token_axes | shown_axes | past_axes | {abi.LAST: {0: "batch"}}
     return [*others, Graph(DECODER, part, tokens | shown | past | last, axes, mode)]
@@ -83,26 +94,25 @@ def _token_inputs(new: int, cached: int, axis: str, mask_axis: str) -> tuple[dic
     }
 
 
-def _visual_inputs(outline: Checkpoint, tokens: int, axis: str) -> tuple[dict[str, Tensor], Axes]:
-    hidden = outline.model.config.text_config.hidden_size
+def _visual_inputs(config: Any, tokens: int, axis: str) -> tuple[dict[str, Tensor], Axes]:
+    hidden = config.text_config.hidden_size
     examples = {
         abi.VISUAL_INDEX: torch.zeros(ROWS, tokens, dtype=torch.long),
         abi.VISUAL_TOKENS: torch.zeros(SHOWN, hidden),
     }
     axes: Axes = {abi.VISUAL_INDEX: {0: "batch", 1: axis}, abi.VISUAL_TOKENS: {0: "visual_tokens"}}
-    levels = len(outline.model.model.visual.deepstack_visual_indexes)
+    levels = len(config.vision_config.deepstack_visual_indexes)
     if levels:
         examples[abi.DEEPSTACK] = torch.zeros(levels, SHOWN, hidden)
         axes[abi.DEEPSTACK] = {1: "visual_tokens"}
     return examples, axes
 
 
-def _past_inputs(outline: Checkpoint) -> tuple[dict[str, Tensor], Axes]:
-    text = outline.model.config.text_config
+def _past_inputs(config: Any, dtype: torch.dtype) -> tuple[dict[str, Tensor], Axes]:
+    text = config.text_config
     names = list(abi.past_names(text.num_hidden_layers))
     shape = ROWS, text.num_key_value_heads, CACHED, text.head_dim
     # one tensor each: a shared one would be traced as one input
-    dtype = outline.model.dtype
     return {name: torch.zeros(shape, dtype=dtype) for name in names}, {
         name: {0: "batch", 2: "past_tokens"} for name in names
     }

@@ -127,7 +127,7 @@ def test_no_token_is_prefilled_twice(
     tiny_embedder: Embedder, mixed_inputs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counter = counted(tiny_embedder, monkeypatch)
-    encoder = tiny_embedder._encoder  # pyright: ignore[reportPrivateUsage]
+    encoder = tiny_embedder.encoder
     prompt_tokens = sum(encoder.row(parse(item), "Find the result.").length for item in mixed_inputs)
     result = tiny_embedder.encode(mixed_inputs, reasoning="always", return_details=True)
     written = sum(detail.rationale_tokens for detail in result.details if detail is not None)
@@ -158,7 +158,7 @@ def test_finished_rows_leave_the_batch(tiny_embedder: Embedder, monkeypatch: pyt
 def test_a_given_rationale_gives_what_the_same_generated_one_gave(
     tiny_embedder: Embedder, mixed_inputs: list[Any]
 ) -> None:
-    encoder = tiny_embedder._encoder  # pyright: ignore[reportPrivateUsage]
+    encoder = tiny_embedder.encoder
     written = tiny_embedder.encode(mixed_inputs, reasoning="always", return_details=True)
     rationales = [detail.rationale for detail in written.details if detail]
     round_trips = [

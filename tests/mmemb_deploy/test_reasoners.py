@@ -78,7 +78,7 @@ def test_the_server_continues_from_the_very_prompt_of_the_bundle(
 
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_checkpoint)
     markers = tiny_embedder.manifest.markers
-    encoder = tiny_embedder._encoder  # pyright: ignore[reportPrivateUsage]
+    encoder = tiny_embedder.encoder
     for instruction in (None, "Find the answer."):
         served(concurrency=1).encode(stills, reasoning="always", instruction=instruction)
         bodies = {json.dumps(body["messages"]): body for body in endpoint.received}.values()

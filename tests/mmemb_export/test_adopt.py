@@ -180,7 +180,7 @@ def test_a_model_that_is_not_of_this_kind_is_refused(public: Path, tmp_path: Pat
 
 def test_a_video_comes_before_an_image(bundle: Path) -> None:
     embedder = Embedder.load(bundle)
-    encoder = embedder._encoder  # pyright: ignore[reportPrivateUsage]
+    encoder = embedder.encoder
     from mmemb_deploy.inputs import parse
 
     frames = [np.asarray(picture(24, 24))] * 2

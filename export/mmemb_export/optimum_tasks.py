@@ -1,0 +1,79 @@
+"""The decoder's graphs as optimum describes exports: importing this registers them for the backend "mmemb".
+
+    TasksManager.get_exporter_config_constructor("mmemb", model_type="qwen3_vl", task="feature-extraction")(config)
+
+gives the names and the axes of a graph's inputs and outputs, and inputs to try it with. The export itself is
+`mmemb_export.write.export_bundle`, or `optimum-cli export mmemb`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from optimum.exporters.base import ExporterConfig
+from optimum.exporters.tasks import TasksManager
+from optimum.utils import NormalizedConfig
+from torch import Tensor
+
+from mmemb_deploy import abi
+from mmemb_export.graphs import Axes, embedder_inputs, generator_inputs
+
+BACKEND = "mmemb"
+register = TasksManager.create_register(BACKEND, overwrite_existing=True)
+
+
+class GraphConfig(ExporterConfig):  # type: ignore[misc]  # optimum is not typed
+    """A graph of a `Qwen3VLConfig`; its sizes are those that export traces with."""
+
+    NORMALIZED_CONFIG_CLASS = NormalizedConfig
+    ATOL_FOR_VALIDATION = 1e-4
+
+    @abstractmethod
+    def examples(self) -> tuple[dict[str, Tensor], Axes]:
+        """Return inputs by name, and the axes that vary."""
+
+    @property
+    def inputs(self) -> Axes:
+        """Return the axes that vary, by input."""
+        return self.examples()[1]
+
+    def generate_dummy_inputs(self, framework: str = "pt", **shapes: Any) -> dict[str, Tensor]:
+        """Return inputs to try the graph with, as torch tensors; their shapes are fixed."""
+        if framework != "pt" or shapes:
+            raise ValueError(f"dummy inputs are torch tensors of fixed shapes, not {framework!r} with {shapes}")
+        return self.examples()[0]
+
+    def cache_axes(self, names: list[str], axis: str) -> Axes:
+        """Return the axes of the keys and values of every layer."""
+        return {name: {0: "batch", 2: axis} for name in names}
+
+
+@register("qwen3_vl", "feature-extraction")
+class EmbedderConfig(GraphConfig):
+    """Prompts to embeddings, the gate's input and the KV cache."""
+
+    def examples(self) -> tuple[dict[str, Tensor], Axes]:
+        """Return the inputs of `abi.EMBEDDER`."""
+        return embedder_inputs(self._config)
+
+    @property
+    def outputs(self) -> Axes:
+        """Return the axes that vary, by output."""
+        names = list(abi.present_names(self._config.text_config.num_hidden_layers))
+        return {abi.EMBEDDING: {0: "batch"}, abi.STATE: {0: "batch"}, **self.cache_axes(names, "tokens")}
+
+
+@register("qwen3_vl", "text-generation-with-past")
+class GeneratorConfig(GraphConfig):
+    """New tokens after a KV cache to logits, embeddings and the longer cache."""
+
+    def examples(self) -> tuple[dict[str, Tensor], Axes]:
+        """Return the inputs of `abi.GENERATOR`."""
+        return generator_inputs(self._config)
+
+    @property
+    def outputs(self) -> Axes:
+        """Return the axes that vary, by output."""
+        names = list(abi.present_names(self._config.text_config.num_hidden_layers))
+        return {abi.LOGITS: {0: "batch"}, abi.EMBEDDING: {0: "batch"}, **self.cache_axes(names, "all_tokens")}
