@@ -79,6 +79,9 @@ def peers(
     bundles: Annotated[list[Path], typer.Argument(help="Bundles that were exported from it.")],
     tokens: Annotated[int, typer.Option(min=32, help="Tokens of a prompt.")] = 256,
     batch: Annotated[list[int], typer.Option(min=1, help="Prompts that run together; repeat for several.")] = [1, 8],  # noqa: B006
+    other: Annotated[
+        list[str], typer.Option(help="Other peers: 'transformers bfloat16', 'openvino 8-bit weights'; repeat for both.")
+    ] = [],  # noqa: B006
     written: Annotated[int, typer.Option(min=4, help="Tokens written after each prompt.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that warms up.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of every contender.")] = 2,
@@ -88,13 +91,16 @@ def peers(
     from rich.console import Console
     from rich.table import Table
 
-    from mmemb_benchmarks.peers import BASELINE, compare
+    from mmemb_benchmarks.peers import BASELINE, PEERS, compare
+    from mmemb_deploy.errors import check_known
 
+    for name in other:
+        check_known("peer", name, PEERS)
     notes = Console(stderr=True)
     with notes.status("loading") as status:
         found = compare(
-            checkpoint, bundles, tokens=tokens, batches=batch, written=written, rounds=rounds, threads=threads,
-            report=status.update,
+            checkpoint, bundles, others=other, tokens=tokens, batches=batch, written=written, rounds=rounds,
+            threads=threads, report=status.update,
         )  # fmt: skip
     if as_json:
         print(json.dumps(found))
@@ -105,7 +111,8 @@ def peers(
         table.add_column(column, justify="right" if column else "left")
     for what, baseline in found["seconds"][BASELINE].items():
         cells = (
-            f"{seconds:.4f} ({baseline / seconds:.2f}x)" for seconds in (found["seconds"][name][what] for name in names)
+            "-" if seconds is None else f"{seconds:.4f} ({baseline / seconds:.2f}x)"
+            for seconds in (found["seconds"][name].get(what) for name in names)
         )
         table.add_row(what, *cells)
     table.add_row("cosine of the embedding", *(f"{found['cosine'][name]:.6f}" for name in names))

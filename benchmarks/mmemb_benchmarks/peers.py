@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ class Contender:
     """One way to run the weights: a batch of prompts to embeddings, and so many tokens written after them."""
 
     prefill: Callable[[Sequence[Row]], Any]
-    write: Callable[[Sequence[Row], int], Any]  # embeds, then writes this many tokens for every row
+    write: Callable[[Sequence[Row], int], Any] | None  # embeds, then writes this many tokens for every row
 
 
-def transformers_contender(checkpoint: Path, threads: int) -> Contender:
-    """Run a checkpoint by transformers in float32, with SDPA, as its users do."""
+def transformers_contender(checkpoint: Path, threads: int, dtype: str = "float32") -> Contender:
+    """Run a checkpoint by transformers with SDPA, as its users do."""
     torch.set_num_threads(threads)
-    model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="float32", attn_implementation="sdpa")
+    model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype, attn_implementation="sdpa")
     model.eval()
 
     def inputs(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
@@ -47,7 +48,7 @@ def transformers_contender(checkpoint: Path, threads: int) -> Contender:
     @torch.inference_mode()
     def prefill(rows: Sequence[Row]) -> Any:
         hidden_BTD = model.model(**inputs(rows)).last_hidden_state
-        return torch.nn.functional.normalize(hidden_BTD[:, -1], dim=-1).numpy()
+        return torch.nn.functional.normalize(hidden_BTD[:, -1].float(), dim=-1).numpy()
 
     @torch.inference_mode()
     def write(rows: Sequence[Row], tokens: int) -> Any:
@@ -56,6 +57,48 @@ def transformers_contender(checkpoint: Path, threads: int) -> Contender:
         )
 
     return Contender(prefill, write)
+
+
+def openvino_contender(checkpoint: Path, threads: int) -> Contender:
+    """Run the language model by OpenVINO, its weights compressed to 8 bits by NNCF's defaults; it only prefills."""
+    import nncf
+    import openvino
+
+    model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="float32", attn_implementation="sdpa")
+    example = {
+        "input_ids": torch.ones((2, 8), dtype=torch.long),
+        "attention_mask": torch.ones((2, 8), dtype=torch.long),
+    }
+    converted = openvino.convert_model(LastState(model.model.eval()), example_input=example)
+    compiled = openvino.Core().compile_model(
+        nncf.compress_weights(converted), "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    )
+
+    def prefill(rows: Sequence[Row]) -> Any:
+        batch = collate(rows, 0)
+        return compiled({"input_ids": batch.token_ids_BT, "attention_mask": batch.mask_BT})[0]
+
+    return Contender(prefill, None)
+
+
+class LastState(torch.nn.Module):
+    """Token ids and mask, both (B, T), to embeddings (B, D)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Embed prompts of one length each."""
+        hidden_BTD = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return torch.nn.functional.normalize(hidden_BTD[:, -1], dim=-1)
+
+
+PEERS: dict[str, Callable[[Path, int], Contender]] = {
+    BASELINE: transformers_contender,
+    "transformers bfloat16": partial(transformers_contender, dtype="bfloat16"),
+    "openvino 8-bit weights": openvino_contender,
+}
 
 
 def bundle_contender(embedder: Embedder) -> Contender:
@@ -105,12 +148,14 @@ def measure(
             rows = make_rows(batch, step)
             for name, contender in contenders.items():
                 report(f"round {step} of {rounds}, batch {batch}: {name}")
-                prefill = _timed(contender.prefill, rows)
-                whole = _timed(contender.write, rows, written)
+                found = {f"prefill x{batch}": _timed(contender.prefill, rows)}
+                if contender.write is not None:
+                    whole = _timed(contender.write, rows, written)
+                    found[f"prefill and {written} tokens x{batch}"] = whole
+                    found[f"token x{batch}"] = (whole - found[f"prefill x{batch}"]) / written
                 if step:
-                    seconds[name].setdefault(f"prefill x{batch}", []).append(prefill)
-                    seconds[name].setdefault(f"prefill and {written} tokens x{batch}", []).append(whole)
-                    seconds[name].setdefault(f"token x{batch}", []).append((whole - prefill) / written)
+                    for what, value in found.items():
+                        seconds[name].setdefault(what, []).append(value)
     return {
         name: {what: statistics.median(times) for what, times in figures.items()} for name, figures in seconds.items()
     }
@@ -126,6 +171,7 @@ def compare(
     checkpoint: Path,
     bundles: Sequence[Path],
     *,
+    others: Sequence[str],
     tokens: int,
     batches: Sequence[int],
     written: int,
@@ -136,7 +182,7 @@ def compare(
     """Measure a checkpoint and its bundles; ratios say how many times less than transformers a bundle takes."""
     embedders = {folder.name: Embedder.of_bundle(Bundle.open(folder), threads=threads) for folder in bundles}
     first = next(iter(embedders.values()))
-    contenders = {BASELINE: transformers_contender(checkpoint, threads)}
+    contenders = {name: PEERS[name](checkpoint, threads) for name in (BASELINE, *others)}
     contenders |= {name: bundle_contender(embedder) for name, embedder in embedders.items()}
     rows = prompts(first, 1, tokens, seed=0)
     expected_BD = contenders[BASELINE].prefill(rows)
