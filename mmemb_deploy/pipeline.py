@@ -76,12 +76,11 @@ class Pipeline:
         waiting: Waiting = []
         for batch in self._batches(items, batch_size):
             cache = self._embed(batch)
-            for place, item in enumerate(batch):
-                if item.given is not None or quota is not None or policy.wants(item.score):
-                    waiting.append((item, cache.take([place])))
             if quota is not None:
-                waiting = _best(waiting, quota)
+                held = ((item, cache.take([place])) for place, item in enumerate(batch))  # to be let go one by one
+                waiting = _best([*waiting, *held], quota)
             else:
+                waiting += _chosen(batch, cache, policy)
                 while len(waiting) >= batch_size:
                     self._reason(waiting[:batch_size], max_rationale_tokens)
                     waiting = waiting[batch_size:]
@@ -153,6 +152,15 @@ class Pipeline:
                 f"reasoning_rate would hold {needed / 2**20:.0f} MiB of KV caches for {quota} inputs, above the "
                 f"bundle's {self._limits.cache_bytes / 2**20:.0f} MiB: pass fewer inputs, or a threshold"
             )
+
+
+def _chosen(batch: Sequence[Item], cache: Cache, policy: Policy) -> Waiting:
+    """Return the items that reason; where some do not, their caches are not kept."""
+    places = [place for place, item in enumerate(batch) if item.given is not None or policy.wants(item.score)]
+    if not places:
+        return []
+    kept = cache if len(places) == len(batch) else cache.take(places)
+    return list(zip((batch[place] for place in places), kept.split(), strict=True))
 
 
 def _best(waiting: Waiting, quota: int) -> Waiting:

@@ -24,7 +24,7 @@ def measure_startup(bundle: Path | None, runs: int) -> dict[str, float]:
 
 
 def _median_seconds(code: str, runs: int) -> float:
-    return statistics.median([run_fresh(code) for _ in range(runs + 1)][1:])
+    return statistics.median([float(run_fresh(code)) for _ in range(runs + 1)][1:])
 
 
 def run_fresh(code: str) -> Any:

@@ -68,6 +68,14 @@ class EmbedderConfig(GraphConfig):
 class GeneratorConfig(GraphConfig):
     """New tokens after a KV cache to logits, embeddings and the longer cache."""
 
+    SUPPORTS_PAST = True
+
+    def __init__(self, config: Any, task: str, *, use_past: bool, **options: Any) -> None:
+        """Describe the graph of a config. Raises ValueError without `use_past`: it always continues a cache."""
+        if not use_past:
+            raise ValueError(f"use_past is {use_past}: the generator continues a KV cache, ask for {task}-with-past")
+        super().__init__(config, task, **options)
+
     def examples(self) -> tuple[dict[str, Tensor], Axes]:
         """Return the inputs of `abi.GENERATOR`."""
         return generator_inputs(self._config)

@@ -7,8 +7,8 @@ E head size, A the three rotary axes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -25,17 +25,32 @@ HEADS = 8  # prompts' heads whose caches are remembered
 
 
 class FusedGraph(Protocol):
-    """A session that can also leave outputs where it made them, and write into given memory."""
+    """A session that can also be bound to memory that it reads and writes again and again."""
 
-    def run_in_place(
-        self, inputs: dict[str, NDArray[Any]], outputs: Sequence[str], buffers: dict[str, NDArray[Any]]
-    ) -> dict[str, NDArray[Any]]:
-        """Run once, write the outputs of `buffers` there, and return `outputs`."""
-        ...
-
-    def run(self, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run once and return all outputs."""
         ...
+
+    def bind(self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+        """Return what runs once over these arrays, as they are then, and leaves all outputs in theirs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """New tokens of some rows, bound to the buffers of their cache. Outputs live until the next run."""
+
+    start: Callable[[], None]
+    inputs: Mapping[str, NDArray[Any]]
+    outputs: Mapping[str, NDArray[Any]]
+
+    def run(self, token_ids_BT: Ints, next_position_B: Ints, lengths_B: Ints) -> tuple[Floats, Floats]:
+        """Run tokens that follow at `next_position_B`, after which rows have `lengths_B`; return embeddings, logits."""
+        self.inputs[abi.TOKEN_IDS][:] = token_ids_BT
+        self.inputs[abi.POSITION_IDS][:] = next_position_B[:, None] + np.arange(token_ids_BT.shape[1])
+        self.inputs[abi.LENGTHS][:] = lengths_B
+        self.start()
+        return self.outputs[abi.EMBEDDING].copy(), self.outputs[abi.LOGITS]
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,7 @@ class BufferCache:
     tensors: tuple[NDArray[Any], ...]
     lengths_B: Ints  # tokens of each row, from the start of its buffer
     next_position_B: Ints  # rotary position of the token that follows each row
+    step: Step | None = None  # what runs one more token of every row, once one has
 
     def __len__(self) -> int:
         return len(self.lengths_B)
@@ -56,6 +72,17 @@ class BufferCache:
         return BufferCache(
             tuple(tensor[rows, :, :room] for tensor in self.tensors), lengths_B, self.next_position_B[rows]
         )
+
+    def split(self) -> list[BufferCache]:
+        """Return a view of every row, without room."""
+        return [
+            BufferCache(
+                tuple(tensor[row : row + 1, :, :length] for tensor in self.tensors),
+                self.lengths_B[row : row + 1],
+                self.next_position_B[row : row + 1],
+            )
+            for row, length in enumerate(self.lengths_B.tolist())
+        ]
 
 
 class FusedDecoder:
@@ -136,37 +163,36 @@ class FusedDecoder:
 
     def extend(self, cache: BufferCache, token_ids_BT: Ints, lengths_B: Ints) -> Extended[BufferCache]:
         """Run new tokens: single ones of all rows together, several row by row, which is what the attention takes."""
-        if token_ids_BT.shape[1] == 1:
-            outputs = self._run(cache, slice(None), token_ids_BT)
-        else:
-            parts = [
-                self._run(cache, slice(row, row + 1), token_ids_BT[row : row + 1, :new])
-                for row, new in enumerate(lengths_B.tolist())
-            ]
-            outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         grown = BufferCache(cache.tensors, cache.lengths_B + lengths_B, cache.next_position_B + lengths_B)
-        return Extended(outputs[abi.EMBEDDING], outputs[abi.LOGITS], grown)
+        if token_ids_BT.shape[1] == 1:
+            step = cache.step or self._step(cache.tensors, len(cache), 1)
+            embeddings_BD, logits_BW = step.run(token_ids_BT, cache.next_position_B, grown.lengths_B)
+            return Extended(embeddings_BD, logits_BW, replace(grown, step=step))
+        made = []
+        for row, new in enumerate(lengths_B.tolist()):
+            one = slice(row, row + 1)
+            step = self._step(tuple(tensor[one] for tensor in cache.tensors), 1, new)
+            made.append(step.run(token_ids_BT[one, :new], cache.next_position_B[one], grown.lengths_B[one]))
+        embeddings, logits = zip(*made, strict=True)
+        return Extended(np.concatenate(embeddings), np.concatenate(logits), grown)
 
-    def _run(self, cache: BufferCache, rows: slice, token_ids_BT: Ints) -> dict[str, NDArray[Any]]:
-        tensors = [tensor[rows] for tensor in cache.tensors]
-        new = token_ids_BT.shape[1]
-        positions_BT = cache.next_position_B[rows, None] + np.arange(new)
+    def _step(self, tensors: Sequence[NDArray[Any]], rows: int, new: int) -> Step:
         assert self._generator is not None
-        return self._generator.run_in_place(
-            {
-                abi.TOKEN_IDS: token_ids_BT,
-                abi.POSITION_IDS: np.broadcast_to(positions_BT, (3, *positions_BT.shape)),
-                abi.LENGTHS: cache.lengths_B[rows] + new,
-                abi.LAST: np.full(len(token_ids_BT), new - 1, np.int64),
-                **self._no_visuals(token_ids_BT),
-                **dict(zip(self._past, tensors, strict=True)),
-            },
-            (abi.EMBEDDING, abi.LOGITS),
-            dict(zip(self._present, tensors, strict=True)),
-        )
-
-    def _no_visuals(self, token_ids_BT: Ints) -> dict[str, NDArray[Any]]:
-        return {abi.VISUAL_INDEX: np.zeros_like(token_ids_BT), **self._zero_row}
+        inputs: dict[str, NDArray[Any]] = {
+            abi.TOKEN_IDS: np.zeros((rows, new), np.int64),
+            abi.POSITION_IDS: np.zeros((3, rows, new), np.int64),
+            abi.LENGTHS: np.zeros(rows, np.int64),
+            abi.LAST: np.full(rows, new - 1, np.int64),
+            abi.VISUAL_INDEX: np.zeros((rows, new), np.int64),
+            **self._zero_row,
+            **dict(zip(self._past, tensors, strict=True)),
+        }
+        outputs: dict[str, NDArray[Any]] = {
+            abi.EMBEDDING: np.empty((rows, self._model.hidden_size), np.float32),
+            abi.LOGITS: np.empty((rows, self._model.vocabulary_size), np.float32),
+            **dict(zip(self._present, tensors, strict=True)),
+        }
+        return Step(self._generator.bind(inputs, outputs), inputs, outputs)
 
     @cached_property
     def _zero_row(self) -> dict[str, NDArray[Any]]:
@@ -174,5 +200,5 @@ class FusedDecoder:
         row_1D = np.zeros((1, self._model.hidden_size), np.float32)
         return {
             abi.VISUAL_TOKENS: row_1D,
-            abi.DEEPSTACK: np.broadcast_to(row_1D, (self._model.deepstack_levels, *row_1D.shape)),
+            abi.DEEPSTACK: np.zeros((self._model.deepstack_levels, *row_1D.shape), np.float32),
         }

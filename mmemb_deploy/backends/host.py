@@ -40,6 +40,17 @@ class HostCache:
         tensors = tuple(tensor[rows, :, :used] for tensor in self.tensors)
         return HostCache(tensors, mask_BK[:, :used], self.next_position_B[rows])
 
+    def split(self) -> list[HostCache]:
+        """Return a view of every row, without its padding."""
+        return [
+            HostCache(
+                tuple(tensor[row : row + 1, :, :used] for tensor in self.tensors),
+                self.mask_BK[row : row + 1, :used],
+                self.next_position_B[row : row + 1],
+            )
+            for row, used in enumerate((self.mask_BK.shape[1] - self.mask_BK[:, ::-1].argmax(axis=1)).tolist())
+        ]
+
     def padded(self, length: int) -> HostCache:
         """Return the cache with masked tokens up to `length`."""
         extra = length - self.mask_BK.shape[1]

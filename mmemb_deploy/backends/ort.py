@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from mmemb_deploy import abi
@@ -38,7 +37,7 @@ class OnnxRuntime:
     def load(self, bundle: Bundle) -> Engine:
         """Load every graph; raises BackendError if ONNX Runtime refuses one."""
         graphs = bundle.manifest.graphs
-        files = {facts.file: self._open(bundle.folder / facts.file) for facts in graphs.values()}
+        files = {file: self._open(bundle.folder / file) for file in {facts.file for facts in graphs.values()}}
         sessions = {name: OrtSession(facts.file, files[facts.file]) for name, facts in graphs.items()}
         decoder = self._decoder(bundle.manifest, sessions[abi.EMBEDDER], sessions.get(abi.GENERATOR))
         return Engine(self.name, sessions[abi.VISION], decoder, sessions.get(abi.GATE))
@@ -73,25 +72,26 @@ class OrtSession:
             raise BackendError(f"ONNX Runtime failed in {self._name}: {error}") from error
         return dict(zip(self._outputs, values, strict=True))
 
-    def run_in_place(
-        self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str], buffers: Mapping[str, NDArray[Any]]
-    ) -> dict[str, NDArray[Any]]:
-        """Run the graph once, on the inputs it declares; write the outputs of `buffers` there, and return `outputs`."""
+    def bind(self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+        """Return what runs the graph once over these arrays, as they are then, and leaves its outputs in theirs.
+
+        Arrays are contiguous. Inputs that the graph does not declare and outputs that it does not make are left out.
+        """
         binding = self._session.io_binding()
+        held = [*inputs.values(), *outputs.values()]  # the binding knows their addresses alone
         for name in self._inputs:
-            binding.bind_ortvalue_input(name, _on_host(inputs[name]))
-        for name, buffer in buffers.items():
-            binding.bind_ortvalue_output(name, _on_host(buffer))
-        for name in outputs:
-            binding.bind_output(name)
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in {self._name}: {error}") from error
-        made = dict(zip([*buffers, *outputs], binding.get_outputs(), strict=True))
-        return {name: made[name].numpy() for name in outputs}
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(inputs[name]))
+        for name in self._outputs:
+            if name in outputs:
+                binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(outputs[name]))
+            else:
+                binding.bind_output(name)
 
+        def run() -> None:
+            assert held
+            try:
+                self._session.run_with_iobinding(binding)
+            except Exception as error:
+                raise BackendError(f"ONNX Runtime failed in {self._name}: {error}") from error
 
-def _on_host(array: NDArray[Any]) -> Any:
-    """Return a view of an array that is contiguous, or of a copy that is."""
-    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        return run

@@ -84,6 +84,10 @@ class DeviceCache:
             place += count
         return replace(taken, mask_BR=mask_BR[:, :slots], filled=min(self.filled, slots))
 
+    def split(self) -> list[DeviceCache]:
+        """Return a copy of every row."""
+        return [self.take([row]) for row in range(len(self))]
+
     def copy_rows(self, place: int, source: DeviceCache, row: int, count: int) -> None:
         """Copy `count` rows of another cache, from `row` on, to the rows from `place` on."""
         size = self.layout.head_bytes

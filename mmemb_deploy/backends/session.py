@@ -36,6 +36,10 @@ class Cache(Protocol):
         """Return a copy of some rows, without the padding that none of them needs."""
         ...
 
+    def split(self) -> Sequence[Self]:
+        """Return every row as a cache of its own; they may share this one's memory."""
+        ...
+
 
 C = TypeVar("C", bound=Cache)
 
