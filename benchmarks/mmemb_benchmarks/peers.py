@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText
 
 from mmemb_deploy.bundle import Bundle
 from mmemb_deploy.embedder import Embedder
+from mmemb_deploy.errors import MissingExtraError
 from mmemb_deploy.inputs import parse
 from mmemb_deploy.rows import Row, collate
 
@@ -62,9 +63,15 @@ def transformers_contender(checkpoint: Path, threads: int, dtype: str = "float32
 
 
 def openvino_contender(checkpoint: Path, threads: int) -> Contender:
-    """Run the language model by OpenVINO, its weights compressed to 8 bits by NNCF's defaults; it only prefills."""
-    import nncf
-    import openvino
+    """Run the language model by OpenVINO, its weights compressed to 8 bits by NNCF's defaults; it only prefills.
+
+    Raises MissingExtraError without them.
+    """
+    try:
+        import nncf  # pyright: ignore[reportMissingImports]
+        import openvino  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "openvino", "peers") from error
 
     model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="float32", attn_implementation="sdpa")
     example = {

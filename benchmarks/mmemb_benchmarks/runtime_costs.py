@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +47,7 @@ with torch.inference_mode():
 
 
 @contextmanager
-def graph_seconds() -> Iterator[list[float]]:
+def graph_seconds() -> Generator[list[float]]:
     """Collect the seconds of every run of a graph in ONNX Runtime."""
     spent: list[float] = []
     session: Any = onnxruntime.InferenceSession

@@ -20,7 +20,7 @@ from mmemb_deploy import abi
 from mmemb_export.graphs import Axes, embedder_inputs, generator_inputs
 
 BACKEND = "mmemb"
-register = TasksManager.create_register(BACKEND, overwrite_existing=True)
+register: Any = TasksManager.create_register(BACKEND, overwrite_existing=True)  # annotated wrongly there
 
 
 class GraphConfig(ExporterConfig):  # type: ignore[misc]  # optimum is not typed
@@ -28,6 +28,10 @@ class GraphConfig(ExporterConfig):  # type: ignore[misc]  # optimum is not typed
 
     NORMALIZED_CONFIG_CLASS = NormalizedConfig
     ATOL_FOR_VALIDATION = 1e-4
+
+    def __init__(self, config: Any, task: str, **options: Any) -> None:
+        super().__init__(config, task, **options)
+        self.model_config = config
 
     @abstractmethod
     def examples(self) -> tuple[dict[str, Tensor], Axes]:
@@ -55,12 +59,12 @@ class EmbedderConfig(GraphConfig):
 
     def examples(self) -> tuple[dict[str, Tensor], Axes]:
         """Return the inputs of `abi.EMBEDDER`."""
-        return embedder_inputs(self._config)
+        return embedder_inputs(self.model_config)
 
     @property
     def outputs(self) -> Axes:
         """Return the axes that vary, by output."""
-        names = list(abi.present_names(self._config.text_config.num_hidden_layers))
+        names = list(abi.present_names(self.model_config.text_config.num_hidden_layers))
         return {abi.EMBEDDING: {0: "batch"}, abi.STATE: {0: "batch"}, **self.cache_axes(names, "tokens")}
 
 
@@ -78,10 +82,10 @@ class GeneratorConfig(GraphConfig):
 
     def examples(self) -> tuple[dict[str, Tensor], Axes]:
         """Return the inputs of `abi.GENERATOR`."""
-        return generator_inputs(self._config)
+        return generator_inputs(self.model_config)
 
     @property
     def outputs(self) -> Axes:
         """Return the axes that vary, by output."""
-        names = list(abi.present_names(self._config.text_config.num_hidden_layers))
+        names = list(abi.present_names(self.model_config.text_config.num_hidden_layers))
         return {abi.LOGITS: {0: "batch"}, abi.EMBEDDING: {0: "batch"}, **self.cache_axes(names, "all_tokens")}
