@@ -38,7 +38,7 @@ class FusedGraph(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """New tokens of some rows, bound to the buffers of their cache. Outputs live until the next run."""
+    """New tokens of some rows, bound to the buffers of their cache; the next run overwrites the outputs."""
 
     start: Callable[[], None]
     inputs: Mapping[str, NDArray[Any]]
@@ -152,12 +152,13 @@ class FusedDecoder:
         """Return one cache of all rows with room for more."""
         lengths_B = np.concatenate([cache.lengths_B for cache in caches])
         shape = len(lengths_B), self._model.kv_heads, int(lengths_B.max()) + room, self._model.head_dim
-        buffers = tuple(np.zeros(shape, tensor.dtype) for tensor in caches[0].tensors)
+        buffers = tuple(np.empty(shape, tensor.dtype) for tensor in caches[0].tensors)
         start = 0
         for cache in caches:
             end, used = start + len(cache), int(cache.lengths_B.max())
             for buffer, tensor in zip(buffers, cache.tensors, strict=True):
                 buffer[start:end, :, :used] = tensor[:, :, :used]
+                buffer[start:end, :, used:] = 0  # not as np.zeros, whose memory is always new and slow to touch
             start = end
         return BufferCache(buffers, lengths_B, np.concatenate([cache.next_position_B for cache in caches]))
 

@@ -55,7 +55,10 @@ class Prefilled(Generic[C]):
 
 @dataclass(frozen=True)
 class Extended(Generic[C]):
-    """Of every row's last token: the embedding (B, D), L2-normalised, and the logits (B, W); and the longer cache."""
+    """Of every row's last token: the embedding (B, D), L2-normalised, and the logits (B, W); and the longer cache.
+
+    The logits may be overwritten when that cache is extended.
+    """
 
     embeddings_BD: Floats
     logits_BW: Floats
