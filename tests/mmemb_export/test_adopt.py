@@ -178,6 +178,11 @@ def test_a_model_that_is_not_of_this_kind_is_refused(public: Path, tmp_path: Pat
     assert not (tmp_path / "new").exists()
 
 
+def test_a_public_folder_is_told_how_to_become_a_checkpoint(public: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"no mmemb\.json; of a public Qwen3-VL-Embedding, `mmemb train adopt`"):
+        export_bundle(public, tmp_path / "bundle")
+
+
 def test_a_video_comes_before_an_image(bundle: Path) -> None:
     embedder = Embedder.load(bundle)
     encoder = embedder.encoder

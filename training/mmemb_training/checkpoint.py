@@ -155,7 +155,8 @@ def outline_checkpoint(folder: Path, *, dtype: str = "float32") -> Checkpoint:
 def _read_facts(folder: Path) -> CheckpointFacts:
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json", VIDEO_PROCESSOR, FACTS):
         if not (folder / name).is_file():
-            raise OptionError(f"{folder} is not an MMEmb-R1 checkpoint: it has no {name}")
+            hint = "; of a public Qwen3-VL-Embedding, `mmemb train adopt` makes one" if name == FACTS else ""
+            raise OptionError(f"{folder} is not an MMEmb-R1 checkpoint: it has no {name}{hint}")
     try:
         return CheckpointFacts.model_validate_json((folder / FACTS).read_text())
     except ValidationError as error:
