@@ -141,12 +141,13 @@ def runtime(
     from mmemb_deploy.embedder import Embedder
 
     folder = bundle or NANO
-    with Console(stderr=True).status("loading") as status:
-        found = measure_loading(folder, checkpoint, threads=threads, runs=3)
-        found |= measure_runtime(
-            Embedder.load(folder, threads=threads), words(tokens, batch), written=written, rounds=rounds,
-            report=status.update,
-        )  # fmt: skip
+    notes = Console(stderr=True)  # no spinner: its thread would take turns with what is timed
+    notes.print("loading")
+    found = measure_loading(folder, checkpoint, threads=threads, runs=3)
+    found |= measure_runtime(
+        Embedder.load(folder, threads=threads), words(tokens, batch), written=written, rounds=rounds,
+        report=notes.print,
+    )  # fmt: skip
     if as_json:
         print(json.dumps(found))
         return
