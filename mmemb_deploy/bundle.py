@@ -74,6 +74,11 @@ class GraphFacts(_Part):
     outputs: tuple[TensorFacts, ...]
     kept: tuple[str, ...] = ()  # weights in float32 although `precision` is coarser, since they lose most
 
+    @property
+    def fused(self) -> bool:
+        """Whether it is in ONNX Runtime's own operators, whose attention reads the rows' lengths and not a mask."""
+        return any(tensor.name == abi.LENGTHS for tensor in self.inputs)
+
 
 class CurvePoint(_Part):
     """What one gate threshold gives on the calibration pairs."""

@@ -40,10 +40,14 @@ def cuda_works() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu_items and not cuda_works():
-        for item in gpu_items:
-            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU with a working driver"))
+    there = cuda_works()
+    missing = pytest.mark.skip(reason="no NVIDIA GPU with a working driver")
+    present = pytest.mark.skip(reason="there is a GPU")
+    for item in items:
+        if not there and item.get_closest_marker("gpu"):
+            item.add_marker(missing)
+        if there and item.get_closest_marker("no_gpu"):
+            item.add_marker(present)
 
 
 MakeCheckpoint = Callable[[Path, dict[str, Any], dict[str, Any]], Path]
@@ -161,13 +165,31 @@ def answer(body: dict[str, Any], *messages: dict[str, Any]) -> tuple[int, Any]:
     return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices}
 
 
+class Together:
+    """A reply that lets so many requests go by together: with fewer in flight, none would ever pass."""
+
+    def __init__(self, requests: int, reply: Reply) -> None:
+        self._gate = threading.Barrier(requests, timeout=20)
+        self._reply, self._lock = reply, threading.Lock()
+        self._flying = self.peak = 0
+
+    def __call__(self, body: dict[str, Any]) -> tuple[int, Any]:
+        with self._lock:
+            self._flying += 1
+            self.peak = max(self.peak, self._flying)
+        self._gate.wait()
+        with self._lock:
+            self._flying -= 1
+        return self._reply(body)
+
+
 class Endpoint(ThreadingHTTPServer):
     """Speaks /v1/chat/completions as `reply` says, and remembers what it was sent."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.reply: Reply = answer
-        self.answer, self.asked = answer, asked
+        self.answer, self.asked, self.together = answer, asked, Together
         self.received: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
 

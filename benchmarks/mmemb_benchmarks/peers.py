@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText
 
+from mmemb_benchmarks.startup import timed
 from mmemb_deploy.bundle import Bundle
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import MissingExtraError
@@ -158,9 +159,9 @@ def measure(
             for name, contender in contenders.items():
                 report(f"round {step} of {rounds}, batch {batch}: {name}")
                 time.sleep(SETTLE)
-                found = {f"prefill x{batch}": _timed(contender.prefill, rows)}
+                found = {f"prefill x{batch}": timed(contender.prefill, rows)[1]}
                 if contender.write is not None:
-                    whole = _timed(contender.write, rows, written)
+                    _, whole = timed(contender.write, rows, written)
                     found[f"prefill and {written} tokens x{batch}"] = whole
                     found[f"token x{batch}"] = (whole - found[f"prefill x{batch}"]) / written
                 if step:
@@ -169,12 +170,6 @@ def measure(
     return {
         name: {what: statistics.median(times) for what, times in figures.items()} for name, figures in seconds.items()
     }
-
-
-def _timed(run: Callable[..., Any], *arguments: Any) -> float:
-    began = time.perf_counter()
-    run(*arguments)
-    return time.perf_counter() - began
 
 
 def compare(

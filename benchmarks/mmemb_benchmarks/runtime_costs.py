@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from mmemb_benchmarks.startup import run_fresh
+from mmemb_benchmarks.startup import run_fresh, timed
 from mmemb_deploy.bundle import Bundle
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.inputs import parse
@@ -97,12 +97,12 @@ def _round(embedder: Embedder, batch: list[str], written: int) -> dict[str, floa
         "overhead never": _overhead(embedder.encode, batch, reasoning="never"),
         "overhead always": _overhead(embedder.encode, batch, **reasons),
     }
-    prefilled, prefill = _timed(fast_path.run, [row])
-    (reasoned,), decode = _timed(generator.generate, [prefilled.cache], written)
+    prefilled, prefill = timed(fast_path.run, [row])
+    (reasoned,), decode = timed(generator.generate, [prefilled.cache], written)
     parts = prefill + decode
-    _, routed = _timed(embedder.encode, batch[:1], **reasons)
-    _, again = _timed(fast_path.run, [row.extended(reasoned.token_ids)])
-    _, whole = _timed(fast_path.run, [replace(row, head=0)])
+    _, routed = timed(embedder.encode, batch[:1], **reasons)
+    _, again = timed(fast_path.run, [row.extended(reasoned.token_ids)])
+    _, whole = timed(fast_path.run, [replace(row, head=0)])
     return found | {
         "prefill, seconds": prefill,
         "decode, seconds": decode,
@@ -134,14 +134,8 @@ def measure_loading(bundle: Path, checkpoint: Path | None, *, threads: int, runs
 
 def _overhead(call: Callable[..., Any], *arguments: Any, **options: Any) -> float:
     with graph_seconds() as spent:
-        _, whole = _timed(call, *arguments, **options)
+        _, whole = timed(call, *arguments, **options)
     return 1 - sum(spent) / whole
-
-
-def _timed(call: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, float]:
-    began = time.perf_counter()
-    result = call(*arguments, **options)
-    return result, time.perf_counter() - began
 
 
 def words(tokens: int, rows: int) -> Callable[[int], list[str]]:

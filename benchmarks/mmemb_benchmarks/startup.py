@@ -6,6 +6,8 @@ import json
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +33,10 @@ def run_fresh(code: str) -> Any:
     """Run a program in a process of its own, and return what its last line says in JSON."""
     finished = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return json.loads(finished.stdout.splitlines()[-1])
+
+
+def timed(call: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, float]:
+    """Call once; return the result and the seconds that it took."""
+    began = time.perf_counter()
+    result = call(*arguments, **options)
+    return result, time.perf_counter() - began

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mmemb_deploy import abi
 from mmemb_deploy.backends.cuda import Cuda, probe
 from mmemb_deploy.backends.engine_files import (
     ENGINES,
@@ -32,7 +31,7 @@ Watch = Callable[[str], Watcher]  # a graph's name to what hears of its build
 def check_portable(bundle: Bundle) -> None:
     """Raise BackendError for a bundle whose graphs are ONNX Runtime's own."""
     for name, graph in bundle.manifest.graphs.items():
-        if any(tensor.name == abi.LENGTHS for tensor in graph.inputs):
+        if graph.fused:
             raise BackendError(
                 f"the graph {name} of {bundle.folder} is fused for ONNX Runtime, and TensorRT cannot read it: "
                 "export the checkpoint again with `mmemb export --form portable`"

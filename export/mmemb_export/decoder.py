@@ -9,15 +9,14 @@ from torch.nn import functional as F
 
 from mmemb_deploy import abi
 from mmemb_training.model import decoder_forward
-from mmemb_training.parts import Part
+from mmemb_training.parts import DecoderPart
 
 
-class Decoder(Part):
+class Decoder(DecoderPart):
     """New tokens, which may show images, after a KV cache, which may be empty; no logits without `lm_head`."""
 
     def __init__(self, language_model: Any, lm_head: nn.Linear | None, *, levels: int) -> None:
-        super().__init__()
-        self.language_model = language_model
+        super().__init__(language_model)
         self.lm_head = lm_head
         past = tuple(abi.past_names(len(language_model.layers)))
         self.levels = levels
@@ -26,11 +25,6 @@ class Decoder(Part):
         self.listed = len(past) + (1 if levels else 0)
         made = (abi.EMBEDDING, abi.STATE) if lm_head is None else (abi.EMBEDDING, abi.STATE, abi.LOGITS)
         self.outputs = (*made, *abi.present_names(len(language_model.layers)))
-
-    @property
-    def weight(self) -> Tensor:
-        found: Tensor = self.language_model.norm.weight
-        return found
 
     def forward(
         self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, last: Tensor, visual_index: Tensor,

@@ -41,7 +41,7 @@ def portable_graphs(outline: Checkpoint) -> list[Graph]:
     mode: FakeTensorMode = outline.model.fake_mode
     with mode:
         config, dtype = outline.model.config, outline.model.dtype
-        gate = {abi.STATE: torch.zeros(ROWS, outline.model.config.text_config.hidden_size)}
+        gate = {abi.STATE: torch.zeros(ROWS, config.text_config.hidden_size)}
         inputs: dict[str, tuple[dict[str, Tensor], Axes]] = {
             abi.VISION: _image_inputs(outline),
             abi.EMBEDDER: embedder_inputs(config),

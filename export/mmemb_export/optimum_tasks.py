@@ -33,6 +33,12 @@ class GraphConfig(ExporterConfig):  # type: ignore[misc]  # optimum is not typed
         super().__init__(config, task, **options)
         self.model_config = config
 
+    made: tuple[str, str]
+    """Outputs with one row for every input; the others are the cache's."""
+
+    cached: str
+    """The axis of the cache's tokens."""
+
     @abstractmethod
     def examples(self) -> tuple[dict[str, Tensor], Axes]:
         """Return inputs by name, and the axes that vary."""
@@ -42,30 +48,29 @@ class GraphConfig(ExporterConfig):  # type: ignore[misc]  # optimum is not typed
         """Return the axes that vary, by input."""
         return self.examples()[1]
 
+    @property
+    def outputs(self) -> Axes:
+        """Return the axes that vary, by output."""
+        present = abi.present_names(self.model_config.text_config.num_hidden_layers)
+        return {name: {0: "batch"} for name in self.made} | {name: {0: "batch", 2: self.cached} for name in present}
+
     def generate_dummy_inputs(self, framework: str = "pt", **shapes: Any) -> dict[str, Tensor]:
         """Return inputs to try the graph with, as torch tensors; their shapes are fixed."""
         if framework != "pt" or shapes:
             raise ValueError(f"dummy inputs are torch tensors of fixed shapes, not {framework!r} with {shapes}")
         return self.examples()[0]
 
-    def cache_axes(self, names: list[str], axis: str) -> Axes:
-        """Return the axes of the keys and values of every layer."""
-        return {name: {0: "batch", 2: axis} for name in names}
-
 
 @register("qwen3_vl", "feature-extraction")
 class EmbedderConfig(GraphConfig):
     """Prompts to embeddings, the gate's input and the KV cache."""
 
+    made = abi.EMBEDDING, abi.STATE
+    cached = "tokens"
+
     def examples(self) -> tuple[dict[str, Tensor], Axes]:
         """Return the inputs of `abi.EMBEDDER`."""
         return embedder_inputs(self.model_config)
-
-    @property
-    def outputs(self) -> Axes:
-        """Return the axes that vary, by output."""
-        names = list(abi.present_names(self.model_config.text_config.num_hidden_layers))
-        return {abi.EMBEDDING: {0: "batch"}, abi.STATE: {0: "batch"}, **self.cache_axes(names, "tokens")}
 
 
 @register("qwen3_vl", "text-generation-with-past")
@@ -73,6 +78,8 @@ class GeneratorConfig(GraphConfig):
     """New tokens after a KV cache to logits, embeddings and the longer cache."""
 
     SUPPORTS_PAST = True
+    made = abi.LOGITS, abi.EMBEDDING
+    cached = "all_tokens"
 
     def __init__(self, config: Any, task: str, *, use_past: bool, **options: Any) -> None:
         """Describe the graph of a config. Raises ValueError without `use_past`: it always continues a cache."""
@@ -83,9 +90,3 @@ class GeneratorConfig(GraphConfig):
     def examples(self) -> tuple[dict[str, Tensor], Axes]:
         """Return the inputs of `abi.GENERATOR`."""
         return generator_inputs(self.model_config)
-
-    @property
-    def outputs(self) -> Axes:
-        """Return the axes that vary, by output."""
-        names = list(abi.present_names(self.model_config.text_config.num_hidden_layers))
-        return {abi.LOGITS: {0: "batch"}, abi.EMBEDDING: {0: "batch"}, **self.cache_axes(names, "all_tokens")}

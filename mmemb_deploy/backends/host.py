@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmemb_deploy import abi
-from mmemb_deploy.backends.session import Extended, Prefilled, Session
+from mmemb_deploy.backends.session import Extended, Prefilled, Session, prompt_inputs
 from mmemb_deploy.preprocess import Floats, Ints
 from mmemb_deploy.rows import Batch
 
@@ -68,16 +68,7 @@ class HostDecoder:
 
     def prefill(self, batch: Batch, visual_tokens_VD: Floats, deepstack_LVD: Floats) -> Prefilled[HostCache]:
         """Run prompts."""
-        outputs = self._embedder.run(
-            {
-                abi.TOKEN_IDS: batch.token_ids_BT,
-                abi.POSITION_IDS: batch.position_ids_3BT,
-                abi.MASK: batch.mask_BT,
-                abi.VISUAL_INDEX: batch.visual_index_BT,
-                abi.VISUAL_TOKENS: visual_tokens_VD,
-                abi.DEEPSTACK: deepstack_LVD,
-            }
-        )
+        outputs = self._embedder.run(prompt_inputs(batch, visual_tokens_VD, deepstack_LVD))
         cache = HostCache(tuple(outputs[name] for name in self._present), batch.mask_BT, batch.next_position_B)
         return Prefilled(outputs[abi.EMBEDDING], outputs[abi.STATE], cache)
 

@@ -44,7 +44,7 @@ class OnnxRuntime:
 
     def _decoder(self, manifest: Manifest, embedder: OrtSession, generator: OrtSession | None) -> Decoder[Any]:
         model = manifest.model
-        if any(tensor.name == abi.LENGTHS for tensor in manifest.graphs[abi.EMBEDDER].inputs):
+        if manifest.graphs[abi.EMBEDDER].fused:
             return FusedDecoder(embedder, generator, model)
         return HostDecoder(embedder, generator, model.layers)
 

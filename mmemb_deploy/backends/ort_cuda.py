@@ -12,7 +12,7 @@ from mmemb_deploy import abi
 from mmemb_deploy.backends.cuda import Cuda, Gpu, probe
 from mmemb_deploy.backends.device import Shape
 from mmemb_deploy.backends.ort import OrtSession
-from mmemb_deploy.backends.resident import VALUE_BYTES, ResidentDecoder
+from mmemb_deploy.backends.resident import ResidentDecoder, value_bytes
 from mmemb_deploy.backends.session import Engine
 from mmemb_deploy.bundle import Bundle, GraphFacts
 from mmemb_deploy.errors import BackendError, MissingExtraError
@@ -35,7 +35,7 @@ class OnnxRuntimeCuda:
     def load(self, bundle: Bundle) -> Engine:
         """Load every graph. Raises BackendError where there is no GPU, or ONNX Runtime does not run a graph on it."""
         facts = bundle.manifest.graphs
-        if any(tensor.name == abi.LENGTHS for tensor in facts[abi.EMBEDDER].inputs):
+        if facts[abi.EMBEDDER].fused:
             raise BackendError(
                 f"{bundle.folder} holds fused graphs, which run on the CPU: export it with --form portable"
             )
@@ -43,12 +43,15 @@ class OnnxRuntimeCuda:
         cuda = Cuda()
         sessions = {name: self._open(bundle.graph(name), gpu, cuda) for name in facts}
         graphs = {name: DeviceGraph(session, facts[name]) for name, session in sessions.items()}
-        cached = next(tensor for tensor in facts[abi.EMBEDDER].outputs if tensor.name in abi.present_names(1))
         return Engine(
             f"onnxruntime {onnxruntime.__version__} {gpu.name}",
             OrtSession(facts[abi.VISION].file, sessions[abi.VISION]),
             ResidentDecoder(
-                cuda, graphs[abi.EMBEDDER], graphs.get(abi.GENERATOR), bundle.manifest.model, VALUE_BYTES[cached.dtype]
+                cuda,
+                graphs[abi.EMBEDDER],
+                graphs.get(abi.GENERATOR),
+                bundle.manifest.model,
+                value_bytes(facts[abi.EMBEDDER]),
             ),
             OrtSession(facts[abi.GATE].file, sessions[abi.GATE]) if abi.GATE in sessions else None,
         )

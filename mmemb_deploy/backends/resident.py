@@ -11,21 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mmemb_deploy import abi
 from mmemb_deploy.backends.device import Device, DeviceEngine, Memory, Plane, Workspace, aligned, run_engine
-from mmemb_deploy.backends.session import Extended, Prefilled
-from mmemb_deploy.bundle import ModelFacts
+from mmemb_deploy.backends.session import Extended, Prefilled, prompt_inputs
+from mmemb_deploy.bundle import GraphFacts, ModelFacts
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.preprocess import Floats, Ints
 from mmemb_deploy.rows import Batch
 
 BUCKET = 64  # slots come in multiples of it, so that batches of about one length share their shapes
 VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a number in a cache, by its type in the manifest
+
+
+def value_bytes(embedder: GraphFacts) -> int:
+    """Return the size of one number in the cache that an embedder graph leaves."""
+    cached = next(tensor for tensor in embedder.outputs if tensor.name in abi.present_names(1))
+    return VALUE_BYTES[cached.dtype]
 
 
 @dataclass(frozen=True)
@@ -124,14 +128,7 @@ class ResidentDecoder:
 
     def prefill(self, batch: Batch, visual_tokens_VD: Floats, deepstack_LVD: Floats) -> Prefilled[DeviceCache]:
         """Run prompts."""
-        arrays: dict[str, NDArray[Any]] = {
-            abi.TOKEN_IDS: batch.token_ids_BT,
-            abi.POSITION_IDS: batch.position_ids_3BT,
-            abi.MASK: batch.mask_BT,
-            abi.VISUAL_INDEX: batch.visual_index_BT,
-            abi.VISUAL_TOKENS: visual_tokens_VD,
-            abi.DEEPSTACK: deepstack_LVD,
-        }
+        arrays = prompt_inputs(batch, visual_tokens_VD, deepstack_LVD)
         rows, tokens = batch.mask_BT.shape
         cache = DeviceCache.empty(self._device, self._layout, tokens, batch.next_position_B)
         shapes, addresses = self._prefill.upload({name: arrays[name] for name in self._embedder.inputs})

@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 from numpy.typing import NDArray
 
+from mmemb_deploy import abi
 from mmemb_deploy.bundle import Bundle
 from mmemb_deploy.preprocess import Floats, Ints
 from mmemb_deploy.rows import Batch
@@ -97,3 +98,15 @@ class Backend(Protocol):
     def load(self, bundle: Bundle) -> Engine:
         """Load every graph; raises BackendError if the engine refuses one."""
         ...
+
+
+def prompt_inputs(batch: Batch, visual_tokens_VD: Floats, deepstack_LVD: Floats) -> dict[str, NDArray[Any]]:
+    """Return what a portable embedder graph reads of a batch of prompts, by the names of the ABI."""
+    return {
+        abi.TOKEN_IDS: batch.token_ids_BT,
+        abi.POSITION_IDS: batch.position_ids_3BT,
+        abi.MASK: batch.mask_BT,
+        abi.VISUAL_INDEX: batch.visual_index_BT,
+        abi.VISUAL_TOKENS: visual_tokens_VD,
+        abi.DEEPSTACK: deepstack_LVD,
+    }

@@ -15,7 +15,7 @@ from mmemb_deploy import abi
 from mmemb_deploy.backends.cuda import Cuda, Gpu, Graph, probe
 from mmemb_deploy.backends.device import Shape, Workspace, run_engine
 from mmemb_deploy.backends.engine_files import EngineSet, ProfileShapes, find_set, read_engine
-from mmemb_deploy.backends.resident import VALUE_BYTES, ResidentDecoder
+from mmemb_deploy.backends.resident import VALUE_BYTES, ResidentDecoder, value_bytes
 from mmemb_deploy.backends.session import Engine
 from mmemb_deploy.backends.tensorrt_api import Context, Library, LoadedEngine, load_library
 from mmemb_deploy.bundle import Bundle, Manifest
@@ -48,10 +48,13 @@ class TensorRT:
         cuda = Cuda()
         facts = bundle.manifest.graphs
         graphs = {name: self._graph(bundle, library, found, cuda, name) for name in facts}
-        cached = next(tensor for tensor in facts[abi.EMBEDDER].outputs if tensor.name in abi.present_names(1))
         gate = graphs.get(abi.GATE)
         decoder = ResidentDecoder(
-            cuda, graphs[abi.EMBEDDER], graphs.get(abi.GENERATOR), bundle.manifest.model, VALUE_BYTES[cached.dtype]
+            cuda,
+            graphs[abi.EMBEDDER],
+            graphs.get(abi.GENERATOR),
+            bundle.manifest.model,
+            value_bytes(facts[abi.EMBEDDER]),
         )
         return Engine(
             f"{self._flavour} {library.version} {gpu.name}",

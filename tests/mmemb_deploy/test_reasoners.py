@@ -186,25 +186,11 @@ def test_a_caller_s_rationale_and_a_document_ask_nothing(
 
 
 def test_as_many_rows_are_asked_together_as_allowed_and_no_more(served: MakeEmbedder, endpoint: Any) -> None:
-    together = threading.Barrier(3, timeout=20)  # lets requests go by threes: fewer at a time would never pass
-    lock, flying, peak = threading.Lock(), 0, 0
-
-    def reply(body: dict[str, Any]) -> tuple[int, Any]:
-        nonlocal flying, peak
-        with lock:
-            flying += 1
-            peak = max(peak, flying)
-        together.wait()
-        with lock:
-            flying -= 1
-        said: tuple[int, Any] = endpoint.answer(body, {"content": endpoint.asked(body)})
-        return said
-
-    endpoint.reply = reply
+    endpoint.reply = endpoint.together(3, lambda body: endpoint.answer(body, {"content": endpoint.asked(body)}))
     texts = [f"t{place}" for place in range(6)]
     _, details = detailed(served(concurrency=3), texts, reasoning="always")
     assert [one.rationale for one in details] == texts
-    assert peak == 3
+    assert endpoint.reply.peak == 3
 
 
 @pytest.mark.parametrize(

@@ -53,14 +53,6 @@ class Driver:
         return call
 
 
-def has_gpu() -> bool:
-    try:
-        probe()
-    except BackendError:
-        return False
-    return True
-
-
 def test_a_gpu_is_named_with_its_compute_capability() -> None:
     assert probe(lambda _: Driver()) == Gpu("NVIDIA H100 80GB HBM3", "sm90")
 
@@ -79,14 +71,14 @@ def test_a_driver_without_a_gpu_is_told_from_none(function: str, status: int) ->
         probe(lambda _: Driver(**{function: status}))
 
 
-@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+@pytest.mark.no_gpu
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 def test_a_machine_without_a_gpu_gets_an_error_and_not_a_crash(backend: str) -> None:
     with pytest.raises(BackendError, match="NVIDIA driver"):
         Embedder.load(backend=backend)
 
 
-@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+@pytest.mark.no_gpu
 def test_the_cuda_runtime_says_why_it_does_not_start() -> None:
     pytest.importorskip("cuda.bindings", reason="needs cuda-bindings: pip install 'mmemb-deploy[rtx]'")
     with pytest.raises(BackendError, match=r"cudaSetDevice failed: .*\(CUDA error \d+\)"):

@@ -15,7 +15,6 @@ import typer
 from typer.testing import CliRunner
 
 from mmemb_deploy import abi
-from mmemb_deploy.backends.cuda import probe
 from mmemb_deploy.backends.engine_files import ENGINES, EngineSet, find_set, read_engine, read_sets, write_set
 from mmemb_deploy.backends.tensorrt_api import TENSORRT, TENSORRT_RTX, Library, Network, Watcher
 from mmemb_deploy.bundle import Bundle, GraphFacts, Parity, TensorFacts
@@ -33,14 +32,6 @@ TARGETS = ("sm80", "sm86", "sm89", "sm120")  # of those with float32 matrix prod
 
 def silent(_: str) -> Watcher:
     return Silent()
-
-
-def has_gpu() -> bool:
-    try:
-        probe()
-    except BackendError:
-        return False
-    return True
 
 
 @pytest.fixture
@@ -192,7 +183,7 @@ def test_targets_are_for_the_flavour_that_can_build_ahead_of_time(bundle: Bundle
     assert rtx.version.startswith("1.")
 
 
-@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+@pytest.mark.no_gpu
 @pytest.mark.parametrize("flavour", [TENSORRT, TENSORRT_RTX])
 def test_without_a_gpu_and_targets_the_missing_driver_is_said(bundle: Bundle, flavour: str) -> None:
     with pytest.raises(BackendError, match="NVIDIA driver"):

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,24 +73,10 @@ def test_reasoning_and_conclusion_are_one_rationale_whatever_the_server_parses(
 
 
 def test_as_many_requests_are_in_flight_as_allowed_and_no_more(endpoint: Any) -> None:
-    together = threading.Barrier(3, timeout=20)  # lets requests go by threes: fewer at a time would never pass
-    lock, flying, peak = threading.Lock(), 0, 0
-
-    def reply(body: dict[str, Any]) -> tuple[int, Any]:
-        nonlocal flying, peak
-        with lock:
-            flying += 1
-            peak = max(peak, flying)
-        together.wait()
-        with lock:
-            flying -= 1
-        said: tuple[int, Any] = endpoint.answer(body)
-        return said
-
-    endpoint.reply = reply
+    endpoint.reply = endpoint.together(3, endpoint.answer)
     written = endpoint.worker(concurrency=3).write(ask(12))
     assert [one.rationales[0] for one in written] == [f"0: question {place}" for place in range(12)]
-    assert peak == 3
+    assert endpoint.reply.peak == 3
 
 
 def test_a_busy_or_failing_server_is_asked_again(endpoint: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.prompts import PromptEncoder, PromptFormat
-from mmemb_training.checkpoint import FACTS, VIDEO_PROCESSOR, CheckpointFacts
+from mmemb_deploy.prompts import PromptEncoder
+from mmemb_training.checkpoint import FACTS, FILES, CheckpointFacts
+from mmemb_training.prepare import PROMPT as START
 
-INSTRUCTION = "Represent the user's input."
-PROMPT = PromptFormat(INSTRUCTION, INSTRUCTION, INSTRUCTION, layout="qwen3-vl-embedding")
+PROMPT = replace(START, layout="qwen3-vl-embedding")
 MIN_VISUAL_TOKENS, MAX_VISUAL_TOKENS = 4, 1800  # of an image
 SMALLEST_DIM = 64
 OWN = (FACTS, "preprocessor_config.json")  # files of a checkpoint that are written, not linked
@@ -33,7 +34,7 @@ def adopt(source: Path, folder: Path) -> CheckpointFacts:
     """
     if folder.exists():
         raise OptionError(f"{folder} exists: choose another folder")
-    for name in ("config.json", "tokenizer.json", "preprocessor_config.json", VIDEO_PROCESSOR):
+    for name in FILES:
         if not (source / name).is_file():
             raise OptionError(f"{source} is not a Qwen3-VL-Embedding: it has no {name}")
     config: Any = AutoConfig.from_pretrained(source)

@@ -37,6 +37,7 @@ CHAT_TEMPLATE = (
 )
 FACTS = "mmemb.json"
 VIDEO_PROCESSOR = "video_preprocessor_config.json"
+FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", VIDEO_PROCESSOR)  # of every Qwen3-VL, but weights
 
 
 class CheckpointFacts(BaseModel):
@@ -153,7 +154,7 @@ def outline_checkpoint(folder: Path, *, dtype: str = "float32") -> Checkpoint:
 
 
 def _read_facts(folder: Path) -> CheckpointFacts:
-    for name in ("config.json", "tokenizer.json", "preprocessor_config.json", VIDEO_PROCESSOR, FACTS):
+    for name in (*FILES, FACTS):
         if not (folder / name).is_file():
             hint = "; of a public Qwen3-VL-Embedding, `mmemb train adopt` makes one" if name == FACTS else ""
             raise OptionError(f"{folder} is not an MMEmb-R1 checkpoint: it has no {name}{hint}")

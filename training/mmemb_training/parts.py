@@ -56,20 +56,27 @@ class Vision(Part):
         return (tokens_NMD.float(), deepstack_LNMD.float())[: len(self.outputs)]
 
 
-class Prefill(Part):
-    """Prompts to their direct embeddings, the gate's input and the KV cache."""
+class DecoderPart(Part):
+    """A part that holds the language model, under the one name by which graphs share its weights."""
 
-    def __init__(self, language_model: Any, *, levels: int) -> None:
+    def __init__(self, language_model: Any) -> None:
         super().__init__()
         self.language_model = language_model
-        text = abi.TOKEN_IDS, abi.POSITION_IDS, abi.MASK, abi.VISUAL_INDEX, abi.VISUAL_TOKENS
-        self.inputs = (*text, abi.DEEPSTACK) if levels else text
-        self.outputs = abi.EMBEDDING, abi.STATE, *abi.present_names(len(language_model.layers))
 
     @property
     def weight(self) -> Tensor:
         found: Tensor = self.language_model.norm.weight
         return found
+
+
+class Prefill(DecoderPart):
+    """Prompts to their direct embeddings, the gate's input and the KV cache."""
+
+    def __init__(self, language_model: Any, *, levels: int) -> None:
+        super().__init__(language_model)
+        text = abi.TOKEN_IDS, abi.POSITION_IDS, abi.MASK, abi.VISUAL_INDEX, abi.VISUAL_TOKENS
+        self.inputs = (*text, abi.DEEPSTACK) if levels else text
+        self.outputs = abi.EMBEDDING, abi.STATE, *abi.present_names(len(language_model.layers))
 
     def forward(
         self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, visual_index: Tensor, visual_tokens: Tensor,
@@ -85,22 +92,16 @@ class Prefill(Part):
         return F.normalize(state_BD, dim=-1), state_BD, *(tensor for layer in cache for tensor in layer)
 
 
-class Decode(Part):
+class Decode(DecoderPart):
     """New tokens after a KV cache to logits, embeddings and the longer cache."""
 
     def __init__(self, language_model: Any, lm_head: nn.Linear) -> None:
-        super().__init__()
-        self.language_model = language_model
+        super().__init__(language_model)
         self.lm_head = lm_head
         past = tuple(abi.past_names(len(language_model.layers)))
         self.inputs = abi.TOKEN_IDS, abi.POSITION_IDS, abi.MASK, *past
         self.listed = len(past)
         self.outputs = abi.LOGITS, abi.EMBEDDING, *abi.present_names(len(language_model.layers))
-
-    @property
-    def weight(self) -> Tensor:
-        found: Tensor = self.language_model.norm.weight
-        return found
 
     def forward(self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
         layers = list(zip(past[::2], past[1::2], strict=True))
