@@ -59,9 +59,12 @@ class Generator:
 
         Any marker that is chosen closes the rationale, as `</think>` does.
         """
+        with self._decoder.stack(caches, max_tokens + PATH_MARKERS) as cache:
+            return self._write(cache, max_tokens, choose)
+
+    def _write(self, cache: Any, max_tokens: int, choose: Choose) -> list[Reasoned]:
         end_think, gen_emb = self._markers[END_THINK], self._markers[GEN_EMB]
         finished: dict[int, Reasoned] = {}
-        cache = self._decoder.stack(caches, max_tokens + PATH_MARKERS)
         live = [_Live(place, self._markers[THINK]) for place in range(len(cache))]
         while live:
             fed = [row.token for row in live]
@@ -90,7 +93,8 @@ class Generator:
         paths = [
             [self._markers[THINK], *words, self._markers[END_THINK], self._markers[GEN_EMB]] for words in rationales
         ]
-        step = self._feed(self._decoder.stack(caches, max(map(len, paths))), paths)
+        with self._decoder.stack(caches, max(map(len, paths))) as cache:
+            step = self._feed(cache, paths)
         return [
             Reasoned(embedding_D, list(words), truncated=False)
             for embedding_D, words in zip(step.embeddings_BD, rationales, strict=True)

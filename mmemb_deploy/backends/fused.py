@@ -7,7 +7,9 @@ E head size, A the three rotary axes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -94,6 +96,9 @@ class FusedDecoder:
         self._past = tuple(abi.past_names(model.layers))
         self._present = tuple(abi.present_names(model.layers))
         self._heads: dict[bytes, tuple[NDArray[Any], ...]] = {}  # of prompts, by their token ids
+        self._spare: dict[
+            str, NDArray[np.uint8]
+        ] = {}  # what the last stack left: new memory is slow to touch
 
     def prefill(self, batch: Batch, visual_tokens_VD: Floats, deepstack_LVD: Floats) -> Prefilled[BufferCache]:
         """Run prompts. Padding follows a row's own tokens, which therefore never see it.
@@ -148,19 +153,27 @@ class FusedDecoder:
         nothing = np.zeros((rows, self._model.kv_heads, 0, self._model.head_dim), np.float32)
         return [nothing] * len(self._past)
 
-    def stack(self, caches: Sequence[BufferCache], room: int) -> BufferCache:
-        """Return one cache of all rows with room for more."""
+    @contextmanager
+    def stack(self, caches: Sequence[BufferCache], room: int) -> Generator[BufferCache]:
+        """Give one cache of all rows with room for more."""
         lengths_B = np.concatenate([cache.lengths_B for cache in caches])
+        dtype = caches[0].tensors[0].dtype
         shape = len(lengths_B), self._model.kv_heads, int(lengths_B.max()) + room, self._model.head_dim
-        buffers = tuple(np.empty(shape, tensor.dtype) for tensor in caches[0].tensors)
+        size = math.prod(shape) * dtype.itemsize
+        memory = self._spare.pop("stack", np.empty(0, np.uint8))  # in one step, lest two threads share it
+        if len(memory) < size * len(self._past):
+            memory = np.empty(size * len(self._past), np.uint8)
+        starts = range(0, size * len(self._past), size)
+        buffers = tuple(memory[start : start + size].view(dtype).reshape(shape) for start in starts)
         start = 0
         for cache in caches:
             end, used = start + len(cache), int(cache.lengths_B.max())
             for buffer, tensor in zip(buffers, cache.tensors, strict=True):
                 buffer[start:end, :, :used] = tensor[:, :, :used]
-                buffer[start:end, :, used:] = 0  # not as np.zeros, whose memory is always new and slow to touch
+                buffer[start:end, :, used:] = 0
             start = end
-        return BufferCache(buffers, lengths_B, np.concatenate([cache.next_position_B for cache in caches]))
+        yield BufferCache(buffers, lengths_B, np.concatenate([cache.next_position_B for cache in caches]))
+        self._spare["stack"] = memory
 
     def extend(self, cache: BufferCache, token_ids_BT: Ints, lengths_B: Ints) -> Extended[BufferCache]:
         """Run new tokens: single ones of all rows together, several row by row, which is what the attention takes."""

@@ -5,7 +5,8 @@ Axes as in `session`; K cached tokens, H key-value heads, E head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,12 +73,13 @@ class HostDecoder:
         cache = HostCache(tuple(outputs[name] for name in self._present), batch.mask_BT, batch.next_position_B)
         return Prefilled(outputs[abi.EMBEDDING], outputs[abi.STATE], cache)
 
-    def stack(self, caches: Sequence[HostCache], room: int) -> HostCache:
-        """Return one cache of all rows, padded to the longest; the graphs make room themselves."""
+    @contextmanager
+    def stack(self, caches: Sequence[HostCache], room: int) -> Generator[HostCache]:
+        """Give one cache of all rows, padded to the longest; the graphs make room themselves."""
         del room
         longest = max(cache.mask_BK.shape[1] for cache in caches)
         padded = [cache.padded(longest) for cache in caches]
-        return HostCache(
+        yield HostCache(
             tuple(np.concatenate(layer) for layer in zip(*(cache.tensors for cache in padded), strict=True)),
             np.concatenate([cache.mask_BK for cache in padded]),
             np.concatenate([cache.next_position_B for cache in padded]),

@@ -9,7 +9,8 @@ Axes as in `session`; R slots of a row, H key-value heads, E head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -140,8 +141,9 @@ class ResidentDecoder:
         cache = replace(cache, mask_BR=batch.mask_BT, filled=tokens)
         return Prefilled(outputs[abi.EMBEDDING], outputs[abi.STATE], cache)
 
-    def stack(self, caches: Sequence[DeviceCache], room: int) -> DeviceCache:
-        """Return one cache of all rows with free slots for `room` tokens."""
+    @contextmanager
+    def stack(self, caches: Sequence[DeviceCache], room: int) -> Generator[DeviceCache]:
+        """Give one cache of all rows with free slots for `room` tokens."""
         filled = max(cache.filled for cache in caches)
         slots = -(-(filled + room) // BUCKET) * BUCKET
         next_position_B = np.concatenate([cache.next_position_B for cache in caches])
@@ -151,7 +153,7 @@ class ResidentDecoder:
             stacked.copy_rows(row, cache, 0, len(cache))
             mask_BR[row : row + len(cache), : cache.filled] = cache.mask_BR[:, : cache.filled]
             row += len(cache)
-        return replace(stacked, mask_BR=mask_BR, filled=filled)
+        yield replace(stacked, mask_BR=mask_BR, filled=filled)
 
     def extend(self, cache: DeviceCache, token_ids_BT: Ints, lengths_B: Ints) -> Extended[DeviceCache]:
         """Run new tokens after a cache, and write their keys and values into its free slots."""

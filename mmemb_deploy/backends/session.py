@@ -7,6 +7,7 @@ and a first row of zeros, L DeepStack levels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -73,8 +74,8 @@ class Decoder(Protocol[C]):
         """Run prompts; `batch.visual_index_BT` says which row of `visual_tokens_VD` a token shows."""
         ...
 
-    def stack(self, caches: Sequence[C], room: int) -> C:
-        """Return one cache of all rows, which will be extended by at most `room` tokens; it owns its memory."""
+    def stack(self, caches: Sequence[C], room: int) -> AbstractContextManager[C]:
+        """Give one cache of all rows, to be extended by at most `room` tokens; its memory is its own until the end."""
         ...
 
     def extend(self, cache: C, token_ids_BT: Ints, lengths_B: Ints) -> Extended[C]:

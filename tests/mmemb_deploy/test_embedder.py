@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class CountingDecoder:
         self.prompts.append(len(batch.mask_BT))
         return self._decoder.prefill(batch, visual_tokens_VD, deepstack_LVD)
 
-    def stack(self, caches: Sequence[Any], room: int) -> Any:
+    def stack(self, caches: Sequence[Any], room: int) -> AbstractContextManager[Any]:
         return self._decoder.stack(caches, room)
 
     def extend(self, cache: Any, token_ids_BT: Ints, lengths_B: Ints) -> Extended[Any]:

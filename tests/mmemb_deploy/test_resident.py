@@ -147,19 +147,20 @@ def test_steps_after_a_stack_and_a_take_give_the_same_logits(both: Both, mixed_i
     halves = [both.batch(mixed_inputs[:4]), both.batch(mixed_inputs[4:])]
     ours = [both.resident.prefill(*half).cache for half in halves]
     theirs = [both.host.decoder.prefill(*half).cache for half in halves]
-    first = both.resident.stack([ours[0].take([3, 1, 2]), ours[1]], 9)
-    second = both.host.decoder.stack([theirs[0].take([3, 1, 2]), theirs[1]], 9)
-    for step in range(6):
-        if step == 3:
-            first, second = first.take([0, 2, 3, 5]), second.take([0, 2, 3, 5])
-        ids_BT, lengths_B = tokens(*([7 * step + row + 5] for row in range(len(first))))
-        extended, expected = (
-            decoder.extend(cache, ids_BT, lengths_B)
-            for decoder, cache in ((both.resident, first), (both.host.decoder, second))
-        )
-        assert close(extended.logits_BW, expected.logits_BW)
-        assert close(extended.embeddings_BD, expected.embeddings_BD)
-        first, second = extended.cache, expected.cache
+    with (
+        both.resident.stack([ours[0].take([3, 1, 2]), ours[1]], 9) as first,
+        both.host.decoder.stack([theirs[0].take([3, 1, 2]), theirs[1]], 9) as second,
+    ):
+        pair = first, second
+        for step in range(6):
+            if step == 3:
+                pair = pair[0].take([0, 2, 3, 5]), pair[1].take([0, 2, 3, 5])
+            ids_BT, lengths_B = tokens(*([7 * step + row + 5] for row in range(len(pair[0]))))
+            extended = both.resident.extend(pair[0], ids_BT, lengths_B)
+            expected = both.host.decoder.extend(pair[1], ids_BT, lengths_B)
+            assert close(extended.logits_BW, expected.logits_BW)
+            assert close(extended.embeddings_BD, expected.embeddings_BD)
+            pair = extended.cache, expected.cache
 
 
 def test_rationales_of_several_lengths_give_the_same_embeddings(both: Both, mixed_inputs: list[Any]) -> None:
@@ -167,20 +168,21 @@ def test_rationales_of_several_lengths_give_the_same_embeddings(both: Both, mixe
     ids_BT, lengths_B = tokens([5, 6, 7, 8, 9], [11], [21, 22, 23])
     found = []
     for decoder in (both.resident, both.host.decoder):
-        cache = decoder.stack([decoder.prefill(*prompt).cache], 6)
-        cache = decoder.extend(cache, ids_BT, lengths_B).cache
-        found.append(decoder.extend(cache, *tokens([31], [32], [33])))  # after padding between tokens
+        with decoder.stack([decoder.prefill(*prompt).cache], 6) as cache:
+            longer = decoder.extend(cache, ids_BT, lengths_B).cache
+            found.append(decoder.extend(longer, *tokens([31], [32], [33])))  # after padding between tokens
     assert close(found[0].embeddings_BD, found[1].embeddings_BD)
     assert close(found[0].logits_BW, found[1].logits_BW)
 
 
 def test_every_step_repeats_the_shapes_and_addresses_of_the_one_before(both: Both, mixed_inputs: list[Any]) -> None:
     """So that one CUDA graph serves them all."""
-    cache = both.resident.stack([both.resident.prefill(*both.batch(mixed_inputs[:2])).cache], 8)
-    assert cache.slots % BUCKET == 0
-    both.generator.runs.clear()
-    for token in range(8):
-        cache = both.resident.extend(cache, *tokens([token], [token + 1])).cache
+    with both.resident.stack([both.resident.prefill(*both.batch(mixed_inputs[:2])).cache], 8) as stacked:
+        assert stacked.slots % BUCKET == 0
+        both.generator.runs.clear()
+        cache = stacked
+        for token in range(8):
+            cache = both.resident.extend(cache, *tokens([token], [token + 1])).cache
     assert len(both.generator.runs) == 8
     assert all(run == both.generator.runs[0] for run in both.generator.runs)
 
@@ -188,9 +190,9 @@ def test_every_step_repeats_the_shapes_and_addresses_of_the_one_before(both: Bot
 def test_the_cache_never_passes_through_the_host(both: Both, mixed_inputs: list[Any]) -> None:
     cache = both.resident.prefill(*both.batch(mixed_inputs)).cache
     both.device.moved = 0
-    stacked = both.resident.stack([cache.take([0, 1]), cache.take([4])], 4)
-    assert both.device.moved == 0
-    both.resident.extend(stacked, *tokens([5], [6], [7]))
+    with both.resident.stack([cache.take([0, 1]), cache.take([4])], 4) as stacked:
+        assert both.device.moved == 0
+        both.resident.extend(stacked, *tokens([5], [6], [7]))
     model = both.bundle.manifest.model
     results = 3 * (model.hidden_size + model.vocabulary_size) * 4
     ids = 3 * (1 + 3 + stacked.slots + 1) * 8  # token ids, three axes of positions, mask

@@ -56,6 +56,15 @@ def test_given_rationales_give_what_the_same_generated_ones_gave(fused: Path, mi
     assert (followed * written.embeddings).sum(axis=1)[same].min() >= 0.99999
 
 
+def test_the_memory_of_a_cache_is_used_again_and_holds_nothing_of_before(fused: Path, mixed_inputs: list[Any]) -> None:
+    embedder, fresh = (Embedder.load(fused, threads=1) for _ in range(2))
+    embedder.encode(mixed_inputs, reasoning="always")
+    for inputs in (mixed_inputs[:1], mixed_inputs[1:]):
+        np.testing.assert_array_equal(
+            embedder.encode(inputs, reasoning="always"), fresh.encode(inputs, reasoning="always")
+        )
+
+
 def test_one_precision_is_one_decoder_graph_and_two_are_two(fused: Path) -> None:
     graphs = Bundle.open(fused).manifest.graphs
     same = graphs[abi.EMBEDDER].precision == graphs[abi.GENERATOR].precision
