@@ -1,0 +1,40 @@
+"""Options that several commands share, and how each of them ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmemb_deploy.errors import OptionError
+
+BundleOption = Annotated[Path | None, typer.Option(help="Bundle folder; the embedded nano bundle by default.")]
+Backend = Annotated[str, typer.Option(help="The engine that runs the bundle, as in Embedder.load.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one operator on a CPU; all cores by default.")]
+Seed = Annotated[int, typer.Option(min=0, help="Which examples are drawn.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds that count, after one that warms up.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for scripts.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Also write the JSON object to this file.")]
+
+
+def check_output(output: Path | None) -> None:
+    """Raise OptionError, before anything is measured, for an output that cannot be written."""
+    if output is not None and not output.parent.is_dir():
+        raise OptionError(f"--out is {output}: {output.parent} is not a folder; create it first")
+
+
+def finish(
+    stamped: Mapping[str, Any], *, output: Path | None, as_json: bool, show: Callable[[Mapping[str, Any]], None]
+) -> None:
+    """Write a result where `output` says, then print it as JSON or show what is in it."""
+    from mmemb_benchmarks.results import write
+
+    if output is not None:
+        write(stamped, output)
+    if as_json:
+        print(json.dumps(stamped))
+    else:
+        show(stamped["result"])

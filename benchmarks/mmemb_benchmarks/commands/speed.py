@@ -1,0 +1,230 @@
+"""The commands that measure time: `latency`, `load`, `startup` and `runtime`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmemb_benchmarks.commands.arguments import (
+    Backend,
+    BundleOption,
+    Json,
+    Out,
+    Rounds,
+    Seed,
+    Threads,
+    check_output,
+    finish,
+)
+
+Requests = Annotated[
+    Path | None, typer.Option(help="Inputs, as mmemb embed reads them; DigitChain's mixed traffic by default.")
+]
+Pairs = Annotated[Path | None, typer.Option(help="Pairs, as mmemb calibrate reads them: their hits are counted too.")]
+Queries = Annotated[int, typer.Option(min=1, help="Queries of DigitChain, where nothing else is given.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Requests that run together.")]
+Rate = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Share of the requests that auto sends to reasoning; the bundle's gate decides."),
+]
+Written = Annotated[int | None, typer.Option(min=1, help="Tokens of a rationale, at most.")]
+
+
+def register(bench: typer.Typer) -> None:
+    """Add the commands."""
+    for command in (latency, load, startup, runtime):
+        bench.command(command.__name__)(command)
+
+
+def latency(
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder; the embedded nano bundle by default.")] = None,
+    backend: Backend = "auto",
+    requests: Requests = None,
+    pairs: Pairs = None,
+    queries: Queries = 200,
+    seed: Seed = 0,
+    reasoning_rate: Rate = None,
+    max_rationale_tokens: Written = None,
+    rounds: Rounds = 5,
+    batch_size: BatchSize = 32,
+    threads: Threads = None,
+    energy: Annotated[
+        bool | None, typer.Option("--energy/--no-energy", help="Count a GPU's joules; on where a GPU runs the bundle.")
+    ] = None,
+    output: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Measure never, auto and always side by side: latency alone, throughput in batches, and where the time goes."""
+    from collections import defaultdict
+
+    from rich.console import Console
+
+    from mmemb_benchmarks.ceiling import cpu_ceiling, decoder_work, gpu_ceiling
+    from mmemb_benchmarks.energy import EnergyMeter
+    from mmemb_benchmarks.latency import measure_latency, mode_options, summarise
+    from mmemb_benchmarks.results import cores, stamp
+    from mmemb_benchmarks.stages import Spent, timed_engine
+    from mmemb_benchmarks.traffic import assemble, choose_traffic, load_forgetful, prompt_tokens, threshold_of_rate
+    from mmemb_deploy.evaluation import Judge
+
+    check_output(output)
+    notes = Console(stderr=True)  # no spinner: its thread would take turns with what is timed
+    traffic = choose_traffic(requests, pairs, queries, seed)
+    opened, engine = load_forgetful(bundle, backend, threads)
+    on_cpu = backend in ("auto", "onnxruntime")
+    meter = EnergyMeter() if (not on_cpu if energy is None else energy) else None
+    spent: Spent = defaultdict(float)
+    embedder = assemble(opened, timed_engine(engine, spent))
+    work = {name: decoder_work(opened, name) for name in ("embedder", "generator")}
+    options = mode_options(threshold_of_rate(embedder, traffic, reasoning_rate), max_rationale_tokens)
+    notes.print("measuring what the machine can do")
+    precision = opened.manifest.graphs["embedder"].precision
+    ceiling = cpu_ceiling(precision, threads or cores()) if on_cpu else gpu_ceiling()
+    modes = measure_latency(
+        embedder, spent, traffic, options, rounds=rounds, batch_size=batch_size, meter=meter, report=notes.print
+    )
+    judge = Judge(embedder, traffic.pairs) if traffic.judged else None
+    found = summarise(modes, judge, ceiling, work, prompt_tokens(embedder, traffic))
+    found = {"source": traffic.source, "batch_size": batch_size, **found}
+    finish(stamp("latency", found, embedder), output=output, as_json=as_json, show=_show_latency)
+
+
+def load(
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder; the embedded nano bundle by default.")] = None,
+    backend: Backend = "auto",
+    requests: Requests = None,
+    queries: Queries = 400,
+    seed: Seed = 0,
+    p95_ms: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="What the 95th percentile must not exceed; 5 x the slowest mode's idle mean."),
+    ] = None,
+    reasoning_rate: Rate = None,
+    max_rationale_tokens: Written = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of a trial; it has at least 100 requests.")] = 5.0,
+    trials: Annotated[int, typer.Option(min=1, help="Trials of each mode.")] = 8,
+    batch_size: BatchSize = 32,
+    threads: Threads = None,
+    output: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Find the rate of random arrivals at which never, auto and always still answer in time."""
+    from rich.console import Console
+
+    from mmemb_benchmarks.latency import mode_options
+    from mmemb_benchmarks.load import measure_load
+    from mmemb_benchmarks.results import stamp
+    from mmemb_benchmarks.traffic import assemble, choose_traffic, load_forgetful, threshold_of_rate
+
+    check_output(output)
+    traffic = choose_traffic(requests, None, queries, seed)
+    embedder = assemble(*load_forgetful(bundle, backend, threads))
+    options = mode_options(threshold_of_rate(embedder, traffic, reasoning_rate), max_rationale_tokens)
+    found = measure_load(
+        embedder, traffic, options, target_ms=p95_ms, seconds=seconds, trials=trials, batch_size=batch_size,
+        seed=seed, report=Console(stderr=True).print,
+    )  # fmt: skip
+    found = {"source": traffic.source, **found}
+    finish(stamp("load", found, embedder), output=output, as_json=as_json, show=_show_load)
+
+
+def startup(
+    bundle: BundleOption = None,
+    runs: Annotated[int, typer.Option(min=1, help="Fresh processes per figure.")] = 7,
+    output: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what a fresh process pays: importing the package, and loading a bundle."""
+    from mmemb_benchmarks.results import stamp
+    from mmemb_benchmarks.startup import measure_startup
+
+    check_output(output)
+    figures = measure_startup(bundle, runs)
+    finish(stamp("startup", figures, None), output=output, as_json=as_json, show=_show_lines)
+
+
+def runtime(
+    bundle: BundleOption = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder, which transformers loads in float32 to compare.")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Characters of a text: its tokens, where a token is a byte.")
+    ] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Texts of a call.")] = 8,
+    written: Annotated[int, typer.Option(min=1, help="Words of a rationale, at most.")] = 32,
+    rounds: Rounds = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of one operator.")] = 2,
+    output: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what the runtime costs and saves beside its graphs: overhead, hand-off, prefix reuse, memory, loading."""
+    from rich.console import Console
+
+    from mmemb_benchmarks.results import stamp
+    from mmemb_benchmarks.runtime_costs import measure_loading, measure_runtime, words
+    from mmemb_deploy.bundle import NANO
+    from mmemb_deploy.embedder import Embedder
+
+    check_output(output)
+    folder = bundle or NANO
+    notes = Console(stderr=True)  # no spinner: its thread would take turns with what is timed
+    notes.print("loading")
+    found = measure_loading(folder, checkpoint, threads=threads, runs=3)
+    embedder = Embedder.load(folder, threads=threads)
+    found |= measure_runtime(embedder, words(tokens, batch), written=written, rounds=rounds, report=notes.print)
+    finish(stamp("runtime", found, embedder), output=output, as_json=as_json, show=_show_lines)
+
+
+def _show_lines(result: Mapping[str, Any]) -> None:
+    for name, value in result.items():
+        print(f"{name:<44} {value:.4g}")
+
+
+def _show_latency(result: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    modes: dict[str, dict[str, Any]] = result["modes"]
+    console = Console()
+    table = Table(title=f"{result['requests']} requests alone, {result['rounds']} rounds; {result['source']}")
+    for column in ("", *modes):
+        table.add_column(column, justify="right" if column else "left")
+    rows = {
+        "p50, ms": "p50_ms", "p95, ms": "p95_ms", "p99, ms": "p99_ms", "mean, ms": "mean_ms",
+        f"a second, in batches of {result['batch_size']}": "throughput_per_s", "reasoning rate": "reasoning_rate",
+        "rationale tokens": "rationale_tokens", "hit@1": "hit_at_1", "joules a request": "joules_per_request",
+    }  # fmt: skip
+    for label, key in rows.items():
+        if modes["never"][key] is not None:
+            table.add_row(label, *(f"{mode[key]:.4g}" for mode in modes.values()))
+    table.add_section()
+    for stage in modes["never"]["stages_ms"]:
+        table.add_row(f"mean ms in {stage}", *(f"{mode['stages_ms'][stage]:.3f}" for mode in modes.values()))
+    console.print(table)
+    ceiling = result["ceiling"]
+    console.print(
+        f"this machine copies {ceiling['copy_gb_per_s']:.1f} GB/s and multiplies {ceiling['matmul_gflop_per_s']:.0f} "
+        f"GFLOP/s ({ceiling['matmul_type']}); alone, prefill reaches {ceiling['prefill_share']:.0%} of the latter, "
+        f"decoding {ceiling['decode_share']:.0%} of the former"
+    )
+
+
+def _show_load(result: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"requests a second with p95 below {result['target_p95_ms']:.1f} ms; {result['source']}")
+    for column in ("mode", "idle mean, ms", "sustained", "broke at", "times always"):
+        table.add_column(column, justify="left" if column == "mode" else "right")
+    for name, mode in result["modes"].items():
+        ratio = result["ratio"].get(f"{name} over always")
+        broke = mode["broke_per_s"]
+        table.add_row(
+            name, f"{mode['idle_ms']:.2f}", f"{mode['sustainable_per_s']:.1f}",
+            "-" if broke is None else f"{broke:.1f}", "-" if ratio is None else f"{ratio:.2f}",
+        )  # fmt: skip
+    Console().print(table)
