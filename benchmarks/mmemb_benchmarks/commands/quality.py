@@ -31,12 +31,12 @@ def digitchain(
     from rich.console import Console
 
     from mmemb_benchmarks.results import stamp
+    from mmemb_benchmarks.traffic import assemble, load_forgetful
     from mmemb_deploy.controls import run_digitchain
-    from mmemb_deploy.embedder import Embedder
 
     check_output(output)
     notes = Console(stderr=True)
-    embedder = Embedder.load(bundle, threads=threads)
+    embedder = assemble(*load_forgetful(bundle, "auto", threads))
     with notes.status("measuring") as status:
         result = run_digitchain(embedder, seed=seed, queries=queries, report=status.update)
     found = {"queries": queries, "seed": seed, **result.as_json()}
@@ -121,13 +121,13 @@ def demo(
 
     from mmemb_benchmarks.demo import run_demo
     from mmemb_benchmarks.figure import draw
-    from mmemb_deploy.embedder import Embedder
+    from mmemb_benchmarks.traffic import assemble, load_forgetful
 
     if output.suffix != ".png" or not output.parent.is_dir():
         raise OptionError(f"--output is {output}: it must be a .png file in a folder that exists")
     notes = Console(stderr=True)
     with notes.status("embedding real digits"):
-        result = run_demo(Embedder.load(bundle), seed)
+        result = run_demo(assemble(*load_forgetful(bundle, "auto", None)), seed)
         draw(result, output)
     summaries = {mode: outcome.summary() for mode, outcome in result.modes.items()}
     if as_json:

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The benchmarks of a CPU: the embedded nano bundle, and 0.2B at random weights beside its peers. `make bench` runs it.
+source "$(dirname "${BASH_SOURCE[0]}")/sections.sh"
+device=cpu
+
+section suite-nano suite
+section latency-nano latency
+section frontier-nano frontier --queries 1000
+section load-nano load
+
+random_bundle small small-int8 --form fused --precision int8
+# of these weights the gate says nothing, so that it sends the share to reasoning that nano's sends
+random=(--reasoning-rate 0.23 --max-rationale-tokens 16)
+section suite-small suite --bundle "$scratch/small-int8" --quick
+section latency-small latency "$scratch/small-int8" --queries 40 --rounds 3 "${random[@]}"
+section load-small load "$scratch/small-int8" --queries 40 --trials 4 --seconds 10 "${random[@]}"
+section peers-small peers "$scratch/small" "$scratch/small-int8" --rounds 3
+
+mmemb bench report "$results" --out "$scratch/report"

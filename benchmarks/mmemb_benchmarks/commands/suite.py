@@ -1,0 +1,33 @@
+"""The command `suite`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmemb_benchmarks.commands.arguments import Backend, BundleOption, Threads, check_output
+
+
+def register(bench: typer.Typer) -> None:
+    """Add the command."""
+    bench.command("suite")(suite)
+
+
+def suite(
+    bundle: BundleOption = None,
+    backend: Backend = "auto",
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=0, help="What the rounds of one benchmark should take together.")] = 1.0,
+    select: Annotated[str, typer.Option(help="Which benchmarks run, as of pytest -k.")] = "bench",
+    output: Annotated[Path, typer.Option("--out", help="Where pytest-benchmark's JSON goes.")] = Path("suite.json"),
+) -> None:
+    """Time every stage and every workload of a bundle by pytest-benchmark."""
+    from mmemb_benchmarks.suite import run_suite
+    from mmemb_benchmarks.suite.setting import Setting
+    from mmemb_benchmarks.traffic import load_forgetful
+
+    check_output(output)
+    setting = Setting(*load_forgetful(bundle, backend, threads), seconds)
+    raise typer.Exit(run_suite(setting, output, select))

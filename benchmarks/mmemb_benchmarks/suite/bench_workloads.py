@@ -1,0 +1,59 @@
+"""Whole calls of `encode`, by workload and by who reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmemb_benchmarks.suite.setting import Setting
+from mmemb_benchmarks.workloads import WORKLOADS
+from mmemb_deploy.options import EncodeOptions
+
+RATIONALE = 16  # tokens, at most
+BATCH = 8
+ROUTES: dict[str, EncodeOptions] = {
+    "fast only": {"reasoning": "never"},
+    "mixed": {"reasoning_rate": 0.25, "max_rationale_tokens": RATIONALE},
+    "reason only": {"reasoning": "always", "max_rationale_tokens": RATIONALE},
+}
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("route", ["fast only", "reason only"])
+def bench_one(benchmark: Any, setting: Setting, workload: str, route: str) -> None:
+    """Embed one input."""
+    measure(benchmark, setting, [workload], route)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("route", ROUTES)
+def bench_batch(benchmark: Any, setting: Setting, workload: str, route: str) -> None:
+    """Embed several inputs of one kind in one call; of mixed ones, a quarter reasons."""
+    measure(benchmark, setting, [workload] * BATCH, route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def bench_traffic(benchmark: Any, setting: Setting, route: str) -> None:
+    """Embed inputs of all kinds in one call."""
+    measure(benchmark, setting, [*WORKLOADS, "short text", "long text"], route)
+
+
+def measure(benchmark: Any, setting: Setting, workloads: Sequence[str], route: str) -> None:
+    """Time one call of `encode`, and save its tokens."""
+    if route != "fast only" and not setting.embedder.reasons:
+        pytest.skip("this bundle does not reason")
+    written: list[int] = []
+
+    def encode(contents: list[Any]) -> None:
+        result = setting.embedder.encode(contents, return_details=True, **ROUTES[route])
+        written.append(sum(detail.rationale_tokens for detail in result.details if detail is not None))
+
+    rows = [setting.maker.row(setting.content(workload)) for workload in workloads]
+    setting.measure(
+        benchmark, encode, lambda: [setting.content(workload) for workload in workloads],
+        inputs=len(rows), tokens=sum(row.length for row in rows), visual_tokens=sum(row.visual_tokens for row in rows),
+    )  # fmt: skip
+    benchmark.extra_info["rationale_tokens"] = float(np.mean(written))

@@ -1,0 +1,79 @@
+"""What the suite runs on: a bundle on a backend, its inputs, and how a benchmark is timed. A pytest plugin.
+
+The runtime's arrays are in host memory when a call returns, so that a call is complete then, on a GPU too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmemb_benchmarks.results import bundle_facts, command, machine
+from mmemb_benchmarks.traffic import assemble
+from mmemb_benchmarks.workloads import WORKLOADS, Maker
+from mmemb_deploy.backends.session import Engine
+from mmemb_deploy.bundle import Bundle
+from mmemb_deploy.prompts import PAD
+from mmemb_deploy.rows import Batch, collate
+from mmemb_deploy.vision import VisionEncoder
+
+WARM_UP = 2  # rounds
+FEWEST, MOST = 5, 60  # rounds that count
+
+
+class Setting:
+    """A bundle whose engine is loaded; `seconds` is the time that a benchmark's rounds should take together."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, seconds: float) -> None:
+        self.bundle, self.engine, self._seconds = bundle, engine, seconds
+        self.manifest = manifest = bundle.manifest
+        self.embedder = assemble(bundle, engine)
+        self.maker = Maker(self.embedder.encoder, manifest)
+        self.vision = VisionEncoder(
+            engine.vision, manifest.vision, hidden_size=manifest.model.hidden_size,
+            levels=manifest.model.deepstack_levels, max_patches=manifest.batch.patches, cache_bytes=0,
+        )  # fmt: skip
+        self._rng = np.random.default_rng(0)
+
+    def content(self, workload: str) -> Any:
+        """Return a new input of a workload."""
+        return WORKLOADS[workload](self.maker, self._rng)
+
+    def batch(self, workload: str, rows: int) -> Batch:
+        """Return new inputs of a workload, preprocessed and padded to the longest."""
+        return collate([self.maker.row(self.content(workload)) for _ in range(rows)], self.manifest.markers[PAD])
+
+    def measure(self, benchmark: Any, run: Callable[[Any], Any], make: Callable[[], Any], **facts: float) -> None:
+        """Time `run` on what `make` gives anew for each round; `facts` are saved beside the times."""
+        given = make()
+        began = time.perf_counter()
+        run(given)
+        rounds = int(np.clip(self._seconds / (time.perf_counter() - began), FEWEST, MOST))
+        benchmark.extra_info.update(facts)
+        benchmark.pedantic(run, setup=lambda: ((make(),), {}), rounds=rounds, warmup_rounds=WARM_UP)
+
+    @pytest.fixture
+    def setting(self) -> Setting:
+        """What the benchmarks run on."""
+        return self
+
+    @pytest.fixture
+    def reasons(self) -> None:
+        """Skip where there is no reasoning path."""
+        if not self.embedder.reasons:
+            pytest.skip("this bundle does not reason")
+
+    def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
+        """Say what the results of all commands say of the machine."""
+        machine_info.clear()
+        machine_info.update(machine())
+
+    def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
+        """Add the bundle, the command and each benchmark's 95th percentile."""
+        output_json |= {"bundle": bundle_facts(self.embedder), "command": command()}
+        for benchmark in output_json["benchmarks"]:
+            benchmark["extra_info"]["p95"] = float(np.percentile(benchmark["stats"]["data"], 95))
