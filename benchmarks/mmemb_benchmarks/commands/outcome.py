@@ -1,0 +1,54 @@
+"""The commands that read results: `compare` and `report`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmemb_benchmarks.commands.arguments import Json
+
+Result = Annotated[Path, typer.Argument(help="JSON of `mmemb bench suite`, `latency` or `peers`.")]
+
+
+def register(bench: typer.Typer) -> None:
+    """Add the commands."""
+    for command in (compare,):
+        bench.command(command.__name__)(command)
+
+
+def compare(
+    old: Result,
+    new: Result,
+    tolerance: Annotated[float, typer.Option(min=0, help="Share by which a median may differ.")] = 0.1,
+    as_json: Json = False,
+) -> None:
+    """Print what moved beyond noise between two runs; exit with 1 if anything became slower."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmemb_benchmarks import compare as comparing
+
+    found = comparing.compare(comparing.read_run(old), comparing.read_run(new), tolerance)
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        console = Console()
+        for line in found.differing:
+            console.print(f"[yellow]not the same circumstances[/]: {line}")
+        table = Table(title=f"medians that moved beyond noise and {tolerance:.0%}")
+        table.add_column("benchmark")
+        table.add_column("time, new over old", justify="right")
+        for name, ratio in (found.slower | found.faster).items():
+            table.add_row(name, f"{ratio:.2f}", style="red" if ratio > 1 else "green")
+        if table.row_count:
+            console.print(table)
+        for label, names in (("only before", found.missing), ("only now", found.added)):
+            if names:
+                console.print(f"{label}: {', '.join(names)}")
+        console.print(f"{len(found.slower)} slower, {len(found.faster)} faster, {found.unmoved} unmoved")
+    raise typer.Exit(1 if found.slower else 0)
