@@ -15,8 +15,21 @@ Result = Annotated[Path, typer.Argument(help="JSON of `mmemb bench suite`, `late
 
 def register(bench: typer.Typer) -> None:
     """Add the commands."""
-    for command in (compare,):
+    for command in (report, compare):
         bench.command(command.__name__)(command)
+
+
+def report(
+    sources: Annotated[list[Path], typer.Argument(help="Results of mmemb bench, or folders of them.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for index.html and the charts.")] = Path("report"),
+) -> None:
+    """Make one self-contained page, with its charts as PNGs beside it."""
+    from mmemb_benchmarks.report import write_report
+
+    page, passed_over = write_report(sources, folder)
+    for path in passed_over:
+        print(f"passed over: {path.name}")
+    print(page)
 
 
 def compare(

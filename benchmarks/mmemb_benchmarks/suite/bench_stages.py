@@ -18,7 +18,10 @@ KINDS = pytest.mark.parametrize("workload", ["long text", "image"])
 def bench_preprocess(benchmark: Any, setting: Setting, workload: str) -> None:
     """Check, decode, resize and tokenise one input."""
     setting.measure(
-        benchmark, setting.maker.row, lambda: setting.content(workload), tokens=setting.batch(workload, 1).last_B[0] + 1
+        benchmark,
+        setting.maker.row,
+        lambda: setting.content(workload),
+        tokens=int(setting.batch(workload, 1).mask_BT.sum()),
     )
 
 

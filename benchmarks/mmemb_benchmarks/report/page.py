@@ -1,0 +1,110 @@
+"""The page: what the results say, in the order in which a reader asks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mmemb_benchmarks.report import charts
+from mmemb_benchmarks.report.sources import (
+    Benchmark,
+    FrontierResult,
+    LatencyResult,
+    LoadResult,
+    PeersResult,
+    Result,
+    SuiteResult,
+)
+
+FIGURES = "embed x1", "embed x8", "token x1", "token x8", "think and embed x1", "think and embed x8"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One bundle on one backend, or the peers of one run, with its results by kind."""
+
+    title: str
+    slug: str
+    latency: LatencyResult | None = None
+    frontier: FrontierResult | None = None
+    load: LoadResult | None = None
+    peers: PeersResult | None = None
+    suite: SuiteResult | None = None
+
+    @property
+    def results(self) -> list[Result]:
+        """The results that are there."""
+        found = (self.latency, self.frontier, self.load, self.peers, self.suite)
+        return [result for result in found if result is not None]
+
+
+def render(results: Sequence[Result]) -> tuple[str, dict[str, bytes]]:
+    """Return the page, and its charts as PNG by file name."""
+    subjects = _subjects(results)
+    drawn = {subject.slug: list(_charts(subject)) for subject in subjects}
+    environment = Environment(
+        loader=PackageLoader("mmemb_benchmarks.report", "."), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    page = environment.get_template("page.html.j2").render(
+        subjects=subjects,
+        charts={slug: {chart.name.removeprefix(f"{slug}-"): chart for chart in each} for slug, each in drawn.items()},
+        dates=sorted({result.date for result in results}),
+        machines=sorted({result.machine.device for result in results}),
+        figures=FIGURES,
+        suite_rows=_suite_rows,
+        in_both_themes=_in_both_themes,
+        modes=charts.MODES,
+    )
+    return page, {f"{chart.name}.png": chart.png() for each in drawn.values() for chart in each}
+
+
+def _subjects(results: Iterable[Result]) -> list[Subject]:
+    grouped: dict[str, dict[str, Any]] = {}
+    for result in results:
+        title = result.bundle and f"{result.bundle.name}, {result.bundle.precision}, {result.bundle.backend}"
+        if isinstance(result, PeersResult):
+            title = f"the same weights elsewhere: {result.result.tokens} tokens, {result.result.threads} threads"
+        grouped.setdefault(title or "a bundle", {})[result.kind] = result
+    ordered = sorted(grouped.items(), key=lambda item: -len(item[1]))
+    return [Subject(title, re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"), **kinds) for title, kinds in ordered]
+
+
+def _charts(subject: Subject) -> Iterable[charts.Chart]:
+    if subject.latency:
+        yield charts.latency_chart(subject.slug, subject.latency.result)
+        yield charts.stages_chart(subject.slug, subject.latency.result)
+    if subject.frontier:
+        yield charts.frontier_chart(subject.slug, subject.frontier.result)
+    if subject.load:
+        yield charts.load_chart(subject.slug, subject.load.result)
+    if subject.peers:
+        peers = subject.peers.result
+        there = peers.peers[peers.baseline].seconds
+        yield from (charts.peers_chart(subject.slug, peers, what) for what in FIGURES if what in there)
+
+
+def _suite_rows(benchmarks: Sequence[Benchmark]) -> list[tuple[str, str, str, str]]:
+    """Return name, median, 95th percentile and what it ran on, of every benchmark."""
+    return [
+        (
+            benchmark.name.removeprefix("bench_").replace("[", ": ").rstrip("]"),
+            _milliseconds(benchmark.stats.median),
+            _milliseconds(benchmark.extra_info["p95"]) if "p95" in benchmark.extra_info else "-",
+            ", ".join(f"{value:g} {name.replace('_', ' ')}" for name, value in facts.items()),
+        )
+        for benchmark in benchmarks
+        for facts in [{name: value for name, value in benchmark.extra_info.items() if name != "p95"}]
+    ]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g}"
+
+
+def _in_both_themes(chart: charts.Chart) -> dict[str, str]:
+    return {"light": chart.svg(charts.LIGHT), "dark": chart.svg(charts.DARK), "alt": chart.alt}
