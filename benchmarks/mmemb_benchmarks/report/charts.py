@@ -75,7 +75,7 @@ class Chart:
             axes.yaxis.label.set_color(theme.quiet)
             self.draw(axes, theme)
             saved = io.BytesIO()
-            options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 200}
+            options: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 200}
             figure.savefig(saved, format=kind, **options)
             return saved.getvalue()
 
