@@ -2,36 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
-import pytest
 
-from mmemb_benchmarks.peers import BASELINE, PEERS, compare, prompts
 from mmemb_benchmarks.runtime_costs import graph_seconds, measure_loading, measure_runtime, words
 from mmemb_deploy import Embedder
-
-
-def test_peers_embed_the_same_prompts_alike(tiny_checkpoint: Path, fused_bundle: Path) -> None:
-    found = compare(
-        tiny_checkpoint, [fused_bundle], others=[], tokens=40, batches=[1, 2], written=4, rounds=1, threads=1,
-        report=lambda _: None,
-    )  # fmt: skip
-    assert found["tokens"] == 40
-    assert found["cosine"] == pytest.approx({BASELINE: 1.0, fused_bundle.name: 1.0}, abs=1e-5)
-    assert set(found["seconds"][BASELINE]) == set(found["seconds"][fused_bundle.name])
-    assert set(found["ratio"]) == {fused_bundle.name}
-
-
-def test_prompts_are_different_and_of_one_length(fused_bundle: Path) -> None:
-    rows = prompts(Embedder.load(fused_bundle), 3, 50, seed=0)
-    assert [row.length for row in rows] == [50] * 3
-    assert len({row.token_ids_S.tobytes() for row in rows}) == 3
-
-
-def test_other_types_of_weights_are_the_same_model(tiny_checkpoint: Path, fused_bundle: Path) -> None:
-    rows = prompts(Embedder.load(fused_bundle), 2, 40, seed=0)
-    exact, half = (PEERS[name](tiny_checkpoint, 1).prefill(rows) for name in (BASELINE, "transformers bfloat16"))
-    assert np.sum(exact * half, axis=1).min() > 0.99
 
 
 def test_time_in_graphs_is_part_of_the_whole_and_the_session_is_as_it_was(fused_bundle: Path) -> None:

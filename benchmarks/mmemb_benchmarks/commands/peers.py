@@ -1,0 +1,79 @@
+"""The command `peers`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmemb_benchmarks.commands.arguments import Json, Out, Rounds, check_output, finish
+
+
+def register(bench: typer.Typer) -> None:
+    """Add the command."""
+    bench.command("peers")(peers)
+
+
+def peers(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, which the peers run.")],
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles that were exported from it.")],
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="A peer beside transformers; repeat for several, or 'all'."),
+    ] = None,
+    environments: Annotated[
+        Path | None, typer.Option(help="Where peers are installed; under the user's cache folder by default.")
+    ] = None,
+    here: Annotated[bool, typer.Option("--here", help="Install nothing: run all by this Python.")] = False,
+    device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = "cpu",
+    tokens: Annotated[int, typer.Option(min=32, help="Tokens of a prompt.")] = 256,
+    batch: Annotated[list[int], typer.Option(min=1, help="Prompts that run together; repeat for several.")] = [1, 8],  # noqa: B006
+    written: Annotated[int, typer.Option(min=4, help="Tokens written after each prompt.")] = 32,
+    rounds: Rounds = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of every contender on a CPU.")] = 2,
+    output: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Run the same weights elsewhere, each peer in its own environment, parity first, then times in turns."""
+    from rich.console import Console
+
+    from mmemb_benchmarks.peers import PEERS, compare
+    from mmemb_benchmarks.peers.environments import default_folder
+    from mmemb_benchmarks.results import stamp
+    from mmemb_deploy.errors import check_known
+
+    check_output(output)
+    check_known("device", device, ("cpu", "cuda"))
+    for name in peer or []:
+        check_known("peer", name, [*PEERS, "all"])
+    names = [name for name in PEERS if "CUDA" not in name or device == "cuda"] if peer == ["all"] else peer or []
+    folder = None if here else environments or default_folder()
+    found = compare(
+        checkpoint, bundles, names=names, environments=folder, device=device, tokens=tokens, batches=batch,
+        written=written, rounds=rounds, threads=threads, report=Console(stderr=True).print,
+    )  # fmt: skip
+    finish(stamp("peers", found, None), output=output, as_json=as_json, show=_show)
+
+
+def _show(result: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    base = result["peers"][result["baseline"]]["seconds"]
+    table = Table(
+        title=f"{result['tokens']} tokens: seconds of {result['baseline']}, and how many times faster others are"
+    )
+    for column in ("", *base, "cosine"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, peer in result["peers"].items():
+        cells = (
+            f"{seconds:.3g} s" if name == result["baseline"] else f"{base[what] / seconds:.2f}x"
+            for what, seconds in ((what, peer["seconds"].get(what, float("nan"))) for what in base)
+        )
+        table.add_row(name, *("-" if cell == "nanx" else cell for cell in cells), f"{peer['cosine']:.5f}")
+    console.print(table)
+    for name, reason in result["left_out"].items():
+        console.print(f"left out: {name}: {reason}", markup=False)

@@ -1,0 +1,200 @@
+"""Peers side by side: parity first, then times, in turns.
+
+In each round every peer runs once on the same new prompts, in an order that each round begins with another, after the
+threads of the one before it have gone to sleep. The first round warms up.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmemb_benchmarks.peers.contenders import INSTRUCTION
+from mmemb_benchmarks.peers.environments import PeerError, interpreter
+from mmemb_benchmarks.peers.worker import Ids, Worker
+from mmemb_deploy.bundle import Bundle
+from mmemb_deploy.embedder import row_encoder
+from mmemb_deploy.inputs import parse
+from mmemb_deploy.rows import RowEncoder
+
+BASELINE = "transformers"
+SETTLE = 0.3  # seconds after which the threads of OpenMP and ONNX Runtime have stopped spinning
+EXACT, ROUNDED = 0.9999, 0.99  # least cosine to the baseline, in float32 and in anything coarser
+
+TORCH = ("torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "pillow==13.0.0")
+GENAI = ("openvino==2026.4.1", "openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0")
+OPENVINO = (*TORCH, *GENAI, "nncf==3.4.0")
+LLAMA = ("gguf==0.19.0", "llama-cpp-python==0.3.36")  # which is compiled, for some minutes, by cmake and a C++ compiler
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A contender with its options, what must be installed for it, and the cosine below which its output is wrong."""
+
+    contender: str
+    requirements: tuple[str, ...]
+    least_cosine: float = ROUNDED
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+PEERS = {
+    BASELINE: Peer("transformers", TORCH, EXACT),
+    "transformers eager": Peer("transformers", TORCH, EXACT, {"attention": "eager"}),
+    "transformers compile": Peer("transformers", TORCH, EXACT, {"compiled": "default"}),
+    "transformers bfloat16": Peer("transformers", TORCH, options={"dtype": "bfloat16"}),
+    "transformers bfloat16 compile": Peer("transformers", TORCH, options={"dtype": "bfloat16", "compiled": "default"}),
+    "transformers bfloat16 CUDA graphs": Peer(
+        "transformers", TORCH, options={"dtype": "bfloat16", "compiled": "reduce-overhead"}
+    ),
+    "sentence-transformers": Peer("sentence-transformers", (*TORCH, "sentence-transformers==6.2.0"), EXACT),
+    "OpenVINO 8-bit": Peer("openvino", OPENVINO),
+    "OpenVINO GenAI 8-bit": Peer("openvino", OPENVINO, options={"genai": True}),
+    "llama.cpp float32": Peer("llama.cpp", LLAMA, EXACT, {"kind": "f32"}),
+    "llama.cpp 8-bit": Peer("llama.cpp", LLAMA, options={"kind": "q8_0"}),
+}
+
+
+def compare(
+    checkpoint: Path,
+    bundles: Sequence[Path],
+    *,
+    names: Sequence[str],
+    environments: Path | None,
+    device: str,
+    tokens: int,
+    batches: Sequence[int],
+    written: int,
+    rounds: int,
+    threads: int,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure a checkpoint by the baseline and by `names`, and its bundles; return what `mmemb bench peers` prints.
+
+    `environments` is where peers are installed; with None all run by this interpreter. A peer that cannot be installed
+    or loaded, or whose embedding is not the baseline's, is left out, and why is told. Raises PeerError where that
+    happens to the baseline.
+    """
+    opened = {folder.name: Bundle.open(folder) for folder in bundles}
+    encoder = row_encoder(next(iter(opened.values())))
+    peers = {name: PEERS[name] for name in dict.fromkeys([BASELINE, *names])} | {
+        name: _of_bundle(bundle) for name, bundle in opened.items()
+    }
+    load = {"checkpoint": str(checkpoint), "threads": threads, "device": device}
+    left_out: dict[str, str] = {}
+    workers: dict[str, Worker] = {}
+    cosines: dict[str, float] = {}
+    with ExitStack() as running:
+        for name, peer in peers.items():
+            report(f"loading {name}")
+            try:
+                python = Path(sys.executable)
+                if environments is not None and peer.requirements:
+                    python = interpreter(peer.requirements, environments)
+                worker = Worker(python, peer.contender, {**load, **peer.options})
+                running.callback(worker.close)
+                cosines[name] = _cosine(worker, workers.get(BASELINE, worker), prompts(encoder, 2, tokens, seed=0))
+            except PeerError as error:
+                if name == BASELINE:
+                    raise
+                left_out[name] = str(error)
+                continue
+            if cosines[name] >= peer.least_cosine:
+                workers[name] = worker
+            else:
+                worker.close()
+                left_out[name] = (
+                    f"its embedding is not the baseline's: cosine {cosines[name]:.6f}, below {peer.least_cosine}"
+                )
+        times = measure(
+            workers, lambda rows, step: prompts(encoder, rows, tokens, seed=step), batches=batches, written=written,
+            rounds=rounds, report=report,
+        )  # fmt: skip
+    return {
+        "tokens": tokens,
+        "head_tokens": encoder.prompt.head(INSTRUCTION),
+        "written": written,
+        "rounds": rounds,
+        "threads": threads,
+        "device": device,
+        "baseline": BASELINE,
+        "peers": {
+            name: {
+                "environment": _versions(peers[name].requirements, environments is None),
+                "cosine": cosines[name],
+                "seconds": {what: statistics.median(each) for what, each in found.items()},
+                "spread": {what: [min(each), max(each)] for what, each in found.items()},
+            }
+            for name, found in times.items()
+        },
+        "left_out": left_out,
+    }
+
+
+def prompts(encoder: RowEncoder, rows: int, tokens: int, seed: int) -> Ids:
+    """Return the prompts of different texts, exactly so many tokens each, instruction and markers included."""
+    rng = np.random.default_rng(seed)
+    empty = encoder.row(parse("a"), INSTRUCTION).length - 1
+    made = []
+    for _ in range(rows):
+        text = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), size=4 * tokens))
+        words = encoder.prompt.words(text)[: tokens - empty]
+        row = encoder.row(parse(encoder.prompt.decode(words)), INSTRUCTION)
+        made.append(row.token_ids_S.tolist())
+    return made
+
+
+def measure(
+    workers: dict[str, Worker],
+    make: Callable[[int, int], Ids],
+    *,
+    batches: Sequence[int],
+    written: int,
+    rounds: int,
+    report: Callable[[str], None],
+) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds of every round by peer: `embed xB`, `token xB` of the whole batch, `think and embed xB`."""
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
+    named = list(workers.items())
+    for step in range(rounds + 1):
+        for batch in batches:
+            ids = make(batch, step)
+            for name, worker in [*named[step % len(named) :], *named[: step % len(named)]]:
+                report(f"round {step} of {rounds}, batch {batch}: {name}")
+                time.sleep(SETTLE)
+                embed = worker.run("embed", ids)[1]
+                found = {f"embed x{batch}": embed}
+                if "write" in worker.calls:
+                    found[f"token x{batch}"] = (worker.run("write", ids, written)[1] - embed) / written
+                    found[f"think and embed x{batch}"] = worker.run("think_and_embed", ids, written)[1]
+                if step:
+                    for what, seconds in found.items():
+                        times[name].setdefault(what, []).append(seconds)
+    return times
+
+
+def _of_bundle(bundle: Bundle) -> Peer:
+    exact = all(graph.precision == "float32" for graph in bundle.manifest.graphs.values())
+    return Peer("bundle", (), EXACT if exact else ROUNDED, {"folder": str(bundle.folder)})
+
+
+def _cosine(worker: Worker, baseline: Worker, ids: Ids) -> float:
+    """Return the smallest cosine of two contenders' embeddings."""
+    ours_BD, theirs_BD = (np.array(each.run("embed", ids)[0], np.float64) for each in (worker, baseline))
+    return float((ours_BD * theirs_BD).sum(axis=1).min())
+
+
+def _versions(requirements: Sequence[str], here: bool) -> dict[str, str]:
+    """Return what is installed for a peer; for a bundle, what runs it."""
+    if not requirements:
+        return {name: version(name) for name in ("mmemb-deploy", "numpy")}
+    pins = dict(requirement.split("==") for requirement in requirements)
+    return {name: version(name) for name in pins} if here else pins
