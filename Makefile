@@ -17,7 +17,7 @@ export ORT_DISABLE_TELEMETRY := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check nano ablation clean
+.PHONY: help demo test check bench nano ablation clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +33,9 @@ check: $(DEV) ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(DEV) ## run the benchmarks of a CPU (about a quarter of an hour on 2 cores), make a page of them
+	PYTHON=$(BIN)/python benchmarks/cpu.sh
 
 nano: $(DEV) ## retrain the nano model and export it into the package
 	$(BIN)/mmemb train nano runs/nano

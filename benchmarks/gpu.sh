@@ -18,10 +18,11 @@ if [[ ! -e $tests ]]; then
     mv "$tests.new" "$tests"
 fi
 
-random=(--reasoning-rate 0.23 --max-rationale-tokens 16)
+random=(--workload "long text" --queries 100 --reasoning-rate 0.23 --max-rationale-tokens 16)
 for shape in small qwen3-vl-2b qwen3-vl-4b; do
     random_bundle "$shape" "$shape-bf16" --form portable --precision bfloat16
-    section "peers-$shape" peers "$scratch/$shape" "$scratch/$shape-bf16" --device cuda --rounds 5
+    section "peers-$shape" peers "$scratch/$shape" "$scratch/$shape-bf16" --here --device cuda \
+        --peer "transformers bfloat16" --peer "transformers bfloat16 compile" --peer "transformers bfloat16 CUDA graphs"
     for backend in onnxruntime-cuda tensorrt; do
         if [[ $backend = tensorrt ]]; then
             "${PYTHON:-.venv/bin/python}" -c 'import tensorrt' 2>/dev/null || continue

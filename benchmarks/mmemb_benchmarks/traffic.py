@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from mmemb_benchmarks.workloads import WORKLOADS, Maker
 from mmemb_deploy.backends.choose import choose_backend
 from mmemb_deploy.backends.session import Engine
 from mmemb_deploy.bundle import NANO, Bundle
 from mmemb_deploy.digitchain import DigitChain
 from mmemb_deploy.embedder import Embedder, row_encoder
-from mmemb_deploy.errors import OptionError
+from mmemb_deploy.errors import OptionError, check_known
 from mmemb_deploy.evaluation import Pair, encode_queries, read_pairs
 from mmemb_deploy.inputs import parse
 from mmemb_deploy.jobs import read_source
@@ -28,20 +30,41 @@ class Traffic:
     source: str
 
 
-def choose_traffic(requests: Path | None, pairs: Path | None, queries: int, seed: int) -> Traffic:
-    """Read `requests` as `mmemb embed` does, or `pairs` as `mmemb calibrate` does, or draw DigitChain's mixed traffic.
+def choose_traffic(
+    bundle: Bundle,
+    *,
+    requests: Path | None = None,
+    pairs: Path | None = None,
+    workload: str | None = None,
+    queries: int,
+    seed: int,
+) -> Traffic:
+    """Read `requests` as `mmemb embed` does, or `pairs` as `mmemb calibrate` does, or draw inputs of a `workload`.
 
-    DigitChain's digits are those that no training saw. Raises OptionError for both files, and at a malformed line.
+    Without any of them DigitChain's mixed traffic is drawn, over digits that no training saw. Raises OptionError for
+    more than one of them, and at a malformed line.
     """
-    if requests is not None and pairs is not None:
-        raise OptionError("--requests and --pairs both say what to embed: pass one of them")
+    given = {"--requests": requests, "--pairs": pairs, "--workload": workload}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise OptionError(f"{' and '.join(named)} each say what to embed: pass one of them")
     if pairs is not None:
         return Traffic(read_pairs(pairs), True, pairs.name)
     if requests is not None:
-        inputs = read_source(requests).inputs
-        return Traffic([Pair(query=content, candidates=[], relevant=[]) for content in inputs], False, requests.name)
-    drawn = [Pair.of(example) for example in DigitChain("test", seed).mixed(queries)]
-    return Traffic(drawn, True, f"DigitChain, mixed traffic of the test split, seed {seed}")
+        return Traffic(_unjudged(read_source(requests).inputs), False, requests.name)
+    if workload is not None:
+        check_known("workload", workload, WORKLOADS)
+        maker, rng = Maker(row_encoder(bundle), bundle.manifest), np.random.default_rng(seed)
+        drawn = [WORKLOADS[workload](maker, rng) for _ in range(queries)]
+        return Traffic(_unjudged(drawn), False, f"{workload}, seed {seed}")
+    examples = DigitChain("test", seed).mixed(queries)
+    return Traffic(
+        [Pair.of(each) for each in examples], True, f"DigitChain, mixed traffic of the test split, seed {seed}"
+    )
+
+
+def _unjudged(inputs: Iterable[Any]) -> list[Pair]:
+    return [Pair(query=content, candidates=[], relevant=[]) for content in inputs]
 
 
 def load_forgetful(bundle: Path | None, backend: str, threads: int | None) -> tuple[Bundle, Engine]:

@@ -80,8 +80,9 @@ def frontier(
     from mmemb_benchmarks.traffic import assemble, choose_traffic, load_forgetful
 
     check_output(output)
-    traffic = choose_traffic(None, pairs, queries, seed)
-    embedder = assemble(*load_forgetful(bundle, backend, threads))
+    opened, engine = load_forgetful(bundle, backend, threads)
+    traffic = choose_traffic(opened, pairs=pairs, queries=queries, seed=seed)
+    embedder = assemble(opened, engine)
     if embedder.manifest.gate is None:
         raise OptionError(f"{embedder.manifest.model.name} does not reason: it has no gate to set")
     routes = frontiers.measure_routes(embedder, traffic, Console(stderr=True).print)

@@ -24,7 +24,11 @@ Requests = Annotated[
     Path | None, typer.Option(help="Inputs, as mmemb embed reads them; DigitChain's mixed traffic by default.")
 ]
 Pairs = Annotated[Path | None, typer.Option(help="Pairs, as mmemb calibrate reads them: their hits are counted too.")]
-Queries = Annotated[int, typer.Option(min=1, help="Queries of DigitChain, where nothing else is given.")]
+Workload = Annotated[
+    str | None,
+    typer.Option(help="Inputs of one kind, such as 'long text', 'image' or 'document page'."),
+]
+Queries = Annotated[int, typer.Option(min=1, help="Inputs to draw, where no file is given.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Requests that run together.")]
 Rate = Annotated[
     float | None,
@@ -44,6 +48,7 @@ def latency(
     backend: Backend = "auto",
     requests: Requests = None,
     pairs: Pairs = None,
+    workload: Workload = None,
     queries: Queries = 200,
     seed: Seed = 0,
     reasoning_rate: Rate = None,
@@ -72,8 +77,8 @@ def latency(
 
     check_output(output)
     notes = Console(stderr=True)  # no spinner: its thread would take turns with what is timed
-    traffic = choose_traffic(requests, pairs, queries, seed)
     opened, engine = load_forgetful(bundle, backend, threads)
+    traffic = choose_traffic(opened, requests=requests, pairs=pairs, workload=workload, queries=queries, seed=seed)
     on_cpu = backend in ("auto", "onnxruntime")
     meter = EnergyMeter() if (not on_cpu if energy is None else energy) else None
     spent: Spent = defaultdict(float)
@@ -96,6 +101,7 @@ def load(
     bundle: Annotated[Path | None, typer.Argument(help="Bundle folder; the embedded nano bundle by default.")] = None,
     backend: Backend = "auto",
     requests: Requests = None,
+    workload: Workload = None,
     queries: Queries = 400,
     seed: Seed = 0,
     p95_ms: Annotated[
@@ -120,8 +126,9 @@ def load(
     from mmemb_benchmarks.traffic import assemble, choose_traffic, load_forgetful, threshold_of_rate
 
     check_output(output)
-    traffic = choose_traffic(requests, None, queries, seed)
-    embedder = assemble(*load_forgetful(bundle, backend, threads))
+    opened, engine = load_forgetful(bundle, backend, threads)
+    traffic = choose_traffic(opened, requests=requests, workload=workload, queries=queries, seed=seed)
+    embedder = assemble(opened, engine)
     options = mode_options(threshold_of_rate(embedder, traffic, reasoning_rate), max_rationale_tokens)
     found = measure_load(
         embedder, traffic, options, target_ms=p95_ms, seconds=seconds, trials=trials, batch_size=batch_size,
