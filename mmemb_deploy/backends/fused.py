@@ -96,9 +96,7 @@ class FusedDecoder:
         self._past = tuple(abi.past_names(model.layers))
         self._present = tuple(abi.present_names(model.layers))
         self._heads: dict[bytes, tuple[NDArray[Any], ...]] = {}  # of prompts, by their token ids
-        self._spare: dict[
-            str, NDArray[np.uint8]
-        ] = {}  # what the last stack left: new memory is slow to touch
+        self._spare: dict[str, NDArray[np.uint8]] = {}  # what the last stack left: new memory is slow to touch
 
     def prefill(self, batch: Batch, visual_tokens_VD: Floats, deepstack_LVD: Floats) -> Prefilled[BufferCache]:
         """Run prompts. Padding follows a row's own tokens, which therefore never see it.
