@@ -63,10 +63,11 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected_files() -> set[str]:
-    """The wheel's names for the packages' modules, recipes and typing markers, and for the embedded bundle."""
+    """The wheel's names for the packages' modules, recipes, templates and settings, and for the embedded bundle."""
     names: set[str] = set()
     for package in map(Path, PACKAGES):
-        files = [*(ROOT / package).rglob("*.py"), *(ROOT / package).rglob("*.toml"), ROOT / package / "py.typed"]
+        kinds = "*.py", "*.toml", "*.ini", "*.j2", "py.typed"
+        files = [file for kind in kinds for file in (ROOT / package).rglob(kind)]
         names |= {file.relative_to(ROOT / package.parent).as_posix() for file in files}
     bundle = ROOT / "mmemb_deploy" / "assets" / "nano"
     return names | {file.relative_to(ROOT).as_posix() for file in bundle.rglob("*") if file.is_file()}
