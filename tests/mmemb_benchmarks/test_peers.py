@@ -1,5 +1,8 @@
 """Peers run the same prompts, are held to the baseline's output first, and fail alone. No figure is asserted."""
 
+import os
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +14,8 @@ import pytest
 from mmemb_benchmarks.commands.peers import peers as command
 from mmemb_benchmarks.peers import BASELINE, PEERS, compare
 from mmemb_benchmarks.peers.environments import PeerError, interpreter
-from mmemb_benchmarks.peers.run import prompts
+from mmemb_benchmarks.peers.run import measure, prompts
+from mmemb_benchmarks.peers.worker import Ids, Worker
 from mmemb_deploy import OptionError
 from mmemb_deploy.bundle import Bundle
 from mmemb_deploy.embedder import row_encoder
@@ -52,6 +56,44 @@ def test_a_peer_that_fails_says_why_and_the_others_go_on(tiny_checkpoint: Path, 
     assert set(found["peers"]) == {BASELINE, fused_bundle.name}
 
 
+class Stand:
+    """A worker that answers so often, and is killed then."""
+
+    def __init__(self, answers: int) -> None:
+        self.calls, self._left = ["embed"], answers
+
+    def run(self, _call: str, ids: Ids, _tokens: int = 0) -> tuple[Any, float]:
+        self._left -= 1
+        if self._left < 0:
+            raise PeerError("killed")
+        return ids, 1.0
+
+
+def times(left_out: dict[str, str], **answers: int) -> dict[str, dict[str, list[float]]]:
+    workers: dict[str, Any] = {name: Stand(count) for name, count in answers.items()}
+    return measure(
+        workers, lambda rows, _: [[1]] * rows, batches=[2], written=5, rounds=3, left_out=left_out,
+        report=lambda _: None,
+    )  # fmt: skip
+
+
+def test_a_peer_that_dies_while_it_is_timed_loses_its_times_alone() -> None:
+    left_out: dict[str, str] = {}
+    assert times(left_out, transformers=4, other=2) == {"transformers": {"embed x2": [1.0] * 3}}
+    assert left_out == {"other": "killed"}
+    with pytest.raises(PeerError, match="killed"):
+        times({}, transformers=2, other=4)
+
+
+def test_a_process_that_was_killed_says_so(tiny_checkpoint: Path) -> None:
+    worker = Worker(
+        Path(sys.executable), "transformers", {"checkpoint": str(tiny_checkpoint), "threads": 1, "device": "cpu"}
+    )
+    os.kill(worker.process.pid, signal.SIGKILL)
+    with pytest.raises(PeerError, match="want of memory"):
+        worker.run("embed", [[1, 2]])
+
+
 def test_without_the_baseline_there_is_nothing_to_compare(tmp_path: Path, fused_bundle: Path) -> None:
     with pytest.raises(PeerError):
         run(tmp_path / "no checkpoint", fused_bundle)
@@ -90,3 +132,8 @@ def test_an_environment_that_was_not_finished_is_made_anew(tmp_path: Path) -> No
 def test_an_unknown_peer_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"llama\.cpp"):
         command(tmp_path, [tmp_path], peer=["lama.cpp"])
+
+
+def test_a_peer_of_another_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"peer on cpu 'vLLM bfloat16' is not known: .*'vLLM for CPUs bfloat16'"):
+        command(tmp_path, [tmp_path], peer=["vLLM bfloat16"])

@@ -39,16 +39,17 @@ def peers(
     """Run the same weights elsewhere, each peer in its own environment, parity first, then times in turns."""
     from rich.console import Console
 
-    from mmemb_benchmarks.peers import PEERS, compare
+    from mmemb_benchmarks.peers import compare, peers_on
     from mmemb_benchmarks.peers.environments import default_folder
     from mmemb_benchmarks.results import stamp
     from mmemb_deploy.errors import check_known
 
     check_output(output)
     check_known("device", device, ("cpu", "cuda"))
+    known = peers_on(device)
     for name in peer or []:
-        check_known("peer", name, [*PEERS, "all"])
-    names = [name for name in PEERS if "CUDA" not in name or device == "cuda"] if peer == ["all"] else peer or []
+        check_known(f"peer on {device}", name, [*known, "all"])
+    names = known if "all" in (peer or []) else peer or []
     folder = None if here else environments or default_folder()
     found = compare(
         checkpoint, bundles, names=names, environments=folder, device=device, tokens=tokens, batches=batch,

