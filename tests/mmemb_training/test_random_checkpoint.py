@@ -1,5 +1,6 @@
 """A random checkpoint has the shape it was asked for, and is read like any other."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def test_its_weights_are_those_of_the_shape_in_as_many_files_as_they_need(
     model = load_checkpoint(tmp_path / "checkpoint", dtype="bfloat16").model
     assert sum(weight.numel() for weight in model.parameters()) == shape.parameters()
     assert read_shape(tmp_path / "checkpoint").text == shape.text
+    assert json.loads((tmp_path / "checkpoint" / "config.json").read_text())["architectures"] == [type(model).__name__]
     assert 0.015 < model.lm_head.weight.float().std() < 0.025
 
 

@@ -39,6 +39,7 @@ def random_checkpoint(shape: ModelShape, folder: Path, *, dtype: torch.dtype = t
         model, tokenizer, PROMPT, pixels=PIXELS, video_pixels=8 * PIXELS, dims=(shape.text.hidden,),
         max_rationale_tokens=64, provenance={"weights": "random", "shape": shape.name, "seed": seed},
     )  # fmt: skip
+    model.config.architectures = [type(model).__name__]  # by which engines know what to load
     model.config.save_pretrained(folder)
     save_facts(checkpoint, folder)
     _write_weights(model, folder, seed)
