@@ -32,7 +32,6 @@ KEYS = ("text", "image", "images", "video", "fps", "timestamps")
 DEFAULT_FPS = 2.0  # frames per second of a video that names no times: the rate at which Qwen3-VL samples
 
 
-# What Pillow raises on damaged files, and (AssertionError) on images whose file was closed too early
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """The largest input that is accepted; an input above a limit is refused, never cut."""
