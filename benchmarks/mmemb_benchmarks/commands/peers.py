@@ -21,7 +21,7 @@ def peers(
     bundles: Annotated[list[Path], typer.Argument(help="Bundles that were exported from it.")],
     peer: Annotated[
         list[str] | None,
-        typer.Option(help="A peer beside transformers; repeat for several, or 'all'."),
+        typer.Option(help="A peer beside transformers; repeat for several, or 'all'. They lie in memory together."),
     ] = None,
     environments: Annotated[
         Path | None, typer.Option(help="Where peers are installed; under the user's cache folder by default.")
@@ -30,7 +30,7 @@ def peers(
     device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = "cpu",
     tokens: Annotated[int, typer.Option(min=32, help="Tokens of a prompt.")] = 256,
     batch: Annotated[list[int], typer.Option(min=1, help="Prompts that run together; repeat for several.")] = [1, 8],  # noqa: B006
-    written: Annotated[int, typer.Option(min=4, help="Tokens written after each prompt.")] = 32,
+    written: Annotated[int, typer.Option(min=8, help="Tokens written after each prompt.")] = 32,
     rounds: Rounds = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of every contender on a CPU.")] = 2,
     output: Out = None,
@@ -59,22 +59,27 @@ def peers(
 
 
 def _show(result: Mapping[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     base = result["peers"][result["baseline"]]["seconds"]
     table = Table(
-        title=f"{result['tokens']} tokens: seconds of {result['baseline']}, and how many times faster others are"
+        title=f"{result['tokens']} tokens: seconds of {result['baseline']}, and how many times faster others are",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
-    for column in ("", *base, "cosine"):
-        table.add_column(column, justify="right" if column else "left")
+    table.add_column(no_wrap=True)
+    for column in (*base, "cosine"):
+        table.add_column(column, justify="right")
     for name, peer in result["peers"].items():
         cells = (
-            f"{seconds:.3g} s" if name == result["baseline"] else f"{base[what] / seconds:.2f}x"
+            f"{seconds:.3g}" if name == result["baseline"] else f"{base[what] / seconds:.2f}x"
             for what, seconds in ((what, peer["seconds"].get(what, float("nan"))) for what in base)
         )
-        table.add_row(name, *("-" if cell == "nanx" else cell for cell in cells), f"{peer['cosine']:.5f}")
+        table.add_row(name, *("-" if cell == "nanx" else cell for cell in cells), f"{peer['cosine']:.4f}")
     console.print(table)
     for name, reason in result["left_out"].items():
         console.print(f"left out: {name}: {reason}", markup=False)

@@ -317,7 +317,7 @@ class LlamaCpp:
             raise RuntimeError(f"llama_decode returned {status}")
 
     def embed(self, ids: Ids) -> Any:
-        """Pool the last token."""
+        """Pool the last token, as its own tools do; a context that embeds computes logits of every token too."""
         import numpy as np
 
         context = self._context(len(ids), len(ids[0]), embeds=True)
