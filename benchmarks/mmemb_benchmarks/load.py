@@ -20,8 +20,9 @@ from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.evaluation import encode_queries
 from mmemb_deploy.options import EncodeOptions
 
-FEWEST = 100  # requests of a trial, so that its p95 means something
+FEWEST = 60  # requests of a trial, so that its p95 means something
 HOPELESS = 5  # times the target: a request that is late by so much ends the trial
+PRECISION = 0.05  # of a sustainable rate, at which the search for it ends
 FIRST_SHARE = 0.5  # of the rate that full batches reach, tried first
 
 
@@ -40,15 +41,26 @@ class Trial:
 
 @dataclass
 class Search:
-    """The highest rate that held and the lowest that did not, as trials narrow them down."""
+    """The highest rate that held and the lowest that did not, as trials narrow them down.
+
+    A machine that stalls for a moment breaks a rate that it sustains: a rate counts as broken when it breaks twice.
+    """
 
     capacity: float  # requests a second of full batches
     held: float = 0.0
     broke: float = float("inf")
+    doubted: float | None = None  # a rate that broke once
     trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        """Whether the sustainable rate is known well enough."""
+        return self.broke <= (1 + PRECISION) * self.held
 
     def next_rate(self) -> float:
         """Return the rate to try: higher until one breaks, then halfway between."""
+        if self.doubted is not None:
+            return self.doubted
         if self.broke == float("inf"):
             return self.capacity * FIRST_SHARE if not self.trials else 1.4 * self.trials[-1].rate_per_s
         return (self.held + self.broke) / 2
@@ -57,9 +69,11 @@ class Search:
         """Learn from a trial."""
         self.trials.append(trial)
         if trial.held:
-            self.held = max(self.held, trial.rate_per_s)
+            self.held, self.doubted = max(self.held, trial.rate_per_s), None
+        elif self.doubted is None:
+            self.doubted = trial.rate_per_s
         else:
-            self.broke = min(self.broke, trial.rate_per_s)
+            self.broke, self.doubted = min(self.broke, trial.rate_per_s), None
 
 
 def run_trial(
@@ -111,7 +125,7 @@ def measure_load(
     seed: int,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Narrow down, in `trials` trials a mode, the rate at which the 95th percentile just stays below the target.
+    """Narrow down, in at most `trials` trials a mode, the rate whose 95th percentile just stays below the target.
 
     The modes take turns. Without a target it is five times the mean latency, idle, of the mode that takes longest.
     """
@@ -121,6 +135,8 @@ def measure_load(
     rng = np.random.default_rng(seed)
     for turn in range(trials):
         for mode, search in searches.items():
+            if search.done:
+                continue
             rate = search.next_rate()
             report(f"trial {turn + 1} of {trials}: {mode} at {rate:.1f} a second")
             search.add(

@@ -168,15 +168,23 @@ def trial(rate: float, *, held: bool) -> Trial:
     return Trial(rate, 1, 1, 1, rate, 1, held)
 
 
-def test_a_search_rises_until_a_rate_breaks_and_then_halves() -> None:
+def test_a_search_rises_until_a_rate_breaks_twice_and_then_halves() -> None:
     search = Search(capacity=100)
     rates = []
-    for _ in range(6):
+    while not search.done:
         rates.append(search.next_rate())
         search.add(trial(rates[-1], held=rates[-1] < 80))
-    assert rates[:3] == pytest.approx([50, 70, 98])
-    assert search.held < 80 <= search.broke
-    assert search.broke - search.held < 5
+    assert rates[:5] == pytest.approx([50, 70, 98, 98, 84])
+    assert search.held < 80 <= search.broke < 1.05 * search.held
+
+
+def test_a_rate_that_breaks_once_may_still_hold() -> None:
+    search = Search(capacity=100)
+    search.add(trial(50, held=False))
+    assert search.next_rate() == 50
+    search.add(trial(50, held=True))
+    assert (search.held, search.broke) == (50, float("inf"))
+    assert search.next_rate() == pytest.approx(70)
 
 
 def options(mode: str) -> EncodeOptions:
