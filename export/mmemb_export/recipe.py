@@ -18,11 +18,13 @@ from mmemb_export.quantise import quantise
 from mmemb_export.trace import TURNED, Weights, trace
 from mmemb_export.weights import save
 from mmemb_training.checkpoint import Checkpoint
+from mmemb_training.runtime import MAX_BATCH_TOKENS
 
 FORMS = ("portable", "fused")
 FLOATS = ("float32", "float16", "bfloat16")
 PRECISIONS = (*FLOATS, "int8", "fp8", "int4")  # finest first
 FUSED = ("float32", "int8", "int4")
+BATCH_TOKENS = {"portable": MAX_BATCH_TOKENS, "fused": 1024}  # of a padded batch: more leave a CPU's caches
 MIN_COSINE = {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.995, "int8": 0.999, "fp8": 0.98, "int4": 0.98}
 TOKEN_AGREEMENT = {"float32": 0.995, "float16": 0.97, "bfloat16": 0.9, "int8": 0.97, "fp8": 0.9, "int4": 0.9}
 FLIPS = {"float32": 0.0, "float16": 0.01, "bfloat16": 0.02, "int8": 0.01, "fp8": 0.05, "int4": 0.05}  # share of inputs
@@ -78,6 +80,11 @@ class Recipe:
         if self.precision in FLOATS:
             return self.precision
         return "float32" if self.form == "fused" else "bfloat16"
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a padded batch; more inputs than fit are embedded in more batches."""
+        return BATCH_TOKENS[self.form]
 
     @property
     def generator(self) -> str:

@@ -95,7 +95,8 @@ def _certified(
     while True:
         facts = write_graphs(outline, CheckpointWeights(source, outline), folder, recipe, choices, report)
         files = {file: file_hash(folder / file) for file in bundle_files(folder)}
-        manifest = uncertified(outline, name).model_copy(update={"graphs": facts, "files": files})
+        manifest = uncertified(outline, name, recipe.batch_tokens)
+        manifest = manifest.model_copy(update={"graphs": facts, "files": files})
         report(f"certifying on {len(probes)} inputs")
         with _runnable(source, folder, manifest, recipe, choices) as embedder:
             answers = answer(embedder, probes)

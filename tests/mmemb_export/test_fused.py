@@ -71,6 +71,11 @@ def test_one_precision_is_one_decoder_graph_and_two_are_two(fused: Path) -> None
     assert (graphs[abi.EMBEDDER].file == graphs[abi.GENERATOR].file) == same
 
 
+def test_a_batch_for_a_cpu_is_smaller_than_one_for_an_engine(fused: Path, tiny_bundle: Path) -> None:
+    ours, engines = (Bundle.open(folder).manifest.batch for folder in (fused, tiny_bundle))
+    assert ours.tokens < engines.tokens
+
+
 def test_an_instruction_that_was_seen_before_changes_nothing(fused: Path) -> None:
     embedder = Embedder.load(fused)
     first = embedder.encode(["one"], instruction="Find it.")

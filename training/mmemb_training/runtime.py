@@ -63,7 +63,7 @@ def torch_embedder(checkpoint: Checkpoint, gate: GateFacts = UNCALIBRATED) -> Em
     return Embedder(facts, checkpoint.rows, engine)
 
 
-def manifest(checkpoint: Checkpoint, name: str) -> Manifest:
+def manifest(checkpoint: Checkpoint, name: str, batch_tokens: int = MAX_BATCH_TOKENS) -> Manifest:
     """Return the manifest of a checkpoint's bundle before its graphs, files and certificate exist."""
     text = checkpoint.model.config.text_config
     return Manifest(
@@ -86,7 +86,7 @@ def manifest(checkpoint: Checkpoint, name: str) -> Manifest:
         limits=Limits(),
         batch=BatchLimits(
             row_tokens=min(MAX_ROW_TOKENS, text.max_position_embeddings),
-            tokens=MAX_BATCH_TOKENS,
+            tokens=batch_tokens,
             patches=MAX_BATCH_PATCHES,
             cache_bytes=MAX_CACHE_BYTES,
         ),
