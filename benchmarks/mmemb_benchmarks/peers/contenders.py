@@ -399,15 +399,22 @@ class Bundle:
         self._fast_path, self._generator = embedder.pipeline.fast_path, embedder.pipeline.generator
         self._markers = list(embedder.manifest.markers.values())
         self._head = embedder.encoder.prompt.head(INSTRUCTION)
+        self._batch_tokens = embedder.manifest.batch.tokens
 
-    def _rows(self, ids: Ids) -> Any:
+    def _prefill(self, ids: Ids) -> Any:
+        """Run the fast path, in batches as large as the bundle allows."""
         import numpy as np
 
         from mmemb_deploy.rows import Row
 
         positions = np.tile(np.arange(len(ids[0])), (3, 1))
         shown = np.zeros(len(ids[0]), np.int64)
-        return [Row(np.array(row, np.int64), positions, (), shown, self._head) for row in ids]
+        rows = [Row(np.array(row, np.int64), positions, (), shown, self._head) for row in ids]
+        size = max(1, self._batch_tokens // len(ids[0]))
+        return [self._fast_path.run(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+    def _generate(self, ids: Ids, words: int) -> Any:
+        return self._generator.generate([found.cache for found in self._prefill(ids)], words, self._choose)
 
     def _choose(self, logits_BW: Any) -> Any:
         logits_BW[:, self._markers] = -float("inf")  # no marker ends a rationale early
@@ -415,19 +422,19 @@ class Bundle:
 
     def embed(self, ids: Ids) -> Any:
         """Run the fast path."""
-        return self._fast_path.run(self._rows(ids)).embeddings_BD
+        import numpy as np
+
+        return np.concatenate([found.embeddings_BD for found in self._prefill(ids)])
 
     def write(self, ids: Ids, tokens: int) -> Any:
         """Run the reasoning path, whose markers around a rationale are as many steps as three tokens."""
-        cache = self._fast_path.run(self._rows(ids)).cache
-        return [list(found.token_ids) for found in self._generator.generate([cache], tokens - 3, self._choose)]
+        return [list(found.token_ids) for found in self._generate(ids, tokens - 3)]
 
     def think_and_embed(self, ids: Ids, tokens: int) -> Any:
         """Run the reasoning path: its last step embeds."""
         import numpy as np
 
-        cache = self._fast_path.run(self._rows(ids)).cache
-        return np.stack([found.embedding_D for found in self._generator.generate([cache], tokens, self._choose)])
+        return np.stack([found.embedding_D for found in self._generate(ids, tokens)])
 
 
 CONTENDERS: dict[str, Any] = {
