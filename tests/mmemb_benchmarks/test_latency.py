@@ -193,7 +193,7 @@ def options(mode: str) -> EncodeOptions:
 
 def test_a_request_waits_from_its_arrival(nano: Embedder, traffic: Traffic) -> None:
     """At a rate that nothing can serve, requests queue, batches fill, and the target breaks."""
-    arguments: dict[str, Any] = {"seconds": 0.01, "batch_size": 16, "rng": np.random.default_rng(0)}
+    arguments: dict[str, Any] = {"seconds": 0.01, "batch_size": 16, "seed": 0}
     flooded = run_trial(nano, traffic, options("never"), rate=1e6, target_ms=1e-3, **arguments)
     assert not flooded.held
     assert flooded.p95_ms > 1e-3

@@ -106,7 +106,7 @@ def load(
     seed: Seed = 0,
     p95_ms: Annotated[
         float | None,
-        typer.Option(min=0.001, help="What the 95th percentile must not exceed; 5 x the slowest mode's idle mean."),
+        typer.Option(min=0.001, help="What the 95th percentile must not exceed; 10 x the slowest mode's idle mean."),
     ] = None,
     reasoning_rate: Rate = None,
     max_rationale_tokens: Written = None,
