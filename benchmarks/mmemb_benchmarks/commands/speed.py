@@ -110,7 +110,9 @@ def load(
     ] = None,
     reasoning_rate: Rate = None,
     max_rationale_tokens: Written = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Length of a trial; it has at least 60 requests.")] = 5.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Length of a trial; at least 60 requests, and 20 x the target.")
+    ] = 5.0,
     trials: Annotated[int, typer.Option(min=1, help="Trials of each mode, at most.")] = 12,
     batch_size: BatchSize = 32,
     threads: Threads = None,
