@@ -22,7 +22,10 @@ def stats(median: float, half: float = 0.05) -> dict[str, float]:
 SUITE: dict[str, Any] = {
     "machine_info": MACHINE,
     "bundle": {"hash": "1f"},
-    "benchmarks": [{"name": name, "stats": stats(time)} for name, time in (("prefill", 1.0), ("decode", 0.1))],
+    "benchmarks": [
+        {"name": "prefill[long text]", "stats": stats(1.0)},
+        {"name": "decode[8]", "stats": stats(0.1)},
+    ],
 }
 LATENCY: dict[str, Any] = {
     "kind": "latency",
@@ -65,9 +68,16 @@ def test_what_became_slower_is_named_and_fails(tmp_path: Path, capsys: pytest.Ca
     old, new = saved(tmp_path, "old", SUITE), saved(tmp_path, "new", slow)
     assert exit_code(old, new, as_json=True) == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["slower"] == {"decode": 2.0}
+    assert found["slower"] == {"decode[8]": 2.0}
     assert exit_code(new, old, as_json=True) == 0
-    assert json.loads(capsys.readouterr().out)["faster"] == {"decode": 0.5}
+    assert json.loads(capsys.readouterr().out)["faster"] == {"decode[8]": 0.5}
+
+
+def test_a_name_is_printed_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = copy.deepcopy(SUITE)
+    slow["benchmarks"][0]["stats"] = stats(2.0)
+    assert exit_code(saved(tmp_path, "old", SUITE), saved(tmp_path, "new", slow)) == 1
+    assert "prefill[long text]" in capsys.readouterr().out
 
 
 def test_a_shift_within_the_spread_or_the_tolerance_is_noise(tmp_path: Path) -> None:
@@ -86,7 +96,7 @@ def test_other_circumstances_and_lost_benchmarks_are_told(tmp_path: Path) -> Non
     other["benchmarks"][0]["name"] = "vision"
     found = compare(read_run(saved(tmp_path, "old", SUITE)), read_run(saved(tmp_path, "new", other)), 0.1)
     assert found.differing == ["bundle: 1f before, 2e now"]
-    assert (found.missing, found.added) == (["prefill"], ["vision"])
+    assert (found.missing, found.added) == (["prefill[long text]"], ["vision"])
 
 
 def test_results_that_do_not_compare_are_refused(tmp_path: Path) -> None:

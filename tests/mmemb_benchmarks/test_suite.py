@@ -19,7 +19,7 @@ from mmemb_deploy.bundle import Bundle
 
 @pytest.fixture(scope="module")
 def setting(fused_bundle: Path) -> Setting:
-    return Setting(*load_forgetful(fused_bundle, "auto", 1), seconds=0)
+    return Setting(*load_forgetful(fused_bundle, "auto", 1), seconds=0, passes=1)
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
@@ -51,6 +51,13 @@ def test_every_stage_is_timed_and_says_on_what(setting: Setting, tmp_path: Path)
     assert {path.name for path in tmp_path.iterdir()} == {"stages.json", "again.json"}
 
 
+def test_passes_share_the_rounds_and_pool_them(fused_bundle: Path, tmp_path: Path) -> None:
+    setting = Setting(*load_forgetful(fused_bundle, "auto", 1), seconds=0, passes=2)
+    (gate,) = run(setting, tmp_path / "gate.json", "bench_gate and 8")["benchmarks"]
+    assert gate["stats"]["rounds"] == len(gate["stats"]["data"]) == FEWEST
+    assert gate["stats"]["median"] == pytest.approx(np.median(gate["stats"]["data"]))
+
+
 def test_every_workload_is_timed_on_every_route(setting: Setting, tmp_path: Path) -> None:
     found = run(setting, tmp_path / "one.json", "bench_one or (bench_traffic and mixed)")
     by_name = {benchmark["name"]: benchmark["extra_info"] for benchmark in found["benchmarks"]}
@@ -63,7 +70,9 @@ def test_every_workload_is_timed_on_every_route(setting: Setting, tmp_path: Path
 
 def test_a_bundle_that_does_not_reason_skips_what_reasons(setting: Setting, tmp_path: Path) -> None:
     manifest = setting.manifest.model_copy(update={"gate": None})
-    fast_only = Setting(Bundle(setting.bundle.folder, manifest), replace(setting.engine, gate=None), seconds=0)
+    fast_only = Setting(
+        Bundle(setting.bundle.folder, manifest), replace(setting.engine, gate=None), seconds=0, passes=1
+    )
     found = run(fast_only, tmp_path / "fast.json", "bench_gate or bench_decode or (bench_one and short)")
     assert [benchmark["name"] for benchmark in found["benchmarks"]] == ["bench_one[fast only-short text]"]
 

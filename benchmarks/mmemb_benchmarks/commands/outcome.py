@@ -42,6 +42,7 @@ def compare(
     from dataclasses import asdict
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from mmemb_benchmarks import compare as comparing
@@ -57,11 +58,11 @@ def compare(
         table.add_column("benchmark")
         table.add_column("time, new over old", justify="right")
         for name, ratio in (found.slower | found.faster).items():
-            table.add_row(name, f"{ratio:.2f}", style="red" if ratio > 1 else "green")
+            table.add_row(escape(name), f"{ratio:.2f}", style="red" if ratio > 1 else "green")
         if table.row_count:
             console.print(table)
         for label, names in (("only before", found.missing), ("only now", found.added)):
             if names:
-                console.print(f"{label}: {', '.join(names)}")
+                console.print(f"{label}: {escape(', '.join(names))}")
         console.print(f"{len(found.slower)} slower, {len(found.faster)} faster, {found.unmoved} unmoved")
     raise typer.Exit(1 if found.slower else 0)

@@ -20,6 +20,7 @@ def suite(
     backend: Backend = "auto",
     threads: Threads = None,
     seconds: Annotated[float, typer.Option(min=0, help="What the rounds of one benchmark should take together.")] = 1.0,
+    passes: Annotated[int, typer.Option(min=1, help="Times that the suite runs, with a share of the rounds each.")] = 3,
     select: Annotated[str, typer.Option(help="Which benchmarks run, as of pytest -k.")] = "bench",
     output: Annotated[Path, typer.Option("--out", help="Where pytest-benchmark's JSON goes.")] = Path("suite.json"),
 ) -> None:
@@ -29,5 +30,5 @@ def suite(
     from mmemb_benchmarks.traffic import load_forgetful
 
     check_output(output)
-    setting = Setting(*load_forgetful(bundle, backend, threads), seconds)
+    setting = Setting(*load_forgetful(bundle, backend, threads), seconds, passes)
     raise typer.Exit(run_suite(setting, output, select))

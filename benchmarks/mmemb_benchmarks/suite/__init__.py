@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -13,13 +14,23 @@ from mmemb_deploy.errors import OptionError
 def run_suite(setting: Setting, output: Path, select: str) -> int:
     """Run the benchmarks whose names `select` matches, as `pytest -k` does; write pytest-benchmark's JSON.
 
-    Returns pytest's exit code: 0, or 1 where a benchmark failed. Raises OptionError where nothing is selected.
+    Returns pytest's exit code: 0, or 1 where a benchmark failed, and then writes nothing. Raises OptionError where
+    nothing is selected.
     """
-    status = pytest.main(
-        [str(Path(__file__).parent), "-q", "-k", select, f"--benchmark-json={output}",
-         "--benchmark-columns=median,iqr,rounds", "--benchmark-sort=fullname", "--benchmark-disable-gc"],
-        plugins=[setting],
-    )  # fmt: skip
-    if status == pytest.ExitCode.NO_TESTS_COLLECTED:
-        raise OptionError(f"--select is {select!r}: it matches no benchmark; `mmemb bench suite` lists their names")
-    return int(status)
+    setting.times.clear()
+    with TemporaryDirectory(dir=output.parent) as scratch:
+        whole = Path(scratch, output.name)
+        for _ in range(setting.passes):
+            status = pytest.main(
+                [str(Path(__file__).parent), "-q", "-k", select, f"--benchmark-json={whole}",
+                 "--benchmark-columns=median,iqr,rounds", "--benchmark-sort=fullname", "--benchmark-disable-gc"],
+                plugins=[setting],
+            )  # fmt: skip
+            if status == pytest.ExitCode.NO_TESTS_COLLECTED:
+                raise OptionError(
+                    f"--select is {select!r}: it matches no benchmark; `mmemb bench suite` lists their names"
+                )
+            if status:
+                return int(status)
+        whole.replace(output)
+    return 0
