@@ -62,9 +62,9 @@ def bundle_facts(embedder: Embedder) -> dict[str, Any]:
 
 
 def command() -> str:
-    """Return the command line, without the folders of its program and its arguments."""
+    """Return the command line, without the folders of its arguments."""
     arguments = (f"'{word}'" if " " in word else word for word in map(_short, sys.argv[1:]))
-    return " ".join([Path(sys.argv[0]).name, *arguments])
+    return " ".join(["mmemb", *arguments])
 
 
 def write(stamped: Mapping[str, Any], output: Path) -> None:
