@@ -50,6 +50,7 @@ def render(results: Sequence[Result]) -> tuple[str, dict[str, bytes]]:
         loader=PackageLoader("mmemb_benchmarks.report", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["digits"] = charts.digits
     page = environment.get_template("page.html.j2").render(
         subjects=subjects,
         charts={slug: {chart.name.removeprefix(f"{slug}-"): chart for chart in each} for slug, each in drawn.items()},
@@ -103,7 +104,7 @@ def _suite_rows(benchmarks: Sequence[Benchmark]) -> list[tuple[str, str, str, st
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.3g}"
+    return charts.digits(1000 * seconds)
 
 
 def _in_both_themes(chart: charts.Chart) -> dict[str, str]:
