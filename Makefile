@@ -34,7 +34,7 @@ check: $(DEV) ## lint, formatting and types
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(DEV) ## run the benchmarks of a CPU (17 to 20 minutes on 2 cores), make a page of them
+bench: $(DEV) ## run the benchmarks of a CPU (17 minutes on 2 cores), make a page of them
 	PYTHON=$(BIN)/python benchmarks/cpu.sh
 
 nano: $(DEV) ## retrain the nano model and export it into the package
