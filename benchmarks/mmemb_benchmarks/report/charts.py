@@ -122,11 +122,10 @@ def stages_chart(name: str, latency: Latency) -> Chart:
                 axes.barh(place, width, left=left, height=0.55, color=theme.stages[stage], label=label)
                 left += width
         _label_bars(axes, modes, "mean ms of a request alone")
-        legend = axes.legend(
-            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, handlelength=1.1, fontsize=9
-        )
-        for text in legend.get_texts():
-            text.set_color(theme.ink)
+        axes.legend(
+            loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, labelcolor=theme.ink,
+            handlelength=1.1, fontsize=9,
+        )  # fmt: skip
 
     told = "; ".join(
         f"{mode}: "
@@ -160,9 +159,7 @@ def frontier_chart(name: str, frontier: Frontier) -> Chart:
         _grid(axes, theme)
         axes.set_xlabel("mean ms of a query alone")
         axes.set_ylabel("hit@1")
-        legend = axes.legend(loc="lower right", frameon=False)
-        for text in legend.get_texts():
-            text.set_color(theme.ink)
+        axes.legend(loc="lower right", frameon=False, labelcolor=theme.ink)
 
     chosen, last = frontier.default, frontier.curve[-1]
     told = (
@@ -195,9 +192,7 @@ def load_chart(name: str, load: Load) -> Chart:
         axes.set_xlim(left=0)
         axes.set_xlabel("arrivals a second")
         axes.set_ylabel("p95, ms")
-        legend = axes.legend(loc="upper left", frameon=False)
-        for text in legend.get_texts():
-            text.set_color(theme.ink)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, labelcolor=theme.ink)
 
     told = "; ".join(f"{mode} {digits(found.sustainable_per_s)}" for mode, found in load.modes.items())
     alt = f"Sustained requests a second with p95 below {digits(load.target_p95_ms)} ms: {told}"
