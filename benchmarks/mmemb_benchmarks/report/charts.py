@@ -71,7 +71,10 @@ class Chart:
 
     def _save(self, kind: str, theme: Theme) -> bytes:
         # without a salt and a date, the same figures give the same bytes
-        with rc_context({"font.size": 10, "font.family": "sans-serif", "svg.hashsalt": self.name}):
+        with rc_context({
+            "font.size": 10, "font.family": "sans-serif", "legend.frameon": False, "legend.labelcolor": theme.ink,
+            "svg.hashsalt": self.name,
+        }):  # fmt: skip
             figure = Figure(figsize=(WIDTH, self.height), layout="constrained", facecolor=theme.paper)
             axes = figure.add_subplot(facecolor=theme.paper)
             axes.spines[:].set_visible(False)
@@ -122,10 +125,7 @@ def stages_chart(name: str, latency: Latency) -> Chart:
                 axes.barh(place, width, left=left, height=0.55, color=theme.stages[stage], label=label)
                 left += width
         _label_bars(axes, modes, "mean ms of a request alone")
-        axes.legend(
-            loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, labelcolor=theme.ink,
-            handlelength=1.1, fontsize=9,
-        )  # fmt: skip
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, handlelength=1.1, fontsize=9)
 
     told = "; ".join(
         f"{mode}: "
@@ -159,7 +159,7 @@ def frontier_chart(name: str, frontier: Frontier) -> Chart:
         _grid(axes, theme)
         axes.set_xlabel("mean ms of a query alone")
         axes.set_ylabel("hit@1")
-        axes.legend(loc="lower right", frameon=False, labelcolor=theme.ink)
+        axes.legend(loc="lower right")
 
     chosen, last = frontier.default, frontier.curve[-1]
     told = (
@@ -192,7 +192,7 @@ def load_chart(name: str, load: Load) -> Chart:
         axes.set_xlim(left=0)
         axes.set_xlabel("arrivals a second")
         axes.set_ylabel("p95, ms")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, labelcolor=theme.ink)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
 
     told = "; ".join(f"{mode} {digits(found.sustainable_per_s)}" for mode, found in load.modes.items())
     alt = f"Sustained requests a second with p95 below {digits(load.target_p95_ms)} ms: {told}"
