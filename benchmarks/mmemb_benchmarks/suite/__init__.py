@@ -9,6 +9,7 @@ import pytest
 
 from mmemb_benchmarks.suite.setting import Setting
 from mmemb_deploy.errors import OptionError
+from mmemb_deploy.files import write_whole
 
 
 def run_suite(setting: Setting, output: Path, select: str) -> int:
@@ -18,11 +19,11 @@ def run_suite(setting: Setting, output: Path, select: str) -> int:
     nothing is selected.
     """
     setting.times.clear()
-    with TemporaryDirectory(dir=output.parent) as scratch:
-        whole = Path(scratch, output.name)
+    with TemporaryDirectory() as scratch:
+        pooled = Path(scratch, output.name)
         for _ in range(setting.passes):
             status = pytest.main(
-                [str(Path(__file__).parent), "-q", "-k", select, f"--benchmark-json={whole}",
+                [str(Path(__file__).parent), "-q", "-k", select, f"--benchmark-json={pooled}",
                  "--benchmark-columns=median,iqr,rounds", "--benchmark-sort=fullname", "--benchmark-disable-gc"],
                 plugins=[setting],
             )  # fmt: skip
@@ -32,5 +33,5 @@ def run_suite(setting: Setting, output: Path, select: str) -> int:
                 )
             if status:
                 return int(status)
-        whole.replace(output)
+        write_whole(output, pooled.read_bytes())
     return 0
