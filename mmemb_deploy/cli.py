@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 COMMANDS = "mmemb.commands"  # each entry is `register(app: typer.Typer) -> None`
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Embed text, images, video and documents, reasoning only where it helps.",
-)  # fmt: skip
+)
 
 Bundle = Annotated[Path | None, typer.Argument(help="Bundle folder; the embedded nano bundle by default.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for scripts.")]
@@ -50,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @app.callback(invoke_without_command=True)
 def version(
-    context: typer.Context,
-    show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    context: typer.Context, show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
     """Embed text, images, video and documents, reasoning only where it helps."""
     if show:
@@ -93,9 +94,12 @@ def embed(
     check_known("errors", errors, ("raise", "return"))
     check_output(output)
     options: EncodeOptions = {
-        "threshold": threshold, "reasoning_rate": reasoning_rate, "batch_size": batch_size,
-        "truncate_dim": truncate_dim, "precision": precision,
-    }  # fmt: skip
+        "threshold": threshold,
+        "reasoning_rate": reasoning_rate,
+        "batch_size": batch_size,
+        "truncate_dim": truncate_dim,
+        "precision": precision,
+    }
     if instruction is not None:
         options["instruction"] = instruction
     if not document or reasoning != "auto":
@@ -107,9 +111,12 @@ def embed(
         from mmemb_deploy.reasoners import RemoteReasoner
 
         remote = RemoteReasoner(
-            reasoner, model=reasoner_model, api_key_variable=reasoner_key, timeout=reasoner_timeout,
+            reasoner,
+            model=reasoner_model,
+            api_key_variable=reasoner_key,
+            timeout=reasoner_timeout,
             on_failure=on_failure,
-        )  # fmt: skip
+        )
     inputs = read_source(source)
     embedder = Embedder.load(bundle, threads=threads, reasoner=remote)
     began = time.perf_counter()
@@ -123,10 +130,14 @@ def embed(
         raise SystemExit(130) from None
     seconds = time.perf_counter() - began
     figures = {
-        "output": str(output), "rows": summary.rows, "failures": summary.failures,
-        "reasoning_rate": summary.reasoned / summary.rows, "rationale_tokens": summary.rationale_tokens,
-        "fallbacks": summary.fallbacks, "seconds": round(seconds, 3),
-    }  # fmt: skip
+        "output": str(output),
+        "rows": summary.rows,
+        "failures": summary.failures,
+        "reasoning_rate": summary.reasoned / summary.rows,
+        "rationale_tokens": summary.rationale_tokens,
+        "fallbacks": summary.fallbacks,
+        "seconds": round(seconds, 3),
+    }
     if as_json:
         print(json.dumps(figures))
     else:
@@ -176,9 +187,15 @@ def _curve(gate: GateFacts) -> Any:
         low, high = point.quality_interval
         style = "bold" if point.threshold == gate.threshold else None
         curve.add_row(
-            f"{point.threshold:.2f}", f"{point.reasoning_rate:.1%}", f"{point.quality:.4f}", f"{low:.3f} to {high:.3f}",
-            f"{point.worst_group:+.4f}", f"{point.rationale_tokens:.2f}", f"{point.latency_ms:.2f}", style=style,
-        )  # fmt: skip
+            f"{point.threshold:.2f}",
+            f"{point.reasoning_rate:.1%}",
+            f"{point.quality:.4f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{point.worst_group:+.4f}",
+            f"{point.rationale_tokens:.2f}",
+            f"{point.latency_ms:.2f}",
+            style=style,
+        )
     return curve
 
 
@@ -242,9 +259,7 @@ def calibrate(
     from mmemb_deploy.embedder import Embedder
     from mmemb_deploy.evaluation import held_out_pairs
 
-    given: dict[Budget, float | None] = {
-        "reasoning_rate": reasoning_rate, "latency_ms": latency_ms, "quality": quality
-    }  # fmt: skip
+    given: dict[Budget, float | None] = {"reasoning_rate": reasoning_rate, "latency_ms": latency_ms, "quality": quality}
     asked = [Target(budget, value) for budget, value in given.items() if value is not None]
     if len(asked) > 1:
         raise OptionError("pass one target: --reasoning-rate, --latency-ms or --quality")

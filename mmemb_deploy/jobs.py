@@ -23,9 +23,17 @@ from mmemb_deploy.options import EncodeOptions
 
 CHUNK = 256  # inputs; the unit of work that is kept
 COLUMNS = (
-    "id", "embedding", "route", "gate_score", "rationale", "rationale_source", "rationale_tokens", "truncated",
-    "fallback", "error",
-)  # fmt: skip
+    "id",
+    "embedding",
+    "route",
+    "gate_score",
+    "rationale",
+    "rationale_source",
+    "rationale_tokens",
+    "truncated",
+    "fallback",
+    "error",
+)
 FORMATS = (".npz", ".parquet")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
 
@@ -132,9 +140,15 @@ def embed_source(
     """
     check_output(output)
     parts = output.with_name(output.name + ".parts")
-    job = {"source": source.fingerprint, "bundle": embedder.manifest.files, "options": options, "document": document,
-           "keep_going": keep_going, "reasoner": None if embedder.reasoner is None else embedder.reasoner.name,
-           "columns": COLUMNS}  # fmt: skip
+    job = {
+        "source": source.fingerprint,
+        "bundle": embedder.manifest.files,
+        "options": options,
+        "document": document,
+        "keep_going": keep_going,
+        "reasoner": None if embedder.reasoner is None else embedder.reasoner.name,
+        "columns": COLUMNS,
+    }
     _claim(parts, hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest())
     encode = embedder.encode_document if document else embedder.encode_query
     starts = range(0, len(source.ids), CHUNK)

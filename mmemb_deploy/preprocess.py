@@ -149,9 +149,7 @@ def _resized(image: Image.Image, height: int, width: int) -> Pixels:
 def _visual(pixels_THWC: Pixels, spec: VisionSpec) -> Visual:
     height, width = pixels_THWC.shape[1:3]
     return Visual(
-        pixels_THWC,
-        grid=(height // spec.patch_size, width // spec.patch_size),
-        tokens=height * width // spec.factor**2,
+        pixels_THWC, grid=(height // spec.patch_size, width // spec.patch_size), tokens=height * width // spec.factor**2
     )
 
 

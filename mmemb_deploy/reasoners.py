@@ -88,11 +88,7 @@ class RemoteGenerator:
         "direct".
         """
         replies = self._reasoner.ask(
-            list(chats.values()),
-            deadline=self._reasoner.timeout,
-            temperature=0,
-            max_tokens=max_tokens,
-            stop=END_THINK,
+            list(chats.values()), deadline=self._reasoner.timeout, temperature=0, max_tokens=max_tokens, stop=END_THINK
         )
         written = {index: self._read(reply, max_tokens) for index, reply in zip(chats, replies, strict=True)}
         if self._reasoner.on_failure == "raise":

@@ -20,14 +20,28 @@ from mmemb_deploy.prompts import PromptFormat
 
 TINY_PROMPT = PromptFormat("Represent the user's input.", "Find the result.", "")
 TINY_TEXT: dict[str, Any] = {
-    "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 3, "head_dim": 16, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
-}  # fmt: skip
+}
 TINY_VISION: dict[str, Any] = {
-    "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
-    "temporal_patch_size": 2, "out_hidden_size": 48, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2],
-}  # fmt: skip
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 48,
+    "num_position_embeddings": 36,
+    "deepstack_visual_indexes": [0, 2],
+}
 
 
 def cuda_works() -> bool:
@@ -84,9 +98,15 @@ def make_checkpoint() -> MakeCheckpoint:
                     weight.mul_(4)  # or all inputs look alike
         size = text["hidden_size"]
         checkpoint = new_checkpoint(
-            model, tokenizer, TINY_PROMPT, pixels=256, video_pixels=1024, dims=(size, size // 2),
-            max_rationale_tokens=9, provenance={"data": "random"},
-        )  # fmt: skip
+            model,
+            tokenizer,
+            TINY_PROMPT,
+            pixels=256,
+            video_pixels=1024,
+            dims=(size, size // 2),
+            max_rationale_tokens=9,
+            provenance={"data": "random"},
+        )
         save_checkpoint(checkpoint, folder)
         return folder
 
@@ -201,9 +221,16 @@ class Endpoint(ThreadingHTTPServer):
         from mmemb_training.pool.endpoint import EndpointWorker
 
         return EndpointWorker(
-            "served", base_url=self.url, model="a-model", samples=samples, concurrency=concurrency,
-            api_key_variable=key, max_retries=3, max_frames=3, timeout=30,
-        )  # fmt: skip
+            "served",
+            base_url=self.url,
+            model="a-model",
+            samples=samples,
+            concurrency=concurrency,
+            api_key_variable=key,
+            max_retries=3,
+            max_frames=3,
+            timeout=30,
+        )
 
 
 class Handler(BaseHTTPRequestHandler):

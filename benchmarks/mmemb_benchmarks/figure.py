@@ -93,14 +93,26 @@ def _row(page: _Page, showcase: Showcase, top: float) -> None:
     page.text(5.35, middle - 0.16, f"{detail.route.value} route", size=9.5, weight="bold", color=colour)
     page.text(6.6, middle - 0.16, f"gate {detail.gate_score:.3f}", size=9.5, color=QUIET)
     thought = detail.rationale or "no rationale: embedded directly"
-    page.text(5.35, middle + 0.14, thought, size=10.5 if len(thought) < 44 else 8.8,
-              color=INK if detail.rationale else QUIET, style="normal" if detail.rationale else "italic")  # fmt: skip
+    page.text(
+        5.35,
+        middle + 0.14,
+        thought,
+        size=10.5 if len(thought) < 44 else 8.8,
+        color=INK if detail.rationale else QUIET,
+        style="normal" if detail.rationale else "italic",
+    )
     for rank, place in enumerate(showcase.ranking):
         candidate, right = example.candidates[place], example.relevant[place]
         frame = (RIGHT if right else WRONG) if rank == 0 else LINE
         page.tile(9.6 + rank * (TILE + 0.16), tile_top, candidate.content, frame, 2.5 if rank == 0 else 1)
-    page.text(9.6 + 3 * (TILE + 0.16) + 0.05, middle, "right" if showcase.found else "wrong", size=10, weight="bold",
-              color=RIGHT if showcase.found else WRONG)  # fmt: skip
+    page.text(
+        9.6 + 3 * (TILE + 0.16) + 0.05,
+        middle,
+        "right" if showcase.found else "wrong",
+        size=10,
+        weight="bold",
+        color=RIGHT if showcase.found else WRONG,
+    )
 
 
 def _bars(page: _Page, demo: Demo, top: float) -> None:

@@ -150,10 +150,16 @@ def measure_load(
             report(f"trial {turn + 1} of {trials}: {mode} at {rate:.1f} a second")
             search.add(
                 run_trial(
-                    embedder, traffic, options[mode], rate=rate, seconds=seconds, batch_size=batch_size,
-                    target_ms=target, seed=seed,
+                    embedder,
+                    traffic,
+                    options[mode],
+                    rate=rate,
+                    seconds=seconds,
+                    batch_size=batch_size,
+                    target_ms=target,
+                    seed=seed,
                 )
-            )  # fmt: skip
+            )
     sustained = {mode: search.held for mode, search in searches.items()}
     return {
         "target_p95_ms": target,

@@ -17,8 +17,15 @@ from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.files import write_whole
 
 PACKAGES = {
-    "mmemb-deploy", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "torch", "transformers",
-}  # fmt: skip
+    "mmemb-deploy",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "torch",
+    "transformers",
+}
 
 
 def stamp(kind: str, result: Mapping[str, Any], embedder: Embedder | None) -> dict[str, Any]:

@@ -116,9 +116,7 @@ def _round(embedder: Embedder, batch: list[str], written: int) -> dict[str, floa
 
 def measure_loading(bundle: Path, checkpoint: Path | None, *, threads: int, runs: int) -> dict[str, float]:
     """Return seconds from import to a first answer and peak bytes, in fresh processes, and the bytes of the weights."""
-    programs = {
-        "bundle, never": BUNDLE.format(folder=str(bundle), threads=threads, reasoning="never"),
-    }
+    programs = {"bundle, never": BUNDLE.format(folder=str(bundle), threads=threads, reasoning="never")}
     if Bundle.open(bundle).manifest.gate is not None:
         programs["bundle, always"] = BUNDLE.format(folder=str(bundle), threads=threads, reasoning="always")
     if checkpoint is not None:

@@ -119,9 +119,15 @@ def _build(
     if learned:
         write_whole(timings, learned)
     return Built(
-        key=key, file=file, sha256=hashlib.sha256(plan).hexdigest(), graph=graph,
-        precision=bundle.manifest.graphs[name].precision, profiles=boxes, seconds=seconds, size=plan.nbytes,
-    )  # fmt: skip
+        key=key,
+        file=file,
+        sha256=hashlib.sha256(plan).hexdigest(),
+        graph=graph,
+        precision=bundle.manifest.graphs[name].precision,
+        profiles=boxes,
+        seconds=seconds,
+        size=plan.nbytes,
+    )
 
 
 def _drop_others(folder: Path, current: EngineSet) -> None:

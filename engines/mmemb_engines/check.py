@@ -46,6 +46,12 @@ def check_graphs(
             except BackendError as error:
                 problem = str(error)
             yield Checked(
-                graph=name, precision=bundle.manifest.graphs[name].precision, target=device.target, parsed=parsed,
-                built=size > 0, seconds=time.perf_counter() - began, size=size, error=problem,
-            )  # fmt: skip
+                graph=name,
+                precision=bundle.manifest.graphs[name].precision,
+                target=device.target,
+                parsed=parsed,
+                built=size > 0,
+                seconds=time.perf_counter() - began,
+                size=size,
+                error=problem,
+            )

@@ -75,11 +75,15 @@ def demand_of_limits(manifest: Manifest, rows: int) -> Demand:
     usual_patches = _merged(min(patches, USUAL_PATCHES), manifest.vision)
     usual_tokens = min(tokens, USUAL_TOKENS)
     return Demand(
-        rows=_rows(manifest, rows), tokens=tokens, usual_tokens=usual_tokens,
+        rows=_rows(manifest, rows),
+        tokens=tokens,
+        usual_tokens=usual_tokens,
         usual_visual_tokens=min(usual_tokens, usual_patches // manifest.vision.merge_size**2),
-        patches=patches, usual_patches=usual_patches,
-        new_tokens=new_tokens, slots=_slots(manifest.batch.row_tokens),
-    )  # fmt: skip
+        patches=patches,
+        usual_patches=usual_patches,
+        new_tokens=new_tokens,
+        slots=_slots(manifest.batch.row_tokens),
+    )
 
 
 def demand_of_traffic(manifest: Manifest, rows: int, sample: Sequence[Row]) -> Demand:
@@ -94,18 +98,20 @@ def demand_of_traffic(manifest: Manifest, rows: int, sample: Sequence[Row]) -> D
     grids = [math.prod(visual.grid) for row in sample for visual in row.visuals] or [manifest.vision.merge_size**2]
     tokens = min(limits.tokens, max(lengths))
     return Demand(
-        rows=limits.rows, tokens=tokens, usual_tokens=min(tokens, _median(lengths)),
+        rows=limits.rows,
+        tokens=tokens,
+        usual_tokens=min(tokens, _median(lengths)),
         usual_visual_tokens=_median([row.visual_tokens for row in sample]),
-        patches=max(grids), usual_patches=_median(grids),
-        new_tokens=limits.new_tokens, slots=_slots(tokens + limits.new_tokens),
-    )  # fmt: skip
+        patches=max(grids),
+        usual_patches=_median(grids),
+        new_tokens=limits.new_tokens,
+        slots=_slots(tokens + limits.new_tokens),
+    )
 
 
 def profiles(name: str, manifest: Manifest, demand: Demand) -> tuple[ProfileShapes, ...]:
     """Return the profiles of a graph, in the order in which a runtime tries them."""
-    axes = {
-        abi.VISION: _vision, abi.EMBEDDER: _prefill, abi.GATE: _gate, abi.GENERATOR: _decode
-    }[name]  # fmt: skip
+    axes = {abi.VISION: _vision, abi.EMBEDDER: _prefill, abi.GATE: _gate, abi.GENERATOR: _decode}[name]
     return tuple(_shapes(manifest.graphs[name], each) for each in axes(manifest, demand))
 
 

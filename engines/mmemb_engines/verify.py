@@ -52,10 +52,7 @@ def compare(ours: Embedder, reference: Embedder, bounds: Bounds) -> Parity:
         own = [each.encode(inputs, reasoning="always", return_details=True) for each in (ours, reference)]
         paths = [[_rationale(detail) for detail in each.details] for each in own]
         same_N = np.array([left == right for left, right in zip(*paths, strict=True)])
-        cosines += [
-            np.sum(given[0] * given[1], axis=1),
-            np.sum(own[0].embeddings * own[1].embeddings, axis=1)[same_N],
-        ]
+        cosines += [np.sum(given[0] * given[1], axis=1), np.sum(own[0].embeddings * own[1].embeddings, axis=1)[same_N]]
         scores = [np.array([detail.gate_score for detail in each.details if detail]) for each in direct]
         flips = int(np.sum((scores[0] >= gate.threshold) != (scores[1] >= gate.threshold)))
         agreement = _agreement(paths[0], paths[1])

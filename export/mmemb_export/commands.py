@@ -59,13 +59,23 @@ def export(
     pairs = [] if calibrate == "none" else held_out_pairs(calibrate)
     notes = Console(stderr=True)
     recipe = Recipe(
-        form=form, precision=precision, generator_precision=generator_precision, min_cosine=min_cosine,
-        max_flips=max_flips, min_token_agreement=min_token_agreement,
-    )  # fmt: skip
+        form=form,
+        precision=precision,
+        generator_precision=generator_precision,
+        min_cosine=min_cosine,
+        max_flips=max_flips,
+        min_token_agreement=min_token_agreement,
+    )
     manifest = export_bundle(
-        checkpoint, bundle, recipe=recipe, pairs=pairs, pairs_name=calibrate, probes=probes, overwrite=overwrite,
+        checkpoint,
+        bundle,
+        recipe=recipe,
+        pairs=pairs,
+        pairs_name=calibrate,
+        probes=probes,
+        overwrite=overwrite,
         report=notes.print,
-    )  # fmt: skip
+    )
     certificate = manifest.certificate
     assert certificate is not None
     if as_json:

@@ -27,16 +27,27 @@ class Decoder(DecoderPart):
         self.outputs = (*made, *abi.present_names(len(language_model.layers)))
 
     def forward(
-        self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, last: Tensor, visual_index: Tensor,
-        visual_tokens: Tensor, listed: list[Tensor],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        last: Tensor,
+        visual_index: Tensor,
+        visual_tokens: Tensor,
+        listed: list[Tensor],
+    ) -> tuple[Tensor, ...]:
         dtype = self.weight.dtype
         deepstack, past = (listed[0].to(dtype), listed[1:]) if self.levels else (None, listed)
         hidden_BSD, cache = decoder_forward(
-            self.language_model, token_ids, position_ids, mask,
-            visual_tokens_VD=visual_tokens.to(dtype), visual_index_BS=visual_index, deepstack_LVD=deepstack,
+            self.language_model,
+            token_ids,
+            position_ids,
+            mask,
+            visual_tokens_VD=visual_tokens.to(dtype),
+            visual_index_BS=visual_index,
+            deepstack_LVD=deepstack,
             past=list(zip(past[::2], past[1::2], strict=True)),
-        )  # fmt: skip
+        )
         last_B11 = last[:, None, None].expand(-1, -1, hidden_BSD.shape[-1])
         state_BD = hidden_BSD.gather(1, last_B11).squeeze(1)
         logits = () if self.lm_head is None else (self.lm_head(state_BD).float(),)

@@ -122,11 +122,7 @@ def _lookup(graph: ir.Graph, tape: Tape, table: Matrix, places: ir.Value | None)
 
 
 def _int8(
-    graph: ir.Graph,
-    tape: Tape,
-    states: ir.Value,
-    weight: Matrix,
-    quantised: dict[ir.Value, tuple[ir.Value, ir.Value]],
+    graph: ir.Graph, tape: Tape, states: ir.Value, weight: Matrix, quantised: dict[ir.Value, tuple[ir.Value, ir.Value]]
 ) -> ir.Value:
     one = initializer(graph, "int8.one", ir.DataType.FLOAT, (), lambda: np.float32(1))
     middle = initializer(graph, "int8.middle", ir.DataType.UINT8, (), lambda: np.uint8(MIDDLE))

@@ -120,12 +120,7 @@ class Choices:
 
 
 def write_graphs(
-    outline: Checkpoint,
-    weights: Weights,
-    folder: Path,
-    recipe: Recipe,
-    choices: Choices,
-    report: Callable[[str], None],
+    outline: Checkpoint, weights: Weights, folder: Path, recipe: Recipe, choices: Choices, report: Callable[[str], None]
 ) -> dict[str, GraphFacts]:
     """Write the graphs of a checkpoint and their weights to a folder; return their facts in the order of abi.GRAPHS."""
     traced = _traced(outline, weights, recipe, report)

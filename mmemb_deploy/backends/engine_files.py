@@ -97,8 +97,11 @@ def find_set(bundle: Bundle, wanted: EngineSet) -> EngineSet:
     others = []
     for found in read_sets(bundle):
         if (found.flavour, found.version, found.device, found.target) == (
-            wanted.flavour, wanted.version, wanted.device, wanted.target,
-        ):  # fmt: skip
+            wanted.flavour,
+            wanted.version,
+            wanted.device,
+            wanted.target,
+        ):
             return _current(bundle, found, build)
         others.append(_describe(found))
     there = f"its engines are for {', and for '.join(others)}" if others else "it has none"

@@ -24,9 +24,7 @@ except ModuleNotFoundError as error:
 
 PROVIDER = "CUDAExecutionProvider"
 BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16: numpy has no such type
-TYPES: Mapping[str, Any] = {
-    "int64": np.int64, "float32": np.float32, "float16": np.float16, "bfloat16": BFLOAT16
-}  # fmt: skip
+TYPES: Mapping[str, Any] = {"int64": np.int64, "float32": np.float32, "float16": np.float16, "bfloat16": BFLOAT16}
 
 
 class OnnxRuntimeCuda:

@@ -180,9 +180,12 @@ class ResidentDecoder:
         present = self._extend.reserve("present", layout.planes * plane_bytes).address
         addresses |= {name: present + plane * plane_bytes for plane, name in enumerate(self._present)}
         outputs = run_engine(
-            self._generator, self._extend, shapes, addresses,
+            self._generator,
+            self._extend,
+            shapes,
+            addresses,
             {abi.EMBEDDING: (rows, self._model.hidden_size), abi.LOGITS: (rows, self._model.vocabulary_size)},
-        )  # fmt: skip
+        )
         for plane in range(layout.planes):
             self._device.copy(
                 Plane(present + plane * plane_bytes + slots * layout.head_bytes, (slots + new) * layout.head_bytes),

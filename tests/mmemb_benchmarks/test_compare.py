@@ -22,10 +22,7 @@ def stats(median: float, half: float = 0.05) -> dict[str, float]:
 SUITE: dict[str, Any] = {
     "machine_info": MACHINE,
     "bundle": {"hash": "1f"},
-    "benchmarks": [
-        {"name": "prefill[long text]", "stats": stats(1.0)},
-        {"name": "decode[8]", "stats": stats(0.1)},
-    ],
+    "benchmarks": [{"name": "prefill[long text]", "stats": stats(1.0)}, {"name": "decode[8]", "stats": stats(0.1)}],
 }
 LATENCY: dict[str, Any] = {
     "kind": "latency",

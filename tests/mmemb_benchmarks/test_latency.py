@@ -210,9 +210,16 @@ def test_a_request_waits_from_its_arrival(nano: Embedder, traffic: Traffic) -> N
 
 def test_load_reports_each_mode_and_what_it_sustains(nano: Embedder, traffic: Traffic) -> None:
     found = measure_load(
-        nano, traffic, mode_options(None, 4), target_ms=None, seconds=0.01, trials=1, batch_size=8, seed=0,
+        nano,
+        traffic,
+        mode_options(None, 4),
+        target_ms=None,
+        seconds=0.01,
+        trials=1,
+        batch_size=8,
+        seed=0,
         report=silent,
-    )  # fmt: skip
+    )
     assert set(found["modes"]) == set(MODES)
     for mode in found["modes"].values():
         (first,) = mode["trials"]

@@ -135,8 +135,11 @@ def test_metric_scope_and_frames_follow_the_benchmark() -> None:
     corpus = {task.name for task in TASKS.values() if task.scope == "corpus" and task.group == "video"}
     assert corpus == {"K700", "HMDB51", "UCF101", "Breakfast", "DiDeMo", "MSR-VTT", "MSVD", "VATEX", "YouCook2"}
     assert {name: len(set(labels)) for name, labels in LABELS.items()} == {
-        "K700": 700, "UCF101": 101, "HMDB51": 51, "Breakfast": 10,
-    }  # fmt: skip
+        "K700": 700,
+        "UCF101": 101,
+        "HMDB51": 51,
+        "Breakfast": 10,
+    }
     assert TASKS["ViDoRe_tatdqa"].hub == "vidore/tatdqa_test_beir"
     assert TASKS["MMLongBench-page"].hub == "VLM2Vec/MMLongBench-page-fixed"
 
@@ -218,16 +221,32 @@ def test_image_rows_with_image_candidates(tmp_path: Path) -> None:
     folder = tmp_path / "image-tasks"
     for name in ("EDIS/a.jpg", "EDIS/b.jpg", "RefCOCO-Matching/q.jpg", "RefCOCO-Matching/t.jpg"):
         picture(folder / name, 1)
-    table(folder / "EDIS" / "test-00000-of-00001.parquet", [{
-        "qry_inst": "Find a news image that matches the provided caption:", "qry_text": "a storm", "qry_img_path": "",
-        "tgt_inst": "<|image_1|> Represent the given image with related text:", "tgt_text": ["wind ", "sun"],
-        "tgt_img_path": ["EDIS/a.jpg", "EDIS/b.jpg"],
-    }])  # fmt: skip
-    table(folder / "RefCOCO-Matching" / "test-00000-of-00001.parquet", [{
-        "qry_inst": "<|image_1|> Select", "qry_text": "man", "qry_img_path": "RefCOCO-Matching/q.jpg",
-        "tgt_inst": "<|image_1|> Identify", "tgt_text": ['"left man"', '"right man"'],
-        "tgt_img_path": ["RefCOCO-Matching/t.jpg", "RefCOCO-Matching/t.jpg"],
-    }])  # fmt: skip
+    table(
+        folder / "EDIS" / "test-00000-of-00001.parquet",
+        [
+            {
+                "qry_inst": "Find a news image that matches the provided caption:",
+                "qry_text": "a storm",
+                "qry_img_path": "",
+                "tgt_inst": "<|image_1|> Represent the given image with related text:",
+                "tgt_text": ["wind ", "sun"],
+                "tgt_img_path": ["EDIS/a.jpg", "EDIS/b.jpg"],
+            }
+        ],
+    )
+    table(
+        folder / "RefCOCO-Matching" / "test-00000-of-00001.parquet",
+        [
+            {
+                "qry_inst": "<|image_1|> Select",
+                "qry_text": "man",
+                "qry_img_path": "RefCOCO-Matching/q.jpg",
+                "tgt_inst": "<|image_1|> Identify",
+                "tgt_text": ['"left man"', '"right man"'],
+                "tgt_img_path": ["RefCOCO-Matching/t.jpg", "RefCOCO-Matching/t.jpg"],
+            }
+        ],
+    )
     edis = read_task(TASKS["EDIS"], tmp_path)
     assert edis.queries[0].content == {"text": "a storm"}
     assert edis.queries[0].label == "EDIS/a.jpg"
@@ -287,13 +306,18 @@ def test_moments(tmp_path: Path) -> None:
     for place, name in enumerate(("m_a_0", "m_a_1", "m_q")):
         clip(media / "video_frames" / name, 2, place)
     picture(media / "query_i.jpg", 1)
-    lines(tmp_path / "video-tasks/MomentSeeker/test.jsonl", [
-        {
-            "query": "he sits", "input_frames": given,
-            "positive_frames": [{"output_path": "m/a_0.mp4"}], "negative_frames": [{"output_path": "m/a_1.mp4"}],
-        }
-        for given in ("", "i.jpg", "m/q.mp4")
-    ])  # fmt: skip
+    lines(
+        tmp_path / "video-tasks/MomentSeeker/test.jsonl",
+        [
+            {
+                "query": "he sits",
+                "input_frames": given,
+                "positive_frames": [{"output_path": "m/a_0.mp4"}],
+                "negative_frames": [{"output_path": "m/a_1.mp4"}],
+            }
+            for given in ("", "i.jpg", "m/q.mp4")
+        ],
+    )
     seeker = read_task(TASKS["MomentSeeker"], tmp_path)
     assert [set(query.content) for query in seeker.queries] == [{"text"}, {"text", "image"}, {"text", "video"}]
     assert len({query.instruction for query in seeker.queries}) == 3
@@ -303,25 +327,57 @@ def test_moments(tmp_path: Path) -> None:
 def qa_rows() -> dict[str, tuple[str, str, dict[str, Any]]]:
     """Return, per task, the annotation file, the folder of frames and a row."""
     return {
-        "MVBench": ("json/action_count.json", "action_count/v.mp4", {
-            "question": "how often?", "video": "v.mp4", "candidates": ["1", "2"], "answer": "2",
-        }),
-        "Video-MME": ("videomme/test-00000-of-00001.parquet", "v", {
-            "videoID": "v", "question": "who?", "options": ["A. a dog.", "B. a cat."], "answer": "B",
-            "question_id": "1", "domain": "d", "sub_category": "s",
-        }),
-        "NExTQA": ("MC/test-00000-of-00001.parquet", "12", {
-            "video": 12, "question": "why", "answer": 1, "qid": 3, "type": "CW",
-            "a0": "x", "a1": "y", "a2": "z", "a3": "u", "a4": "w",
-        }),
-        "EgoSchema": ("Subset/test-00000-of-00001.parquet", "v", {
-            "video_idx": "v", "question": "what?", "option": ["A. C eats.", "B. C reads."], "answer": "0",
-            "question_idx": "9",
-        }),
-        "ActivityNetQA": ("data/test-00000-of-00001.parquet", "v_v", {
-            "video_name": "v", "question": "is it day", "answer": "no", "question_id": "4",
-        }),
-    }  # fmt: skip
+        "MVBench": (
+            "json/action_count.json",
+            "action_count/v.mp4",
+            {"question": "how often?", "video": "v.mp4", "candidates": ["1", "2"], "answer": "2"},
+        ),
+        "Video-MME": (
+            "videomme/test-00000-of-00001.parquet",
+            "v",
+            {
+                "videoID": "v",
+                "question": "who?",
+                "options": ["A. a dog.", "B. a cat."],
+                "answer": "B",
+                "question_id": "1",
+                "domain": "d",
+                "sub_category": "s",
+            },
+        ),
+        "NExTQA": (
+            "MC/test-00000-of-00001.parquet",
+            "12",
+            {
+                "video": 12,
+                "question": "why",
+                "answer": 1,
+                "qid": 3,
+                "type": "CW",
+                "a0": "x",
+                "a1": "y",
+                "a2": "z",
+                "a3": "u",
+                "a4": "w",
+            },
+        ),
+        "EgoSchema": (
+            "Subset/test-00000-of-00001.parquet",
+            "v",
+            {
+                "video_idx": "v",
+                "question": "what?",
+                "option": ["A. C eats.", "B. C reads."],
+                "answer": "0",
+                "question_idx": "9",
+            },
+        ),
+        "ActivityNetQA": (
+            "data/test-00000-of-00001.parquet",
+            "v_v",
+            {"video_name": "v", "question": "is it day", "answer": "no", "question_id": "4"},
+        ),
+    }
 
 
 @pytest.mark.parametrize(
@@ -333,7 +389,7 @@ def qa_rows() -> dict[str, tuple[str, str, dict[str, Any]]]:
         ("EgoSchema", "what? A. C eats. B. C reads.", {"A. C eats.": "C eats", "B. C reads.": "C reads"}, "A. C eats."),
         ("ActivityNetQA", "is it day? (A) yes; (B) no.", {"yes": "yes", "no": "no"}, "no"),
     ],
-)  # fmt: skip
+)
 def test_video_questions(tmp_path: Path, name: str, text: str, candidates: dict[str, str], label: str) -> None:
     file, frames, row = qa_rows()[name]
     clip(tmp_path / "video-tasks/frames/video_qa" / name / frames, 2)

@@ -42,12 +42,18 @@ def make_task() -> MakeTask:
             metadata = metadata_of(**facts)
 
             def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
-                self.dataset = {"default": {"test": {
-                    "queries": Dataset.from_list([{"id": f"q{n}", **query} for n, query in enumerate(queries)]),
-                    "corpus": Dataset.from_list([{"id": f"d{n}", **document} for n, document in enumerate(corpus)]),
-                    "relevant_docs": {f"q{n}": {f"d{n}": 1} for n in range(len(queries))},
-                    "top_ranked": None,
-                }}}  # fmt: skip
+                self.dataset = {
+                    "default": {
+                        "test": {
+                            "queries": Dataset.from_list([{"id": f"q{n}", **query} for n, query in enumerate(queries)]),
+                            "corpus": Dataset.from_list(
+                                [{"id": f"d{n}", **document} for n, document in enumerate(corpus)]
+                            ),
+                            "relevant_docs": {f"q{n}": {f"d{n}": 1} for n in range(len(queries))},
+                            "top_ranked": None,
+                        }
+                    }
+                }
                 self.data_loaded = True
 
         return InMemory()
@@ -57,9 +63,14 @@ def make_task() -> MakeTask:
 
 def metadata_of(**facts: Any) -> Any:
     common: dict[str, Any] = {
-        "name": "InMemory", "description": "In memory.", "type": "Retrieval", "category": "t2t",
-        "dataset": {"path": "in/memory", "revision": "1"}, "eval_langs": ["eng-Latn"], "main_score": "ndcg_at_10",
-    }  # fmt: skip
+        "name": "InMemory",
+        "description": "In memory.",
+        "type": "Retrieval",
+        "category": "t2t",
+        "dataset": {"path": "in/memory", "revision": "1"},
+        "eval_langs": ["eng-Latn"],
+        "main_score": "ndcg_at_10",
+    }
     return mteb.TaskMetadata(**(common | facts))
 
 
@@ -101,9 +112,12 @@ def test_an_image_task_scores_what_the_embeddings_say_under_the_tasks_prompts(
     pictures = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(5)]
     names = ["a zero", "a one", "a two", "a three", "a four"]
     task = make_task(
-        [{"image": picture} for picture in pictures], [{"text": name} for name in names],
-        category="i2t", modalities=["image", "text"], prompt=PROMPTS,
-    )  # fmt: skip
+        [{"image": picture} for picture in pictures],
+        [{"text": name} for name in names],
+        category="i2t",
+        modalities=["image", "text"],
+        prompt=PROMPTS,
+    )
     queries_QD = nano.encode_query([{"image": picture} for picture in pictures], instruction=PROMPTS["query"])
     documents_CD = nano.encode_document(names, instruction=PROMPTS["document"])
     assert evaluate(MtebModel(nano), task) == pytest.approx(ndcg(queries_QD, documents_CD), abs=1e-4)

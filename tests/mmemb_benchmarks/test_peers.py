@@ -23,9 +23,18 @@ from mmemb_deploy.embedder import row_encoder
 
 def run(checkpoint: Path, bundle: Path, *names: str) -> dict[str, Any]:
     return compare(
-        checkpoint, [bundle], names=names, environments=None, device="cpu", tokens=40, batches=[2], written=5, rounds=1,
-        threads=1, report=lambda _: None,
-    )  # fmt: skip
+        checkpoint,
+        [bundle],
+        names=names,
+        environments=None,
+        device="cpu",
+        tokens=40,
+        batches=[2],
+        written=5,
+        rounds=1,
+        threads=1,
+        report=lambda _: None,
+    )
 
 
 def test_peers_embed_the_same_prompts_alike_and_are_timed(tiny_checkpoint: Path, fused_bundle: Path) -> None:
@@ -72,9 +81,14 @@ class Stand:
 def times(left_out: dict[str, str], **answers: int) -> dict[str, dict[str, list[float]]]:
     workers: dict[str, Any] = {name: Stand(count) for name, count in answers.items()}
     return measure(
-        workers, lambda rows, _: [[1]] * rows, batches=[2], written=5, rounds=3, left_out=left_out,
+        workers,
+        lambda rows, _: [[1]] * rows,
+        batches=[2],
+        written=5,
+        rounds=3,
+        left_out=left_out,
         report=lambda _: None,
-    )  # fmt: skip
+    )
 
 
 def test_a_peer_that_dies_while_it_is_timed_loses_its_times_alone() -> None:

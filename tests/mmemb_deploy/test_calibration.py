@@ -25,12 +25,7 @@ from mmemb_deploy.calibration import (
 
 def curve(*points: tuple[float, float]) -> list[CurvePoint]:
     """A curve at thresholds 0.1, 0.5 and 0.9 of the given qualities and worst groups."""
-    zeros: dict[str, Any] = {
-        "reasoning_rate": 0,
-        "rationale_tokens": 0,
-        "latency_ms": 0,
-        "quality_interval": (0, 1),
-    }
+    zeros: dict[str, Any] = {"reasoning_rate": 0, "rationale_tokens": 0, "latency_ms": 0, "quality_interval": (0, 1)}
     return [
         CurvePoint(threshold=threshold, quality=quality, worst_group=worst, **zeros)
         for threshold, (quality, worst) in zip((0.1, 0.5, 0.9), points, strict=True)
@@ -116,8 +111,10 @@ def test_mmemb_calibrate_rewrites_the_gate_alone(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mmemb_deploy", "calibrate", str(bundle), "--json"]
     run = subprocess.run(
         [*command, "--data", str(tmp_path / "pairs.jsonl"), "--reasoning-rate", "0.5"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     before, after = read_manifest(NANO), read_manifest(bundle)
     assert after.model_copy(update={"gate": before.gate}) == before
     assert after.gate is not None

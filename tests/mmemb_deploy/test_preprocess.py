@@ -32,17 +32,32 @@ from mmemb_deploy.preprocess import (
 )
 
 FACTS: dict[str, Any] = {
-    "temporal_patch_size": 2, "image_mean": (0.48145466, 0.4578275, 0.40821073),
-    "image_std": (0.26862954, 0.26130258, 0.27577711), "head_dim": 16, "rope_theta": 10_000.0,
-}  # fmt: skip
+    "temporal_patch_size": 2,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+    "head_dim": 16,
+    "rope_theta": 10_000.0,
+}
 QWEN = VisionSpec(
-    **FACTS, patch_size=16, merge_size=2, position_side=48,
-    min_pixels=64 * 32 * 32, max_pixels=256 * 32 * 32, video_min_pixels=128 * 32 * 32, video_max_pixels=768 * 32 * 32,
-)  # fmt: skip
+    **FACTS,
+    patch_size=16,
+    merge_size=2,
+    position_side=48,
+    min_pixels=64 * 32 * 32,
+    max_pixels=256 * 32 * 32,
+    video_min_pixels=128 * 32 * 32,
+    video_max_pixels=768 * 32 * 32,
+)
 NANO = VisionSpec(
-    **FACTS, patch_size=8, merge_size=2, position_side=4,
-    min_pixels=1024, max_pixels=1024, video_min_pixels=1024, video_max_pixels=8192,
-)  # fmt: skip
+    **FACTS,
+    patch_size=8,
+    merge_size=2,
+    position_side=4,
+    min_pixels=1024,
+    max_pixels=1024,
+    video_min_pixels=1024,
+    video_max_pixels=8192,
+)
 SPECS = pytest.mark.parametrize("spec", [QWEN, NANO], ids=["qwen", "nano"])
 
 
@@ -60,10 +75,13 @@ def random_sizes(count: int, largest: int = 700) -> list[tuple[int, int]]:
 def assert_equal_to_transformers(item: object, reference: Image.Image, spec: VisionSpec) -> None:
     """Compare our patches of an input with transformers' patches of the same picture."""
     processor = Qwen2VLImageProcessorPil(
-        patch_size=spec.patch_size, merge_size=spec.merge_size, temporal_patch_size=spec.temporal_patch_size,
+        patch_size=spec.patch_size,
+        merge_size=spec.merge_size,
+        temporal_patch_size=spec.temporal_patch_size,
         size={"shortest_edge": spec.min_pixels, "longest_edge": spec.max_pixels},
-        image_mean=list(spec.image_mean), image_std=list(spec.image_std),
-    )  # fmt: skip
+        image_mean=list(spec.image_mean),
+        image_std=list(spec.image_std),
+    )
     expected = processor(images=[reference], return_tensors="np")
     (image,) = parse(item, Limits()).images
     visual = resize_image(image, spec)
@@ -121,9 +139,14 @@ def test_video_sizes_equal_transformers(spec: VisionSpec) -> None:
     for width, height in random_sizes(400, largest=3000):
         frames = draw.randint(2, 12)
         expected = smart_resize(
-            frames, height, width, temporal_factor=spec.temporal_patch_size, factor=spec.factor,
-            min_pixels=spec.video_min_pixels, max_pixels=spec.video_max_pixels,
-        )  # fmt: skip
+            frames,
+            height,
+            width,
+            temporal_factor=spec.temporal_patch_size,
+            factor=spec.factor,
+            min_pixels=spec.video_min_pixels,
+            max_pixels=spec.video_max_pixels,
+        )
         assert resized_video_size(frames, height, width, spec) == expected, (frames, height, width)
 
 
@@ -190,17 +213,31 @@ IMAGE_PAD, VIDEO_PAD = 61, 62
 @pytest.fixture(scope="module")
 def model() -> Qwen3VLModel:
     text = {
-        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
-    }  # fmt: skip
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
     vision = {
-        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
-        "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
-    }  # fmt: skip
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
     config = Qwen3VLConfig(
-        text_config=text, vision_config=vision, image_token_id=IMAGE_PAD, video_token_id=VIDEO_PAD,
-        vision_start_token_id=59, vision_end_token_id=60,
-    )  # fmt: skip
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE_PAD,
+        video_token_id=VIDEO_PAD,
+        vision_start_token_id=59,
+        vision_end_token_id=60,
+    )
     return Qwen3VLModel(config)
 
 

@@ -143,10 +143,15 @@ def transformers_server(
         expanded = [one for token in prompt for one in [token] * (next(counts) if token == ids[IMAGE_PAD] else 1)]
         tokens = torch.tensor([expanded])
         output = checkpoint.model.generate(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), **vision,
-            mm_token_type_ids=(tokens == ids[IMAGE_PAD]).int(), do_sample=False, max_new_tokens=body["max_tokens"],
-            eos_token_id=list(ids.values()), pad_token_id=0,
-        )  # fmt: skip
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            **vision,
+            mm_token_type_ids=(tokens == ids[IMAGE_PAD]).int(),
+            do_sample=False,
+            max_new_tokens=body["max_tokens"],
+            eos_token_id=list(ids.values()),
+            pad_token_id=0,
+        )
         words = output[0, len(expanded) :].tolist()
         ended = words[-1] in ids.values()
         written.append(words[:-1] if ended else words)

@@ -109,9 +109,13 @@ class Both:
         encoder = row_encoder(self.bundle)
         rows = [encoder.row(parse(each, manifest.limits), "Find it.") for each in inputs]
         vision = VisionEncoder(
-            self.host.vision, manifest.vision, hidden_size=manifest.model.hidden_size,
-            levels=manifest.model.deepstack_levels, max_patches=4096, cache_bytes=0,
-        )  # fmt: skip
+            self.host.vision,
+            manifest.vision,
+            hidden_size=manifest.model.hidden_size,
+            levels=manifest.model.deepstack_levels,
+            max_patches=4096,
+            cache_bytes=0,
+        )
         batch = collate(rows, manifest.markers[PAD])
         return batch, *vision.encode(batch.visuals)
 

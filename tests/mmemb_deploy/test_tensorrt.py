@@ -19,15 +19,7 @@ import pytest
 
 from mmemb_deploy import Embedder, abi
 from mmemb_deploy.backends.cuda import DRIVER, Cuda, Gpu, probe
-from mmemb_deploy.backends.engine_files import (
-    ENGINES,
-    Built,
-    EngineSet,
-    find_set,
-    graph_hash,
-    read_engine,
-    write_set,
-)
+from mmemb_deploy.backends.engine_files import ENGINES, Built, EngineSet, find_set, graph_hash, read_engine, write_set
 from mmemb_deploy.backends.tensorrt import EngineGraph, TensorRT, check_types, choose_profile, most_images
 from mmemb_deploy.backends.tensorrt_api import Library, load_library
 from mmemb_deploy.bundle import Bundle, Manifest, Parity
@@ -125,15 +117,25 @@ def engines(bundle: Bundle) -> EngineSet:
     content = b"an engine"
     built = {
         name: Built(
-            key="0" * 64, file=f"{name}-0.engine", sha256=hashlib.sha256(content).hexdigest(),
-            graph=graph_hash(bundle, name), precision="float32", profiles=({},), seconds=1, size=len(content),
+            key="0" * 64,
+            file=f"{name}-0.engine",
+            sha256=hashlib.sha256(content).hexdigest(),
+            graph=graph_hash(bundle, name),
+            precision="float32",
+            profiles=({},),
+            seconds=1,
+            size=len(content),
         )
         for name in abi.GRAPHS
-    }  # fmt: skip
+    }
     found = EngineSet(
-        flavour="tensorrt", version="11.4.0", device="NVIDIA H100 80GB HBM3", target="sm90", engines=built,
+        flavour="tensorrt",
+        version="11.4.0",
+        device="NVIDIA H100 80GB HBM3",
+        target="sm90",
+        engines=built,
         parity=PARITY,
-    )  # fmt: skip
+    )
     folder = bundle.folder / ENGINES / found.folder
     folder.mkdir(parents=True)
     for engine in built.values():
@@ -298,9 +300,16 @@ def test_a_repeated_decode_step_is_recorded_once_and_then_launched() -> None:
     recorder = Recorder()
     run(recorded(recorder, record=True), *[((2, 1), 5)] * 4)
     assert recorder.notes == [
-        "context", "profile 0 on 7", "bind (2, 1) 5", "enqueue on 7",
-        "record", "enqueue on 7", "launch", "launch", "launch",
-    ]  # fmt: skip
+        "context",
+        "profile 0 on 7",
+        "bind (2, 1) 5",
+        "enqueue on 7",
+        "record",
+        "enqueue on 7",
+        "launch",
+        "launch",
+        "launch",
+    ]
 
 
 @pytest.mark.parametrize("other", [((3, 1), 5), ((2, 1), 6)])
@@ -310,9 +319,7 @@ def test_other_shapes_or_addresses_end_a_recording(other: tuple[tuple[int, int],
     run(graph, ((2, 1), 5), ((2, 1), 5))
     recorder.notes.clear()
     run(graph, other, ((2, 1), 5))
-    assert recorder.notes == [
-        f"bind {other[0]} {other[1]}", "enqueue on 7", "bind (2, 1) 5", "enqueue on 7"
-    ]  # fmt: skip
+    assert recorder.notes == [f"bind {other[0]} {other[1]}", "enqueue on 7", "bind (2, 1) 5", "enqueue on 7"]
 
 
 def test_other_graphs_are_never_recorded() -> None:

@@ -38,10 +38,19 @@ def test_boxes_are_one_where_the_area_bounds_nothing() -> None:
 @pytest.mark.parametrize(("pixels", "patch"), [((1024, 1024), 8), ((65536, 1310720), 16), ((256, 65536), 4)])
 def test_no_image_or_frame_has_more_patches_than_the_bound(pixels: tuple[int, int], patch: int) -> None:
     spec = VisionSpec(
-        patch_size=patch, merge_size=2, temporal_patch_size=2, min_pixels=pixels[0], max_pixels=pixels[1],
-        video_min_pixels=2 * pixels[0], video_max_pixels=2 * pixels[1], image_mean=(0.5,) * 3, image_std=(0.5,) * 3,
-        position_side=8, head_dim=24, rope_theta=1e4,
-    )  # fmt: skip
+        patch_size=patch,
+        merge_size=2,
+        temporal_patch_size=2,
+        min_pixels=pixels[0],
+        max_pixels=pixels[1],
+        video_min_pixels=2 * pixels[0],
+        video_max_pixels=2 * pixels[1],
+        image_mean=(0.5,) * 3,
+        image_std=(0.5,) * 3,
+        position_side=8,
+        head_dim=24,
+        rope_theta=1e4,
+    )
     sides = [1, 2, 7, 30, 31, 100, 199, 333, 640, 1999, 6000]
     sizes = [(high, wide) for high, wide in itertools.product(sides, sides) if max(high, wide) <= 200 * min(high, wide)]
     fitted = [resized_size(*size, spec) for size in sizes]
@@ -73,10 +82,7 @@ def test_prefill_holds_the_longest_prompt_and_the_largest_batch(manifest: Manife
 def test_decode_has_a_profile_of_one_token_and_one_of_a_rationale(manifest: Manifest) -> None:
     found = profiles(abi.GENERATOR, manifest, demand_of_limits(manifest, 4))
     new_tokens = manifest.model.max_rationale_tokens + PATH_MARKERS
-    assert bounds(found, abi.TOKEN_IDS) == [
-        ((1, 1), (4, 1), (4, 1)),
-        ((1, 1), (4, new_tokens), (4, new_tokens)),
-    ]
+    assert bounds(found, abi.TOKEN_IDS) == [((1, 1), (4, 1), (4, 1)), ((1, 1), (4, new_tokens), (4, new_tokens))]
 
 
 def test_the_mask_of_a_decode_profile_is_as_long_as_past_and_new_together(manifest: Manifest) -> None:

@@ -21,14 +21,22 @@ from mmemb_export.write import export_bundle
 from mmemb_training.checkpoint import load_checkpoint
 
 ODD_TEXT: dict[str, Any] = {
-    "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8, "num_hidden_layers": 2, "hidden_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "hidden_size": 40,
     "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [2, 1, 1]},
-}  # fmt: skip
+}
 ODD_VISION: dict[str, Any] = {
-    "depth": 1, "num_heads": 4, "patch_size": 3, "out_hidden_size": 40, "num_position_embeddings": 16,
+    "depth": 1,
+    "num_heads": 4,
+    "patch_size": 3,
+    "out_hidden_size": 40,
+    "num_position_embeddings": 16,
     "deepstack_visual_indexes": [],
-}  # fmt: skip
+}
 PAIRS = [
     Pair(
         query=f"word {place}",

@@ -93,7 +93,7 @@ def test_paired_groups_hold_both_kinds_and_force_only_where_they_must() -> None:
 def drawn(tiny: Checkpoint, digits: Digits) -> tuple[Any, TargetBank, Batch]:
     samples = mine_negatives(
         digits.samples[::6], TargetBank(digits.samples, tiny), tiny, hard=3, share_of_positive=None
-    )  # fmt: skip
+    )
     bank = TargetBank(samples, tiny)
     groups = draw_groups(tiny, samples, size=4, paired=True, max_tokens=9, seed=(0, 0))
     scored = [
@@ -153,8 +153,19 @@ def test_control_trains_logs_every_term_and_resumes_bit_for_bit(
         return list(islice(iterator, steps))
 
     whole = run(tiny, tmp_path / "whole", 4)
-    terms = {"policy_decision", "policy_words", "kl", "anchor", "reward_adaptive", "reward_well_formed",
-             "reward_embedding", "reasoning_rate", "rationale_tokens", "norm_policy", "norm_anchor"}  # fmt: skip
+    terms = {
+        "policy_decision",
+        "policy_words",
+        "kl",
+        "anchor",
+        "reward_adaptive",
+        "reward_well_formed",
+        "reward_embedding",
+        "reasoning_rate",
+        "rationale_tokens",
+        "norm_policy",
+        "norm_anchor",
+    }
     assert terms <= whole[0].keys()
     assert any(name.startswith("gap_") for name in whole[0])
     for name in ("kl", "anchor"):  # nothing has moved yet
@@ -205,12 +216,13 @@ def test_a_served_policy_is_asked_in_the_layout_of_the_encoder(
     tasks = ("chain-3", "text", "chain-2")
     samples = [next(one for one in digits.samples if one.question.task == task) for task in tasks]
     worker = PolicyWorker(
-        tiny.rows.prompt.format, base_url=f"http://127.0.0.1:{endpoint.server_port}/v1", model="policy", samples=4,
+        tiny.rows.prompt.format,
+        base_url=f"http://127.0.0.1:{endpoint.server_port}/v1",
+        model="policy",
+        samples=4,
         max_tokens=6,
-    )  # fmt: skip
-    groups = ServedRollouts(worker, sent.append)(
-        tiny, samples, size=4, paired=True, max_tokens=6, seed=(0, 0)
-    )  # fmt: skip
+    )
+    groups = ServedRollouts(worker, sent.append)(tiny, samples, size=4, paired=True, max_tokens=6, seed=(0, 0))
     assert sent == [tiny]
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     ids = tiny.rows.prompt.ids
@@ -237,10 +249,11 @@ def test_a_served_policy_is_asked_in_the_layout_of_the_encoder(
 def test_a_failing_server_stops_the_run(endpoint: Any, tiny: Checkpoint, digits: Digits) -> None:
     endpoint.reply = lambda _: (400, {"error": {"message": "no such thing"}})
     worker = PolicyWorker(
-        tiny.rows.prompt.format, base_url=f"http://127.0.0.1:{endpoint.server_port}/v1", model="policy", samples=4,
+        tiny.rows.prompt.format,
+        base_url=f"http://127.0.0.1:{endpoint.server_port}/v1",
+        model="policy",
+        samples=4,
         max_tokens=6,
-    )  # fmt: skip
+    )
     with pytest.raises(BackendError, match=r"the policy's server failed on train-3-\d+: BadRequestError"):
-        ServedRollouts(worker, lambda _: None)(
-            tiny, digits.samples[:2], size=4, paired=True, max_tokens=6, seed=(0, 0)
-        )  # fmt: skip
+        ServedRollouts(worker, lambda _: None)(tiny, digits.samples[:2], size=4, paired=True, max_tokens=6, seed=(0, 0))

@@ -69,8 +69,10 @@ def test_an_image_question_keeps_its_words_and_drops_the_placeholder(tmp_path: P
     image = "images/A-OKVQA/Train/A-OKVQA_image_0.jpg"
     row = {
         "qry": "<|image_1|>\nRepresent the given image with the following question: What is the man awaiting?\n",
-        "qry_image_path": image, "pos_text": "cab ", "neg_text": "train",
-    }  # fmt: skip
+        "qry_image_path": image,
+        "pos_text": "cab ",
+        "neg_text": "train",
+    }
     (sample,) = samples = mmeb(tmp_path, "A-OKVQA", [row])
     assert sample.question.key == "mmeb/A-OKVQA/0"
     assert sample.question.task == "mmeb/A-OKVQA"
@@ -86,8 +88,9 @@ def test_an_image_target_has_its_own_instruction_and_so_has_a_negative_without_w
     row = {
         "qry": "Represent the given dialogue about an image, which is used for image retrieval: Q:a dog?\nA:yes\n\n",
         "pos_text": "<|image_1|>\nRepresent the given image\n",
-        "pos_image_path": "images/VisDial/Train/0.jpg", "neg_image_path": "images/VisDial/Train/1.jpg",
-    }  # fmt: skip
+        "pos_image_path": "images/VisDial/Train/0.jpg",
+        "neg_image_path": "images/VisDial/Train/1.jpg",
+    }
     (sample,) = samples = mmeb(tmp_path, "VisDial", [row])
     assert sample.question.content == {"text": "Q:a dog?\nA:yes"}
     for target, name in zip((sample.target, *sample.negatives), ("0.jpg", "1.jpg"), strict=True):
@@ -100,10 +103,13 @@ def test_an_image_target_has_its_own_instruction_and_so_has_a_negative_without_w
 def test_a_stray_placeholder_is_dropped_and_a_caption_is_part_of_the_label(tmp_path: Path) -> None:
     about = "<|image_1|>\nRepresent the given Wikipedia image with related text information: "
     rows = [
-        {"qry": "<|image_1|>\nFind a Wikipedia image that answers this question: Which body part?\n",
-         "pos_text": about + caption, "pos_image_path": "images/WebQA/Train/1.jpg"}
+        {
+            "qry": "<|image_1|>\nFind a Wikipedia image that answers this question: Which body part?\n",
+            "pos_text": about + caption,
+            "pos_image_path": "images/WebQA/Train/1.jpg",
+        }
         for caption in ("A coin.\n", "A half.\n", "A coin.\n")
-    ]  # fmt: skip
+    ]
     first, second, third = samples = mmeb(tmp_path, "WebQA", rows)
     assert first.question.content == {"text": "Which body part?"}
     assert first.target.content["text"] == "A coin."
@@ -128,8 +134,11 @@ def test_rows_without_a_side_are_left_out_and_keys_stay_those_of_the_rows(tmp_pa
 
 def test_every_subset_reads_a_query_that_is_only_its_instruction(tmp_path: Path) -> None:
     for subset, words in SUBSETS.items():
-        row: dict[str, str] = {"qry": f"<|image_1|>\n{words.query}\n", "qry_image_path": f"images/{subset}/Train/0.jpg",
-                               "pos_text": "x"}  # fmt: skip
+        row: dict[str, str] = {
+            "qry": f"<|image_1|>\n{words.query}\n",
+            "qry_image_path": f"images/{subset}/Train/0.jpg",
+            "pos_text": "x",
+        }
         if words.target:
             row |= {"pos_text": f"<|image_1|>\n{words.target}\n", "pos_image_path": f"images/{subset}/Train/1.jpg"}
         (sample,) = mmeb(tmp_path, subset, [row])
@@ -248,8 +257,11 @@ def test_captions_are_read_in_both_directions(tmp_path: Path) -> None:
 
 
 def test_a_question_is_the_text_beside_its_video_and_the_captions_behind_are_not_read(tmp_path: Path) -> None:
-    lines = [talk("v", "<video>\nWhere is it?", "In a newsroom."), talk("v", "Is it day?\n<video>", "Yes."),
-             talk("v", "<video>\nDescribe.", "A caption.")]  # fmt: skip
+    lines = [
+        talk("v", "<video>\nWhere is it?", "In a newsroom."),
+        talk("v", "Is it day?\n<video>", "Yes."),
+        talk("v", "<video>\nDescribe.", "A caption."),
+    ]
     folder = videos(tmp_path, QUESTIONS, lines, v=2)
     samples = list(read_video_questions(folder, lines=2))
     assert [sample.question.content["text"] for sample in samples] == ["Where is it?", "Is it day?"]

@@ -60,8 +60,13 @@ def test_the_ablation_runs_every_row_once(finished: tuple[Path, dict[str, Any], 
     assert len(watched.stages) == len(set(watched.stages)) == 1 + len(RULES) + len(COSTS) + 1
     assert tuple(tables["selection"]) == tuple(RULES)
     assert set(tables["control"]["rows"]) == {
-        "never", "always", "random_gate", "stage3_decision", "auto", "oracle_gate"
-    }  # fmt: skip
+        "never",
+        "always",
+        "random_gate",
+        "stage3_decision",
+        "auto",
+        "oracle_gate",
+    }
     assert len(tables["reward"]) == 1 + len(COSTS) + 1
     assert all(len(values) == len(SEEDS) for row in tables["dependence"].values() for values in row.values())
     again = Watched()

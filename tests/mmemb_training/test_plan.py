@@ -54,18 +54,28 @@ def config_of(shape: ModelShape) -> dict[str, Any]:
         "model_type": "qwen3_vl",
         "tie_word_embeddings": text.tied,
         "text_config": {
-            "hidden_size": text.hidden, "num_hidden_layers": text.layers, "num_attention_heads": text.heads,
-            "num_key_value_heads": text.kv_heads, "head_dim": text.head_dim, "intermediate_size": text.intermediate,
+            "hidden_size": text.hidden,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "num_key_value_heads": text.kv_heads,
+            "head_dim": text.head_dim,
+            "intermediate_size": text.intermediate,
             "vocab_size": text.vocabulary,
         },
         "vision_config": {
-            "hidden_size": vision.hidden, "depth": vision.layers, "num_heads": vision.heads,
-            "intermediate_size": vision.intermediate, "out_hidden_size": vision.out, "patch_size": vision.patch,
-            "temporal_patch_size": vision.temporal_patch, "spatial_merge_size": vision.merge,
-            "in_channels": vision.channels, "num_position_embeddings": vision.positions,
+            "hidden_size": vision.hidden,
+            "depth": vision.layers,
+            "num_heads": vision.heads,
+            "intermediate_size": vision.intermediate,
+            "out_hidden_size": vision.out,
+            "patch_size": vision.patch,
+            "temporal_patch_size": vision.temporal_patch,
+            "spatial_merge_size": vision.merge,
+            "in_channels": vision.channels,
+            "num_position_embeddings": vision.positions,
             "deepstack_visual_indexes": list(vision.deepstack),
         },
-    }  # fmt: skip
+    }
 
 
 def on_meta(shape: ModelShape) -> Any:
@@ -81,14 +91,23 @@ def on_meta(shape: ModelShape) -> Any:
 def small(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Any) -> Path:
     """A checkpoint whose widths dominate what it saves, as in real models: 6 layers, heads over groups of 2."""
     text = {
-        "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]},
-    }  # fmt: skip
+    }
     vision = {
-        "depth": 5, "hidden_size": 64, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 128,
+        "depth": 5,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_heads": 4,
+        "out_hidden_size": 128,
         "deepstack_visual_indexes": [1, 3],
-    }  # fmt: skip
+    }
     folder: Path = make_checkpoint(tmp_path_factory.mktemp("small") / "checkpoint", text, vision)
     return folder
 
@@ -289,15 +308,11 @@ def test_optimizer_and_gradients_take_what_torch_allocates(tiny: Checkpoint, tin
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     optimizer.step()
-    moments = sum(
-        value.nbytes for state in optimizer.state.values() for value in state.values() if value.numel() > 1
-    )  # fmt: skip
+    moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.numel() > 1)
     terms = {
         term.name: term.bytes
-        for term in state_terms(
-            read_shape(tiny_checkpoint), Training(method="full", precision="fp32", gpus=1)
-        )
-    }  # fmt: skip
+        for term in state_terms(read_shape(tiny_checkpoint), Training(method="full", precision="fp32", gpus=1))
+    }
     assert terms["optimizer"] == moments
     assert terms["weights"] == terms["gradients"] == sum(weight.nbytes for weight in weights)
 
@@ -326,9 +341,7 @@ def test_every_packaged_recipe_fits_eight_large_gpus(name: str) -> None:
 def test_one_prompt_more_at_once_would_not_fit() -> None:
     made, recipe = planned("qwen3-vl-4b-full"), load_recipe("qwen3-vl-4b-full")
     assert 1 < made.micro_batch < 1024 / 8
-    more = recipe.model_copy(
-        update={"joint": recipe.joint.model_copy(update={"micro_batch": made.micro_batch + 1})}
-    )  # fmt: skip
+    more = recipe.model_copy(update={"joint": recipe.joint.model_copy(update={"micro_batch": made.micro_batch + 1})})
     larger = make_plan(SHAPES["qwen3-vl-4b"], more, H100S)
     assert not larger.fits
     assert larger.changes[0].startswith("micro_batch = ")
@@ -363,9 +376,7 @@ def test_a_loss_over_too_many_pairs_asks_for_a_smaller_batch() -> None:
 def test_checkpointing_is_the_first_change_where_it_was_off() -> None:
     recipe = load_recipe("qwen3-vl-2b-full")
     joint = recipe.joint.model_copy(update={"gradient_checkpointing": False})
-    made = make_plan(
-        SHAPES["qwen3-vl-2b"], recipe.model_copy(update={"joint": joint}), machine(8, device="rtx4090")
-    )  # fmt: skip
+    made = make_plan(SHAPES["qwen3-vl-2b"], recipe.model_copy(update={"joint": joint}), machine(8, device="rtx4090"))
     assert made.changes[0] == "gradient_checkpointing = true"
 
 

@@ -186,8 +186,12 @@ def test_what_a_worker_raises_passes_through_and_what_was_written_stays(tmp_path
     with pytest.raises(RuntimeError, match="out of memory"):
         build_pool(ask(5), echoes(stop), tmp_path, batch=2)
     assert {key: len(found) for key, found in read_pool(tmp_path).items()} == {
-        "q0": 3, "q1": 3, "q2": 2, "q3": 2, "q4": 2
-    }  # fmt: skip
+        "q0": 3,
+        "q1": 3,
+        "q2": 2,
+        "q3": 2,
+        "q4": 2,
+    }
 
 
 def test_a_pool_of_other_workers_samples_or_questions_is_refused(tmp_path: Path) -> None:

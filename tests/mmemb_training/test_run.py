@@ -80,9 +80,10 @@ def data(tmp_path: Path) -> str:
                 "qry_image_path": paths[0],
                 "pos_text": "<|image_1|>\nRepresent the given image.",
                 "pos_image_path": paths[1],
-                "neg_text": "", "neg_image_path": "",
+                "neg_text": "",
+                "neg_image_path": "",
             }
-        )  # fmt: skip
+        )
     (root / "CIRR").mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / "CIRR" / "original-00000-of-00001.parquet")
     return f"mmeb/CIRR={root}"

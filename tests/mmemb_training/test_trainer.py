@@ -35,9 +35,11 @@ def run_script(source: Path, folder: Path, *options: str, processes: int = 1, ki
     """Run train_briefly.py; return its losses, or None if it was to be killed."""
     launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path), "KILL_AFTER": str(kill_after), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "KILL_AFTER": str(kill_after),
+        "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
+    }
     command = [sys.executable, *launch, str(SCRIPT), str(source), str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if kill_after > 0:

@@ -37,9 +37,11 @@ def accelerator_for(mode: str, precision: str) -> Accelerator:
         unused = DistributedDataParallelKwargs(find_unused_parameters=False)
         return Accelerator(cpu=True, mixed_precision=precision, kwargs_handlers=[unused])
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["Qwen3VLTextDecoderLayer"], cpu_ram_efficient_loading=False,
-    )  # fmt: skip
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Qwen3VLTextDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     # accelerate takes FSDP up on accelerators alone; torch's own FSDP2 runs on gloo, which is what is tested here.
     PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP

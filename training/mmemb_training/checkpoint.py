@@ -85,10 +85,13 @@ def new_checkpoint(
     """Return the checkpoint of a model whose images are resized to `pixels`, and whose videos to `video_pixels`."""
     vision = model.config.vision_config
     image = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": pixels, "longest_edge": pixels}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
-        patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size,
+        size={"shortest_edge": pixels, "longest_edge": pixels},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
         merge_size=vision.spatial_merge_size,
-    )  # fmt: skip
+    )
     spec = vision_spec(vision, image, {"shortest_edge": video_pixels, "longest_edge": video_pixels})
     rows = RowEncoder(PromptEncoder(tokenizer, prompt), spec)
     facts = CheckpointFacts(
@@ -116,9 +119,12 @@ def save_facts(checkpoint: Checkpoint, folder: Path, *, provenance: dict[str, An
     """Write all of a checkpoint but its weights and its config."""
     spec = checkpoint.vision
     PreTrainedTokenizerFast(
-        tokenizer_object=checkpoint.rows.prompt.tokenizer, eos_token=prompts.STOP, pad_token=prompts.PAD,
-        clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)  # fmt: skip
+        tokenizer_object=checkpoint.rows.prompt.tokenizer,
+        eos_token=prompts.STOP,
+        pad_token=prompts.PAD,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
     checkpoint.image_processor.save_pretrained(folder)
     video = {
         "patch_size": spec.patch_size,

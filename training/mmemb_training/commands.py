@@ -130,9 +130,12 @@ def show_progress(name: str, metrics: Iterator[dict[str, float]], steps: int) ->
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns: tuple[Any, ...] = (
-        TextColumn(f"{name:<18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn(f"{name:<18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.description}"),
-    )  # fmt: skip
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=steps)
         for row in metrics:

@@ -74,9 +74,7 @@ class Encoder(nn.Module):
         words_RT = words_N.new_zeros(predicts_RT.shape).masked_scatter(predicts_RT, words_N)
         return Reading(direct_BD, decision_B2, reasoned_RD, words_RT)
 
-    def embed(
-        self, rows: Sequence[Row], paths: Sequence[Path], *, at_once: int = 128
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def embed(self, rows: Sequence[Row], paths: Sequence[Path], *, at_once: int = 128) -> tuple[Tensor, Tensor]:
         """Return the states at `<|disc_emb|>` (B, D) and `<|gen_emb|>` (R, D) alone, `at_once` paths in a pass."""
         batch = collate(rows, self.ids[prompts.PAD])
         hidden_BSD, cache = encode_batch(self.model, batch, self.spec)

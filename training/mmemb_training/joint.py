@@ -58,9 +58,14 @@ class JointStep:
     """
 
     def __init__(
-        self, lessons: Sequence[Lesson], encoder: RowEncoder, objective: Objective,
-        *, query_chunks: int, target_chunks: int,
-    ) -> None:  # fmt: skip
+        self,
+        lessons: Sequence[Lesson],
+        encoder: RowEncoder,
+        objective: Objective,
+        *,
+        query_chunks: int,
+        target_chunks: int,
+    ) -> None:
         self._objective = objective
         rows = [query_row(lesson.sample.question, encoder) for lesson in lessons]
         words = [None if lesson.rationale is None else encoder.prompt.words(lesson.rationale) for lesson in lessons]

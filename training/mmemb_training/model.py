@@ -46,9 +46,7 @@ def vision_forward(
     levels = []
     for depth, block in enumerate(visual.blocks):
         if block.gradient_checkpointing and torch.is_grad_enabled():
-            hidden_NPD = checkpoint(
-                _vision_block, block, hidden_NPD, rotary_cos_PE, rotary_sin_PE, use_reentrant=False
-            )  # fmt: skip
+            hidden_NPD = checkpoint(_vision_block, block, hidden_NPD, rotary_cos_PE, rotary_sin_PE, use_reentrant=False)
         else:
             hidden_NPD = _vision_block(block, hidden_NPD, rotary_cos_PE, rotary_sin_PE)
         if depth in visual.deepstack_visual_indexes:

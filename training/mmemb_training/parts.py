@@ -79,15 +79,24 @@ class Prefill(DecoderPart):
         self.outputs = abi.EMBEDDING, abi.STATE, *abi.present_names(len(language_model.layers))
 
     def forward(
-        self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, visual_index: Tensor, visual_tokens: Tensor,
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        visual_index: Tensor,
+        visual_tokens: Tensor,
         deepstack: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> tuple[Tensor, ...]:
         dtype = self.weight.dtype
         hidden_BSD, cache = decoder_forward(
-            self.language_model, token_ids, position_ids, mask,
-            visual_tokens_VD=visual_tokens.to(dtype), visual_index_BS=visual_index,
+            self.language_model,
+            token_ids,
+            position_ids,
+            mask,
+            visual_tokens_VD=visual_tokens.to(dtype),
+            visual_index_BS=visual_index,
             deepstack_LVD=None if deepstack is None else deepstack.to(dtype),
-        )  # fmt: skip
+        )
         state_BD = last_state(hidden_BSD, mask).float()
         return F.normalize(state_BD, dim=-1), state_BD, *(tensor for layer in cache for tensor in layer)
 

@@ -36,9 +36,15 @@ def random_checkpoint(shape: ModelShape, folder: Path, *, dtype: torch.dtype = t
         model: Any = Qwen3VLForConditionalGeneration(config)
     model = model.to(dtype)
     checkpoint = new_checkpoint(
-        model, tokenizer, PROMPT, pixels=PIXELS, video_pixels=8 * PIXELS, dims=(shape.text.hidden,),
-        max_rationale_tokens=64, provenance={"weights": "random", "shape": shape.name, "seed": seed},
-    )  # fmt: skip
+        model,
+        tokenizer,
+        PROMPT,
+        pixels=PIXELS,
+        video_pixels=8 * PIXELS,
+        dims=(shape.text.hidden,),
+        max_rationale_tokens=64,
+        provenance={"weights": "random", "shape": shape.name, "seed": seed},
+    )
     model.config.architectures = [type(model).__name__]  # by which engines know what to load
     model.config.save_pretrained(folder)
     save_facts(checkpoint, folder)
@@ -52,25 +58,39 @@ def model_config(shape: ModelShape, encoder: PromptEncoder) -> Qwen3VLConfig:
     side = (section - 2 * (section // 3 // 2 * 2)), section // 3 // 2 * 2
     return Qwen3VLConfig(
         text_config={
-            "hidden_size": text.hidden, "num_hidden_layers": text.layers, "num_attention_heads": text.heads,
-            "num_key_value_heads": text.kv_heads, "head_dim": text.head_dim, "intermediate_size": text.intermediate,
-            "vocab_size": text.vocabulary, "max_position_embeddings": 262144, "tie_word_embeddings": text.tied,
+            "hidden_size": text.hidden,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "num_key_value_heads": text.kv_heads,
+            "head_dim": text.head_dim,
+            "intermediate_size": text.intermediate,
+            "vocab_size": text.vocabulary,
+            "max_position_embeddings": 262144,
+            "tie_word_embeddings": text.tied,
             "rope_parameters": {
-                "rope_type": "default", "rope_theta": 5_000_000.0, "mrope_section": [side[0], side[1], side[1]]
+                "rope_type": "default",
+                "rope_theta": 5_000_000.0,
+                "mrope_section": [side[0], side[1], side[1]],
             },
         },
         vision_config={
-            "depth": vision.layers, "hidden_size": vision.hidden, "num_heads": vision.heads,
-            "intermediate_size": vision.intermediate, "out_hidden_size": vision.out, "patch_size": vision.patch,
-            "temporal_patch_size": vision.temporal_patch, "spatial_merge_size": vision.merge,
-            "num_position_embeddings": vision.positions, "deepstack_visual_indexes": list(vision.deepstack),
+            "depth": vision.layers,
+            "hidden_size": vision.hidden,
+            "num_heads": vision.heads,
+            "intermediate_size": vision.intermediate,
+            "out_hidden_size": vision.out,
+            "patch_size": vision.patch,
+            "temporal_patch_size": vision.temporal_patch,
+            "spatial_merge_size": vision.merge,
+            "num_position_embeddings": vision.positions,
+            "deepstack_visual_indexes": list(vision.deepstack),
         },
         image_token_id=ids[prompts.IMAGE_PAD],
         video_token_id=ids[prompts.VIDEO_PAD],
         vision_start_token_id=ids[prompts.VISION_START],
         vision_end_token_id=ids[prompts.VISION_END],
         tie_word_embeddings=text.tied,
-    )  # fmt: skip
+    )
 
 
 def _write_weights(model: Any, folder: Path, seed: int) -> None:

@@ -70,22 +70,27 @@ def accelerator_of(recipe: Recipe) -> Accelerator:
     """Return the accelerator of a recipe: FSDP2 where all weights train on several GPUs, DDP where adapters do."""
     precision = "bf16" if recipe.joint.precision == "bf16" else "no"
     several = int(torch.cuda.device_count()) > 1
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["Qwen3VLTextDecoderLayer"],
-    ) if several and recipe.model.method == "full" else None  # fmt: skip
+    plugin = (
+        FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Qwen3VLTextDecoderLayer"],
+        )
+        if several and recipe.model.method == "full"
+        else None
+    )
     return Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision=precision, fsdp_plugin=plugin,
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=precision,
+        fsdp_plugin=plugin,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
-    )  # fmt: skip
+    )
 
 
 class Run:
     """A recipe's stages on some samples, in a folder."""
 
-    def __init__(
-        self, recipe: Recipe, samples: Sequence[Sample], folder: Path, watch: Watch, console: Console
-    ) -> None:  # fmt: skip
+    def __init__(self, recipe: Recipe, samples: Sequence[Sample], folder: Path, watch: Watch, console: Console) -> None:
         self.recipe = recipe
         self.samples = samples
         self.folder = folder
@@ -107,9 +112,13 @@ class Run:
         with self._accelerator.main_process_first():
             if not (target / FACTS).exists():
                 prepare(
-                    self.recipe.model.source, target, dims=joint.dims, max_rationale_tokens=joint.max_rationale_tokens,
-                    max_pixels=joint.max_pixels, video_max_pixels=joint.video_frames * joint.video_max_pixels,
-                )  # fmt: skip
+                    self.recipe.model.source,
+                    target,
+                    dims=joint.dims,
+                    max_rationale_tokens=joint.max_rationale_tokens,
+                    max_pixels=joint.max_pixels,
+                    video_max_pixels=joint.video_frames * joint.video_max_pixels,
+                )
         return load_checkpoint(target, dtype=self._dtype)
 
     def pool(self) -> None:
@@ -133,9 +142,15 @@ class Run:
             samples, evaluator = self._evaluator(model)
             with counting(len(samples), shown=True, label="judging") as done:
                 judge_pool(
-                    samples, read_pool(self.folder / "pool"), evaluator, folder, margins,
-                    foreign=settings.foreign, identity=identity, done=done,
-                )  # fmt: skip
+                    samples,
+                    read_pool(self.folder / "pool"),
+                    evaluator,
+                    folder,
+                    margins,
+                    foreign=settings.foreign,
+                    identity=identity,
+                    done=done,
+                )
             self._console.print_json((folder / REPORT).read_text())
         self._accelerator.wait_for_everyone()
         return choose(
@@ -160,16 +175,23 @@ class Run:
         chunks = math.ceil(own / (settings.micro_batch or DEFAULT_MICRO_BATCH))
         recipe = JointRecipe(
             schedule=Schedule(
-                steps=count, learning_rate=settings.learning_rate, warmup=settings.warmup,
+                steps=count,
+                learning_rate=settings.learning_rate,
+                warmup=settings.warmup,
                 weight_decay=settings.weight_decay,
             ),
             objective=Objective(
-                temperature=settings.temperature, lambda_g=settings.lambda_g, lambda_d=settings.lambda_d,
+                temperature=settings.temperature,
+                lambda_g=settings.lambda_g,
+                lambda_d=settings.lambda_d,
                 dims=settings.dims,
             ),
-            query_chunks=chunks, target_chunks=chunks, grad_cache=chunks > 1,
-            gradient_checkpointing=settings.gradient_checkpointing, lora=self._lora(),
-        )  # fmt: skip
+            query_chunks=chunks,
+            target_chunks=chunks,
+            grad_cache=chunks > 1,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            lora=self._lora(),
+        )
         data = {"samples": len(self.samples), "choices": len(choices)}
         steps = train_jointly(start, draw, recipe, self.folder / "joint", data=data, accelerator=self._accelerator)
         return self._finish("joint", start, steps, count)
@@ -183,18 +205,30 @@ class Run:
                 "rollouts to train_control"
             )
         rewards = Rewards(
-            cost=settings.cost, sigma=settings.sigma, well_formed=settings.well_formed, embedding=settings.embedding,
+            cost=settings.cost,
+            sigma=settings.sigma,
+            well_formed=settings.well_formed,
+            embedding=settings.embedding,
             temperature=self.recipe.joint.temperature,
-        )  # fmt: skip
+        )
         recipe = ControlRecipe(
             schedule=Schedule(
-                steps=settings.steps, learning_rate=settings.learning_rate, weight_decay=0.0, spike=None, warmup=10,
+                steps=settings.steps,
+                learning_rate=settings.learning_rate,
+                weight_decay=0.0,
+                spike=None,
+                warmup=10,
                 save_every=50 * settings.updates,
             ),
-            questions_at_once=self.recipe.joint.micro_batch or DEFAULT_MICRO_BATCH, lora=self._lora(),
-            rewards=rewards, group=settings.group, updates=settings.updates, clip=settings.clip, beta=settings.beta,
+            questions_at_once=self.recipe.joint.micro_batch or DEFAULT_MICRO_BATCH,
+            lora=self._lora(),
+            rewards=rewards,
+            group=settings.group,
+            updates=settings.updates,
+            clip=settings.clip,
+            beta=settings.beta,
             anchor=settings.anchor,
-        )  # fmt: skip
+        )
         return self._finish("control", joint, self._control_steps(joint, recipe), settings.steps)
 
     def _control_steps(self, joint: Checkpoint, recipe: ControlRecipe) -> Metrics:
@@ -212,28 +246,42 @@ class Run:
             return [samples[place] for place in share]
 
         yield from train_control(
-            joint, draw, recipe, self.folder / "control", bank=bank, data={"samples": wanted},
+            joint,
+            draw,
+            recipe,
+            self.folder / "control",
+            bank=bank,
+            data={"samples": wanted},
             accelerator=self._accelerator,
-        )  # fmt: skip
+        )
 
     def _finish(self, name: str, checkpoint: Checkpoint, steps: Metrics, count: int) -> Checkpoint:
         provenance = {"recipe": json.loads(self.recipe.model_dump_json())}
         return finish_stage(
             self.folder / name, checkpoint, steps, count, self._watch, self._accelerator, provenance, dtype=self._dtype
-        )  # fmt: skip
+        )
 
     def _worker(self, settings: WorkerSettings) -> Worker:
         pool = self.recipe.pool
         if settings.base_url is None:
             device = str(self._accelerator.device)
             return TransformersWorker(
-                settings.name, settings.model, samples=pool.samples, temperature=pool.temperature,
-                max_tokens=pool.max_tokens, device=device,
-            )  # fmt: skip
+                settings.name,
+                settings.model,
+                samples=pool.samples,
+                temperature=pool.temperature,
+                max_tokens=pool.max_tokens,
+                device=device,
+            )
         return EndpointWorker(
-            settings.name, base_url=settings.base_url, model=settings.model, samples=pool.samples,
-            temperature=pool.temperature, max_tokens=pool.max_tokens, api_key_variable=settings.api_key_variable,
-        )  # fmt: skip
+            settings.name,
+            base_url=settings.base_url,
+            model=settings.model,
+            samples=pool.samples,
+            temperature=pool.temperature,
+            max_tokens=pool.max_tokens,
+            api_key_variable=settings.api_key_variable,
+        )
 
     def _evaluator(self, model: Checkpoint) -> tuple[Sequence[Sample], Evaluator]:
         """Return the frozen evaluator, and the samples as it judges them: the embedder mines its hard negatives."""

@@ -13,9 +13,17 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPECIAL = (
-    prompts.PAD, prompts.TURN_START, prompts.STOP, prompts.VISION_START, prompts.VISION_END, "<|vision_pad|>",
-    prompts.IMAGE_PAD, prompts.VIDEO_PAD, prompts.DISC_EMB, prompts.GEN_EMB,
-)  # fmt: skip
+    prompts.PAD,
+    prompts.TURN_START,
+    prompts.STOP,
+    prompts.VISION_START,
+    prompts.VISION_END,
+    "<|vision_pad|>",
+    prompts.IMAGE_PAD,
+    prompts.VIDEO_PAD,
+    prompts.DISC_EMB,
+    prompts.GEN_EMB,
+)
 _NOT_SPECIAL = (prompts.THINK, prompts.END_THINK)  # as in Qwen3: added tokens, but part of what a model says
 
 

@@ -70,9 +70,12 @@ def train_jointly(
 
     def step_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         share = JointStep(
-            draw(step)[accelerator.process_index :: accelerator.num_processes], checkpoint.rows, recipe.objective,
-            query_chunks=recipe.query_chunks, target_chunks=recipe.target_chunks,
-        )  # fmt: skip
+            draw(step)[accelerator.process_index :: accelerator.num_processes],
+            checkpoint.rows,
+            recipe.objective,
+            query_chunks=recipe.query_chunks,
+            target_chunks=recipe.target_chunks,
+        )
         cached = recipe.grad_cache or accelerator.num_processes > 1
         _, terms = backward(
             encoder, share.chunks, lambda readings: share.loss(readings, accelerator), accelerator, cached=cached
@@ -86,9 +89,7 @@ def train_jointly(
         ]
 
     identity = {"recipe": asdict(recipe), "data": data}
-    yield from run_steps(
-        folder, identity, recipe.schedule, accelerator, encoder, optimizer, step_of, describe
-    )  # fmt: skip
+    yield from run_steps(folder, identity, recipe.schedule, accelerator, encoder, optimizer, step_of, describe)
     checkpoint.model.eval()
     if adapter is not None:
         merge_lora(adapter)

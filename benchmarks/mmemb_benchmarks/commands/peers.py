@@ -52,9 +52,18 @@ def peers(
     names = known if "all" in (peer or []) else peer or []
     folder = None if here else environments or default_folder()
     found = compare(
-        checkpoint, bundles, names=names, environments=folder, device=device, tokens=tokens, batches=batch,
-        written=written, rounds=rounds, threads=threads, report=Console(stderr=True).print,
-    )  # fmt: skip
+        checkpoint,
+        bundles,
+        names=names,
+        environments=folder,
+        device=device,
+        tokens=tokens,
+        batches=batch,
+        written=written,
+        rounds=rounds,
+        threads=threads,
+        report=Console(stderr=True).print,
+    )
     finish(stamp("peers", found, None), output=output, as_json=as_json, show=_show)
 
 

@@ -102,10 +102,13 @@ def _show_frontier(result: Mapping[str, Any]) -> None:
             default = gate == "curve" and point["threshold"] == result["threshold"]
             table.add_row(
                 "the bundle's default" if default else "learnt" if gate == "curve" else gate,
-                "-" if point["threshold"] is None else f"{point['threshold']:.2f}", f"{point['reasoning_rate']:.1%}",
-                f"{point['hit_at_1']:.3f}", f"{point['latency_ms']:.2f}", f"{point['rationale_tokens']:.1f}",
+                "-" if point["threshold"] is None else f"{point['threshold']:.2f}",
+                f"{point['reasoning_rate']:.1%}",
+                f"{point['hit_at_1']:.3f}",
+                f"{point['latency_ms']:.2f}",
+                f"{point['rationale_tokens']:.1f}",
                 style="bold" if default else None,
-            )  # fmt: skip
+            )
         table.add_section()
     Console().print(table)
 
@@ -143,17 +146,24 @@ def demo(
         matches = [showcase.example.candidates[place] for place in showcase.ranking]
         found = ", ".join(match.content.get("text") or f"a drawn {match.value}" for match in matches)
         shown.add_row(
-            showcase.example.family, showcase.question, detail.route.value, f"{detail.gate_score:.3f}",
-            (detail.rationale or "-").replace(";", "; "), f"[{'green' if showcase.found else 'red'}]{found}",
-        )  # fmt: skip
+            showcase.example.family,
+            showcase.question,
+            detail.route.value,
+            f"{detail.gate_score:.3f}",
+            (detail.rationale or "-").replace(";", "; "),
+            f"[{'green' if showcase.found else 'red'}]{found}",
+        )
     console.print(shown)
     modes = Table(title=f"{len(result.modes['auto'].hits_Q)} queries of mixed traffic")
     for column in ("mode", "hit@1", "rationale tokens", "median ms alone", "reasoning rate"):
         modes.add_column(column, justify="left" if column == "mode" else "right")
     for mode, summary in summaries.items():
         modes.add_row(
-            mode, f"{summary['hit_at_1']:.3f}", f"{summary['rationale_tokens']:.2f}", f"{summary['p50_ms']:.2f}",
+            mode,
+            f"{summary['hit_at_1']:.3f}",
+            f"{summary['rationale_tokens']:.2f}",
+            f"{summary['p50_ms']:.2f}",
             f"{summary['reasoning_rate']:.0%}",
-        )  # fmt: skip
+        )
     console.print(modes)
     console.print(f"picture: {output}")

@@ -25,8 +25,7 @@ Requests = Annotated[
 ]
 Pairs = Annotated[Path | None, typer.Option(help="Pairs, as mmemb calibrate reads them: their hits are counted too.")]
 Workload = Annotated[
-    str | None,
-    typer.Option(help="Inputs of one kind, such as 'long text', 'image' or 'document page'."),
+    str | None, typer.Option(help="Inputs of one kind, such as 'long text', 'image' or 'document page'.")
 ]
 Queries = Annotated[int, typer.Option(min=1, help="Inputs to draw, where no file is given.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Requests that run together.")]
@@ -133,9 +132,16 @@ def load(
     embedder = assemble(opened, engine)
     options = mode_options(threshold_of_rate(embedder, traffic, reasoning_rate), max_rationale_tokens)
     found = measure_load(
-        embedder, traffic, options, target_ms=p95_ms, seconds=seconds, trials=trials, batch_size=batch_size,
-        seed=seed, report=Console(stderr=True).print,
-    )  # fmt: skip
+        embedder,
+        traffic,
+        options,
+        target_ms=p95_ms,
+        seconds=seconds,
+        trials=trials,
+        batch_size=batch_size,
+        seed=seed,
+        report=Console(stderr=True).print,
+    )
     found = {"source": traffic.source, **found}
     finish(stamp("load", found, embedder), output=output, as_json=as_json, show=_show_load)
 
@@ -203,10 +209,16 @@ def _show_latency(result: Mapping[str, Any]) -> None:
     for column in ("", *modes):
         table.add_column(column, justify="right" if column else "left")
     rows = {
-        "p50, ms": "p50_ms", "p95, ms": "p95_ms", "p99, ms": "p99_ms", "mean, ms": "mean_ms",
-        f"a second, in batches of {result['batch_size']}": "throughput_per_s", "reasoning rate": "reasoning_rate",
-        "rationale tokens": "rationale_tokens", "hit@1": "hit_at_1", "joules a request": "joules_per_request",
-    }  # fmt: skip
+        "p50, ms": "p50_ms",
+        "p95, ms": "p95_ms",
+        "p99, ms": "p99_ms",
+        "mean, ms": "mean_ms",
+        f"a second, in batches of {result['batch_size']}": "throughput_per_s",
+        "reasoning rate": "reasoning_rate",
+        "rationale tokens": "rationale_tokens",
+        "hit@1": "hit_at_1",
+        "joules a request": "joules_per_request",
+    }
     for label, key in rows.items():
         if modes["never"][key] is not None:
             table.add_row(label, *(f"{mode[key]:.4g}" for mode in modes.values()))
@@ -233,7 +245,10 @@ def _show_load(result: Mapping[str, Any]) -> None:
         ratio = result["ratio"].get(f"{name} over always")
         broke = mode["broke_per_s"]
         table.add_row(
-            name, f"{mode['idle_ms']:.2f}", f"{mode['sustainable_per_s']:.1f}",
-            "-" if broke is None else f"{broke:.1f}", "-" if ratio is None else f"{ratio:.2f}",
-        )  # fmt: skip
+            name,
+            f"{mode['idle_ms']:.2f}",
+            f"{mode['sustainable_per_s']:.1f}",
+            "-" if broke is None else f"{broke:.1f}",
+            "-" if ratio is None else f"{ratio:.2f}",
+        )
     Console().print(table)

@@ -97,8 +97,13 @@ def reciprocal_rank(prediction: Sequence[Key], labels: Sequence[Key], cutoff: in
 
 
 BINARY = {
-    "hit": hit, "precision": precision, "recall": recall, "f1": f1, "map": average_precision, "mrr": reciprocal_rank,
-}  # fmt: skip
+    "hit": hit,
+    "precision": precision,
+    "recall": recall,
+    "f1": f1,
+    "map": average_precision,
+    "mrr": reciprocal_rank,
+}
 
 
 def ndcg(prediction: Sequence[Key], grades: dict[Key, int], cutoff: int, gain: Callable[[int], float] = float) -> float:

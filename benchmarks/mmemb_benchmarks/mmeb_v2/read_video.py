@@ -148,12 +148,7 @@ def read_momentseeker(task: Task, annotations: Path, media: Path, frames: int) -
                 clip = frame_paths(media / "video_frames" / name, frames)
                 corpus[name] = Candidate(content={"video": clip}, instruction=task.target_instruction)
         queries.append(
-            Query(
-                content=content,
-                instruction=instruction,
-                candidates=(*positive, *negative),
-                label=tuple(positive),
-            )
+            Query(content=content, instruction=instruction, candidates=(*positive, *negative), label=tuple(positive))
         )
     return TaskData.of(queries, corpus)
 

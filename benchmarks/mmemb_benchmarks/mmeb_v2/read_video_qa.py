@@ -16,11 +16,27 @@ from mmemb_benchmarks.mmeb_v2.tasks import Task
 from mmemb_deploy.errors import InputError
 
 MVBENCH_SUBSETS = (
-    "episodic_reasoning", "action_sequence", "action_prediction", "action_antonym", "fine_grained_action",
-    "unexpected_action", "object_existence", "object_interaction", "object_shuffle", "moving_direction",
-    "action_localization", "scene_transition", "action_count", "moving_count", "moving_attribute", "state_change",
-    "fine_grained_pose", "character_order", "egocentric_navigation", "counterfactual_inference",
-)  # fmt: skip
+    "episodic_reasoning",
+    "action_sequence",
+    "action_prediction",
+    "action_antonym",
+    "fine_grained_action",
+    "unexpected_action",
+    "object_existence",
+    "object_interaction",
+    "object_shuffle",
+    "moving_direction",
+    "action_localization",
+    "scene_transition",
+    "action_count",
+    "moving_count",
+    "moving_attribute",
+    "state_change",
+    "fine_grained_pose",
+    "character_order",
+    "egocentric_navigation",
+    "counterfactual_inference",
+)
 
 Choice = tuple[str, str, dict[Key, str], Key, dict[str, Any]]  # frame folder, question, texts by key, label, more info
 
@@ -45,9 +61,12 @@ def nextqa(task: Task, annotations: Path) -> Iterator[Choice]:
         options = [row[column] for column in answers]
         place = int(row["answer"])
         info = {
-            "question_id": row["qid"], "video_id": row["video"], "answer": options[place], "answer_idx": place,
+            "question_id": row["qid"],
+            "video_id": row["video"],
+            "answer": options[place],
+            "answer_idx": place,
             "type": row["type"],
-        }  # fmt: skip
+        }
         question = _question(row["question"], options)
         yield str(row["video"]), question, {text: text for text in options}, options[place], info
 
@@ -72,9 +91,11 @@ def egoschema(task: Task, annotations: Path) -> Iterator[Choice]:
         options = row["option"]
         place = int(row["answer"])
         info = {
-            "question_id": row["question_idx"], "video_id": row["video_idx"], "answer": options[place],
+            "question_id": row["question_idx"],
+            "video_id": row["video_idx"],
+            "answer": options[place],
             "answer_idx": place,
-        }  # fmt: skip
+        }
         question = " ".join([row["question"], *options])
         yield row["video_idx"], question, {option: _unlettered(option) for option in options}, options[place], info
 
@@ -85,9 +106,11 @@ def activitynetqa(task: Task, annotations: Path) -> Iterator[Choice]:
     options = ("yes", "no")
     for row in rows(files, ("video_name", "question", "answer", "question_id")):
         info = {
-            "question_id": row["question_id"], "video_id": row["video_name"], "answer": row["answer"],
+            "question_id": row["question_id"],
+            "video_id": row["video_name"],
+            "answer": row["answer"],
             "answer_idx": _place(options, row["answer"], annotations),
-        }  # fmt: skip
+        }
         question = f"{row['question']}? (A) yes; (B) no."
         yield f"v_{row['video_name']}", question, {text: text for text in options}, row["answer"], info
 

@@ -155,11 +155,7 @@ _IMAGE = [
         "image_text",
         "ImageNet-1K N24News HatefulMemes VOC2007 SUN397 Place365 ImageNet-A ImageNet-R ObjectNet Country211",
     ),
-    *_image(
-        "QA",
-        "image_text",
-        "OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W ScienceQA VizWiz GQA TextVQA",
-    ),
+    *_image("QA", "image_text", "OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W ScienceQA VizWiz GQA TextVQA"),
     *_image("RET", "text_image", "VisDial VisualNews_t2i MSCOCO_t2i WebQA EDIS Wiki-SS-NQ"),
     *_image("RET", "image_text", "VisualNews_i2t MSCOCO_i2t"),
     *_image("RET", "image_image", "CIRR NIGHTS OVEN FashionIQ"),
@@ -177,24 +173,9 @@ _VIDEO = [
         frames="SSv2",
         limit=1000,
     ),
-    _video(
-        "HMDB51",
-        "CLS",
-        "video_class",
-        "What actions or objects interactions are the person in the video doing?",
-    ),
-    _video(
-        "UCF101",
-        "CLS",
-        "video_class",
-        "What activities or sports are being performed by the person in the video?",
-    ),
-    _video(
-        "Breakfast",
-        "CLS",
-        "video_class",
-        "Recognize the breakfast type that the person is cooking in the video.",
-    ),
+    _video("HMDB51", "CLS", "video_class", "What actions or objects interactions are the person in the video doing?"),
+    _video("UCF101", "CLS", "video_class", "What activities or sports are being performed by the person in the video?"),
+    _video("Breakfast", "CLS", "video_class", "Recognize the breakfast type that the person is cooking in the video."),
     _video("MVBench", "QA", "mvbench", _ANSWER, scope="row", split="train"),
     _video("Video-MME", "QA", "videomme", _ANSWER, scope="row"),
     _video("NExTQA", "QA", "nextqa", _ANSWER, scope="row", subset="MC"),
@@ -223,11 +204,7 @@ _VIDEO = [
         target_instruction=_SEE,
     ),
     _video(
-        "VATEX",
-        "RET",
-        "video_caption",
-        "Select a video that fits the description provided:",
-        target_instruction=_SEE,
+        "VATEX", "RET", "video_caption", "Select a video that fits the description provided:", target_instruction=_SEE
     ),
     _video(
         "YouCook2",

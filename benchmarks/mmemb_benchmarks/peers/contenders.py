@@ -81,9 +81,14 @@ class Transformers:
         ids_BT = self._torch.tensor(ids, device=self._device)
         with self._torch.inference_mode():
             written: Any = self._model.generate(
-                input_ids=ids_BT, attention_mask=self._torch.ones_like(ids_BT), max_new_tokens=tokens,
-                min_new_tokens=tokens, do_sample=False, pad_token_id=0, **self._options,
-            )  # fmt: skip
+                input_ids=ids_BT,
+                attention_mask=self._torch.ones_like(ids_BT),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+                **self._options,
+            )
             return written.cpu().tolist()
 
     def think_and_embed(self, ids: Ids, tokens: int) -> Any:
@@ -198,12 +203,21 @@ class OpenVino:
 
 
 GGUF_NAMES = {  # in transformers and in llama.cpp
-    "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 
 
 def write_gguf(checkpoint: str, target: Path, kind: str) -> None:
@@ -360,10 +374,14 @@ class Vllm:
         from vllm import LLM
 
         options: dict[str, Any] = {
-            "model": checkpoint, "dtype": "bfloat16", "limit_mm_per_prompt": {"image": 0, "video": 0},
-            "max_model_len": 4096, "kv_cache_memory_bytes": 2 << 30, "gpu_memory_utilization": 0.1,
+            "model": checkpoint,
+            "dtype": "bfloat16",
+            "limit_mm_per_prompt": {"image": 0, "video": 0},
+            "max_model_len": 4096,
+            "kv_cache_memory_bytes": 2 << 30,
+            "gpu_memory_utilization": 0.1,
             "enable_prefix_caching": False,  # a prompt comes three times: to embed, to write, to do both
-        }  # fmt: skip
+        }
         self._embedder = LLM(runner="pooling", convert="embed", **options)
         self._writer = LLM(runner="generate", **options)
 

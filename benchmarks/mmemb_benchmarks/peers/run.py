@@ -127,9 +127,14 @@ def compare(
                     f"its embedding is not the baseline's: cosine {cosines[name]:.6f}, below {peer.least_cosine}"
                 )
         times = measure(
-            workers, lambda rows, step: prompts(encoder, rows, tokens, seed=step), batches=batches, written=written,
-            rounds=rounds, left_out=left_out, report=report,
-        )  # fmt: skip
+            workers,
+            lambda rows, step: prompts(encoder, rows, tokens, seed=step),
+            batches=batches,
+            written=written,
+            rounds=rounds,
+            left_out=left_out,
+            report=report,
+        )
     return {
         "tokens": tokens,
         "head_tokens": encoder.prompt.head(INSTRUCTION),

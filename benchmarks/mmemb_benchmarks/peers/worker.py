@@ -25,8 +25,11 @@ class Worker:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
         self.process = subprocess.Popen(
             [str(python), contenders.__file__, contender],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
         self.calls: list[str] = self._ask(load)["calls"]
 
     def run(self, call: str, ids: Ids, tokens: int = 0) -> tuple[Any, float]:

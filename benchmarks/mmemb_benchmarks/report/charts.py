@@ -32,17 +32,35 @@ class Theme:
 
 
 LIGHT = Theme(
-    ink="#1f2933", quiet="#616e7c", line="#d5dae0", paper="#ffffff",
+    ink="#1f2933",
+    quiet="#616e7c",
+    line="#d5dae0",
+    paper="#ffffff",
     modes={"never": "#8592a0", "auto": "#0b6e99", "always": "#d9730d"},
-    stages={"preprocess": "#c3cbd3", "vision": "#7cb5a8", "prefill": "#0b6e99", "gate": "#3b3f8f",
-            "decode": "#d9730d", "other": "#e6d3a8"},
-)  # fmt: skip
+    stages={
+        "preprocess": "#c3cbd3",
+        "vision": "#7cb5a8",
+        "prefill": "#0b6e99",
+        "gate": "#3b3f8f",
+        "decode": "#d9730d",
+        "other": "#e6d3a8",
+    },
+)
 DARK = Theme(
-    ink="#e4e7eb", quiet="#9aa5b1", line="#3a4552", paper="#1a222b",
+    ink="#e4e7eb",
+    quiet="#9aa5b1",
+    line="#3a4552",
+    paper="#1a222b",
     modes={"never": "#9aa5b1", "auto": "#4db5de", "always": "#f2994a"},
-    stages={"preprocess": "#66717d", "vision": "#5fa898", "prefill": "#4db5de", "gate": "#8f93e6",
-            "decode": "#f2994a", "other": "#b59f6a"},
-)  # fmt: skip
+    stages={
+        "preprocess": "#66717d",
+        "vision": "#5fa898",
+        "prefill": "#4db5de",
+        "gate": "#8f93e6",
+        "decode": "#f2994a",
+        "other": "#b59f6a",
+    },
+)
 
 Draw = Callable[[Any, Theme], None]
 
@@ -71,10 +89,15 @@ class Chart:
 
     def _save(self, kind: str, theme: Theme) -> bytes:
         # without a salt and a date, the same figures give the same bytes
-        with rc_context({
-            "font.size": 10, "font.family": "sans-serif", "legend.frameon": False, "legend.labelcolor": theme.ink,
-            "svg.hashsalt": self.name,
-        }):  # fmt: skip
+        with rc_context(
+            {
+                "font.size": 10,
+                "font.family": "sans-serif",
+                "legend.frameon": False,
+                "legend.labelcolor": theme.ink,
+                "svg.hashsalt": self.name,
+            }
+        ):
             figure = Figure(figsize=(WIDTH, self.height), layout="constrained", facecolor=theme.paper)
             axes = figure.add_subplot(facecolor=theme.paper)
             axes.spines[:].set_visible(False)
@@ -100,9 +123,12 @@ def latency_chart(name: str, latency: Latency) -> Chart:
             axes.plot([times.p50_ms, times.p95_ms], [place, place], color=theme.modes[mode], linewidth=1.5, zorder=0)
             axes.plot([times.p95_ms] * 2, [place - 0.16, place + 0.16], color=theme.modes[mode], linewidth=2)
             axes.text(
-                times.p95_ms + 0.02 * widest, place, f"{digits(times.p50_ms)} / {digits(times.p95_ms)}", va="center",
+                times.p95_ms + 0.02 * widest,
+                place,
+                f"{digits(times.p50_ms)} / {digits(times.p95_ms)}",
+                va="center",
                 color=theme.ink,
-            )  # fmt: skip
+            )
         axes.set_xlim(0, 1.3 * widest)
         _label_bars(axes, modes, "ms alone: bar the median, mark the 95th percentile")
 
@@ -147,15 +173,22 @@ def frontier_chart(name: str, frontier: Frontier) -> Chart:
         for key, (label, colour, style) in styles.items():
             points = getattr(frontier, key)
             axes.plot(
-                [point.latency_ms for point in points], [point.hit_at_1 for point in points], style, color=colour,
-                label=label, linewidth=2.2 if key == "curve" else 1.6,
-            )  # fmt: skip
+                [point.latency_ms for point in points],
+                [point.hit_at_1 for point in points],
+                style,
+                color=colour,
+                label=label,
+                linewidth=2.2 if key == "curve" else 1.6,
+            )
         chosen = frontier.default
         axes.plot([chosen.latency_ms], [chosen.hit_at_1], "o", color=theme.modes["auto"], markersize=8, zorder=5)
         axes.annotate(
-            f"default: {chosen.reasoning_rate:.0%} reason", (chosen.latency_ms, chosen.hit_at_1), (10, -16),
-            textcoords="offset points", color=theme.ink,
-        )  # fmt: skip
+            f"default: {chosen.reasoning_rate:.0%} reason",
+            (chosen.latency_ms, chosen.hit_at_1),
+            (10, -16),
+            textcoords="offset points",
+            color=theme.ink,
+        )
         _grid(axes, theme)
         axes.set_xlabel("mean ms of a query alone")
         axes.set_ylabel("hit@1")
@@ -180,10 +213,15 @@ def load_chart(name: str, load: Load) -> Chart:
             axes.plot(*zip(*best.items(), strict=True), "o-", color=theme.modes[mode], label=mode, markersize=4, lw=1.8)
         axes.axhline(load.target_p95_ms, color=theme.ink, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
-            f"target {digits(load.target_p95_ms)} ms", (1, load.target_p95_ms), (-2, 4),
-            xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=theme.ink,
+            f"target {digits(load.target_p95_ms)} ms",
+            (1, load.target_p95_ms),
+            (-2, 4),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            color=theme.ink,
             bbox={"facecolor": theme.paper, "edgecolor": "none", "pad": 1},
-        )  # fmt: skip
+        )
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")

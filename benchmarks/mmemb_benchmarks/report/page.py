@@ -47,9 +47,12 @@ def render(results: Sequence[Result]) -> tuple[str, dict[str, bytes]]:
     subjects = _subjects(results)
     drawn = {subject.slug: list(_charts(subject)) for subject in subjects}
     environment = Environment(
-        loader=PackageLoader("mmemb_benchmarks.report", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=PackageLoader("mmemb_benchmarks.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters["digits"] = charts.digits
     page = environment.get_template("page.html.j2").render(
         subjects=subjects,

@@ -23,10 +23,18 @@ def run_suite(setting: Setting, output: Path, select: str) -> int:
         pooled = Path(scratch, output.name)
         for _ in range(setting.passes):
             status = pytest.main(
-                [str(Path(__file__).parent), "-q", "-k", select, f"--benchmark-json={pooled}",
-                 "--benchmark-columns=median,iqr,rounds", "--benchmark-sort=fullname", "--benchmark-disable-gc"],
+                [
+                    str(Path(__file__).parent),
+                    "-q",
+                    "-k",
+                    select,
+                    f"--benchmark-json={pooled}",
+                    "--benchmark-columns=median,iqr,rounds",
+                    "--benchmark-sort=fullname",
+                    "--benchmark-disable-gc",
+                ],
                 plugins=[setting],
-            )  # fmt: skip
+            )
             if status == pytest.ExitCode.NO_TESTS_COLLECTED:
                 raise OptionError(
                     f"--select is {select!r}: it matches no benchmark; `mmemb bench suite` lists their names"

@@ -29,9 +29,11 @@ def bench_preprocess(benchmark: Any, setting: Setting, workload: str) -> None:
 def bench_vision(benchmark: Any, setting: Setting, rows: int) -> None:
     """Cut images into patches and encode them."""
     setting.measure(
-        benchmark, setting.vision.encode, lambda: setting.batch("image", rows).visuals,
+        benchmark,
+        setting.vision.encode,
+        lambda: setting.batch("image", rows).visuals,
         visual_tokens=sum(visual.tokens for visual in setting.batch("image", rows).visuals),
-    )  # fmt: skip
+    )
 
 
 @ROWS
@@ -44,9 +46,11 @@ def bench_prefill(benchmark: Any, setting: Setting, workload: str, rows: int) ->
         return batch, *setting.vision.encode(batch.visuals)
 
     setting.measure(
-        benchmark, lambda given: setting.engine.decoder.prefill(*given), make,
+        benchmark,
+        lambda given: setting.engine.decoder.prefill(*given),
+        make,
         tokens=int(setting.batch(workload, rows).mask_BT.sum()),
-    )  # fmt: skip
+    )
 
 
 @ROWS
@@ -75,6 +79,8 @@ def bench_decode(benchmark: Any, setting: Setting, rows: int) -> None:
             cache = decoder.extend(cache, token_ids_BT, single).cache
 
         setting.measure(
-            benchmark, extend, lambda: rng.integers(setting.manifest.model.vocabulary_size, size=(rows, 1)),
+            benchmark,
+            extend,
+            lambda: rng.integers(setting.manifest.model.vocabulary_size, size=(rows, 1)),
             tokens=int(batch.mask_BT.sum()),
-        )  # fmt: skip
+        )

@@ -53,7 +53,11 @@ def measure(benchmark: Any, setting: Setting, workloads: Sequence[str], route: s
 
     rows = [setting.maker.row(setting.content(workload)) for workload in workloads]
     setting.measure(
-        benchmark, encode, lambda: [setting.content(workload) for workload in workloads],
-        inputs=len(rows), tokens=sum(row.length for row in rows), visual_tokens=sum(row.visual_tokens for row in rows),
-    )  # fmt: skip
+        benchmark,
+        encode,
+        lambda: [setting.content(workload) for workload in workloads],
+        inputs=len(rows),
+        tokens=sum(row.length for row in rows),
+        visual_tokens=sum(row.visual_tokens for row in rows),
+    )
     benchmark.extra_info["rationale_tokens"] = float(np.mean(written))

@@ -42,9 +42,13 @@ class Setting:
         self.embedder = assemble(bundle, engine)
         self.maker = Maker(self.embedder.encoder, manifest)
         self.vision = VisionEncoder(
-            engine.vision, manifest.vision, hidden_size=manifest.model.hidden_size,
-            levels=manifest.model.deepstack_levels, max_patches=manifest.batch.patches, cache_bytes=0,
-        )  # fmt: skip
+            engine.vision,
+            manifest.vision,
+            hidden_size=manifest.model.hidden_size,
+            levels=manifest.model.deepstack_levels,
+            max_patches=manifest.batch.patches,
+            cache_bytes=0,
+        )
         self._rng = np.random.default_rng(0)
 
     def content(self, workload: str) -> Any:

@@ -99,9 +99,13 @@ def train_control(
     def roll_out(turn: int) -> Batch:
         samples, limit = draw(turn), checkpoint.facts.max_rationale_tokens
         groups = draw_rollouts(
-            checkpoint, samples, size=recipe.group, paired=recipe.paired, max_tokens=limit,
+            checkpoint,
+            samples,
+            size=recipe.group,
+            paired=recipe.paired,
+            max_tokens=limit,
             seed=(recipe.schedule.seed, turn, accelerator.process_index),
-        )  # fmt: skip
+        )
         scored = [
             score_group(group, bank.candidates(sample), recipe.rewards, limit)
             for sample, group in zip(samples, groups, strict=True)
@@ -132,9 +136,15 @@ def train_control(
 
     identity = {"recipe": asdict(recipe), "data": data}
     yield from run_steps(
-        folder, identity, recipe.schedule, accelerator, encoder, optimizer, step_of,
+        folder,
+        identity,
+        recipe.schedule,
+        accelerator,
+        encoder,
+        optimizer,
+        step_of,
         lambda step: [sample.question.key for sample in draw(step // recipe.updates)],
-    )  # fmt: skip
+    )
     checkpoint.model.eval()
     if adapter is not None:
         merge_lora(adapter)
@@ -159,8 +169,6 @@ def _gradient_norms(parts: dict[str, Tensor], model: Encoder) -> dict[str, Tenso
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     norms = {}
     for name, part in parts.items():
-        gradients = torch.autograd.grad(
-            part, weights, retain_graph=True, allow_unused=True, materialize_grads=True
-        )  # fmt: skip
+        gradients = torch.autograd.grad(part, weights, retain_graph=True, allow_unused=True, materialize_grads=True)
         norms[f"norm_{name}"] = torch.stack([found.norm() for found in gradients]).norm()
     return norms

@@ -68,9 +68,7 @@ def policy_terms(reading: Reading, batch: Batch, clip: float) -> dict[str, Tenso
     reasons_QG = torch.tensor([[one.words is not None for one in group] for group in batch.groups], device=device)
     drawn_QG = torch.tensor([[not one.forced for one in group] for group in batch.groups], device=device)
     everyone = np.ones(len(batch.groups[0]), bool)
-    whole_QG = torch.tensor(
-        np.stack([advantages(scored.reward_G, everyone) for scored in batch.scored]), device=device
-    )  # fmt: skip
+    whole_QG = torch.tensor(np.stack([advantages(scored.reward_G, everyone) for scored in batch.scored]), device=device)
     among_QG = torch.tensor(
         np.stack([advantages(scored.reward_G, ~np.isnan(scored.gap_G)) for scored in batch.scored]), device=device
     )

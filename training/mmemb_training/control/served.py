@@ -56,9 +56,15 @@ class ServedRollouts:
         self._publish = publish
 
     def __call__(
-        self, checkpoint: Checkpoint, samples: Sequence[Sample], *, size: int, paired: bool, max_tokens: int,
+        self,
+        checkpoint: Checkpoint,
+        samples: Sequence[Sample],
+        *,
+        size: int,
+        paired: bool,
+        max_tokens: int,
         seed: Sequence[int],
-    ) -> list[Group]:  # fmt: skip
+    ) -> list[Group]:
         """Return `size` rollouts of every question. Raises BackendError if the server fails on one of them."""
         self._publish(checkpoint)
         rows = [query_row(sample.question, checkpoint.rows) for sample in samples]

@@ -55,21 +55,16 @@ SUBSETS = {
     "ChartQA": _QUESTION,
     "Visual7W": _QUESTION,
     "VisDial": Subset(
-        "Represent the given dialogue about an image, which is used for image retrieval:",
-        "Represent the given image",
+        "Represent the given dialogue about an image, which is used for image retrieval:", "Represent the given image"
     ),
     "CIRR": Subset(
         "Given an image, find a similar everyday image with the described changes:", "Represent the given image."
     ),
     "VisualNews_t2i": Subset("Retrieve an image of this news caption.", "Represent the given image."),
     "VisualNews_i2t": Subset("Find a caption for the news in the given photo."),
-    "MSCOCO_t2i": Subset(
-        "Find me an everyday image that matches the given caption:", "Represent the given image."
-    ),
+    "MSCOCO_t2i": Subset("Find me an everyday image that matches the given caption:", "Represent the given image."),
     "MSCOCO_i2t": Subset("Find an image caption describing the given everyday image."),
-    "NIGHTS": Subset(
-        "Find a day-to-day image that looks similar to the provided image.", "Represent the given image."
-    ),
+    "NIGHTS": Subset("Find a day-to-day image that looks similar to the provided image.", "Represent the given image."),
     "WebQA": Subset(
         "Find a Wikipedia image that answers this question:",
         "Represent the given Wikipedia image with related text information:",
@@ -78,7 +73,7 @@ SUBSETS = {
         "Select the portion of the image that isolates the object labeled as",
         "Represent the given cropped image of the object",
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

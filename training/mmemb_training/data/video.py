@@ -64,10 +64,8 @@ def read_captioned_videos(folder: Path) -> Iterator[Sample]:
                 instruction=FIND_VIDEO,
             ),
             wanted=line.video,
-            target=Target(
-                content=_frames(folder, line.video), labels=frozenset({line.video}), instruction=SEE_VIDEO
-            ),
-        )  # fmt: skip
+            target=Target(content=_frames(folder, line.video), labels=frozenset({line.video}), instruction=SEE_VIDEO),
+        )
 
 
 def read_video_questions(folder: Path, *, lines: int = QUESTION_LINES) -> Iterator[Sample]:

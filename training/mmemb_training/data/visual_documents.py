@@ -45,14 +45,10 @@ def read_pages(name: str, folder: Path) -> Iterator[Sample]:
             raise OptionError(f"{files[0].parent}: row {number} holds no image; get the files again with: {fix}")
         page = _unpacked(encoded, folder / "pages")
         yield Sample(
-            question=Question(
-                key=f"{name}/{number}", task=name, content={"text": text}, instruction=QUERY_INSTRUCTION
-            ),
+            question=Question(key=f"{name}/{number}", task=name, content={"text": text}, instruction=QUERY_INSTRUCTION),
             wanted=page.name,
-            target=Target(
-                content={"image": str(page)}, labels=frozenset({page.name}), instruction=PAGE_INSTRUCTION
-            ),
-        )  # fmt: skip
+            target=Target(content={"image": str(page)}, labels=frozenset({page.name}), instruction=PAGE_INSTRUCTION),
+        )
 
 
 def _unpacked(encoded: bytes, folder: Path) -> Path:

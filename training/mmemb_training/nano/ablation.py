@@ -25,14 +25,7 @@ from mmemb_deploy.files import write_whole
 from mmemb_deploy.router import highest
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.control.rewards import Rewards
-from mmemb_training.nano.stages import (
-    NanoRecipe,
-    NanoRun,
-    everything,
-    gain_only,
-    instance_level,
-    pair_aware,
-)
+from mmemb_training.nano.stages import NanoRecipe, NanoRun, everything, gain_only, instance_level, pair_aware
 from mmemb_training.runtime import torch_embedder
 from mmemb_training.selection.job import REPORT
 from mmemb_training.stage import Watch
@@ -53,7 +46,7 @@ class Ablation:
 
     def __init__(
         self, folder: Path, recipe: NanoRecipe, watch: Watch, report: Callable[[str], None], queries: int
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._run = NanoRun(folder, recipe, watch)
         self._folder = folder / "measured"
         self._folder.mkdir(parents=True, exist_ok=True)

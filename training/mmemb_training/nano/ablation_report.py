@@ -12,9 +12,13 @@ from mmemb_deploy.errors import MissingExtraError
 INK, QUIET, LINE, PAPER = "#1f2933", "#7b8794", "#e4e7eb", "#ffffff"
 COLOURS = ("#2b7a9b", "#dd8a3e", "#9aa5b1", "#5f7d4e", "#8c5e8f")
 CONTROL_ROWS = {
-    "never": "never", "always": "always", "random_gate": "random at auto's rate", "stage3_decision": "stage-3 decision",
-    "auto": "GRPO decision", "oracle_gate": "oracle",
-}  # fmt: skip
+    "never": "never",
+    "always": "always",
+    "random_gate": "random at auto's rate",
+    "stage3_decision": "stage-3 decision",
+    "auto": "GRPO decision",
+    "oracle_gate": "oracle",
+}
 DEPENDENCE_ROWS = {"always": "intact", "shuffled_rationale": "shuffled", "empty_rationale": "emptied"}
 
 
@@ -37,12 +41,16 @@ def _selection(table: dict[str, Any]) -> str:
     header = ("rule", "auto hit@1", "tokens", "rate", "always hit@1", "never hit@1", *_families(table))
     rows = [
         (
-            rule, row["auto"]["hit_at_1"], row["auto"]["rationale_tokens"], row["auto"]["reasoning_rate"],
-            row["always"]["hit_at_1"], row["never"]["hit_at_1"],
+            rule,
+            row["auto"]["hit_at_1"],
+            row["auto"]["rationale_tokens"],
+            row["auto"]["reasoning_rate"],
+            row["always"]["hit_at_1"],
+            row["never"]["hit_at_1"],
             *(found["auto"] for found in row["families"].values()),
         )
         for rule, row in table.items()
-    ]  # fmt: skip
+    ]
     return _table(header, rows)
 
 
@@ -114,9 +122,11 @@ def draw(tables: dict[str, Any], target: Path) -> None:
     figure = Figure(figsize=(13, 9), facecolor=PAPER, layout="constrained")
     (selection, control), (reward, dependence) = figure.subplots(2, 2)
     rules = tables["selection"]
-    _bars(selection, "Selection: hit@1 of auto on mixed traffic", {
-        rule: found["auto"]["hit_at_1"] for rule, found in rules.items()
-    })  # fmt: skip
+    _bars(
+        selection,
+        "Selection: hit@1 of auto on mixed traffic",
+        {rule: found["auto"]["hit_at_1"] for rule, found in rules.items()},
+    )
     _curves(control, tables["control"])
     _dial(reward, tables["reward"])
     _dependence_bars(dependence, tables["dependence"])
@@ -150,8 +160,14 @@ def _curves(axes: Any, table: dict[str, Any]) -> None:
         axes.plot(rates, list(points.values()), color=colour, linewidth=2, label=name)
     rows = table["rows"]
     for mode, marker in (("auto", "o"), ("oracle_gate", "*")):
-        axes.plot(rows[mode]["reasoning_rate"], rows[mode]["hit_at_1"], marker, color=INK, markersize=9,
-                  label=CONTROL_ROWS[mode] + (" at the default threshold" if mode == "auto" else ""))  # fmt: skip
+        axes.plot(
+            rows[mode]["reasoning_rate"],
+            rows[mode]["hit_at_1"],
+            marker,
+            color=INK,
+            markersize=9,
+            label=CONTROL_ROWS[mode] + (" at the default threshold" if mode == "auto" else ""),
+        )
     axes.set_xlabel("reasoning rate", color=QUIET)
     axes.legend(frameon=False, loc="lower right")
 

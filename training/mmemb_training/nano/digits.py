@@ -83,9 +83,7 @@ class DigitWorker:
 
     def write(self, questions: Sequence[Question]) -> list[Written]:
         """Write the candidates of every question: all the same, as of a worker that does not sample."""
-        return [
-            Written((self._rule(*self._told[question.key]),) * self.samples, None) for question in questions
-        ]  # fmt: skip
+        return [Written((self._rule(*self._told[question.key]),) * self.samples, None) for question in questions]
 
 
 def exact(terms: Sequence[int], operators: Sequence[str]) -> str:

@@ -23,14 +23,27 @@ def nano_config(encoder: PromptEncoder, vocabulary_size: int) -> Qwen3VLConfig:
     """Return the small config: text 128 wide, 4 layers; vision 96 wide, 2 blocks, one DeepStack level."""
     return Qwen3VLConfig(
         text_config={
-            "vocab_size": vocabulary_size, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
+            "vocab_size": vocabulary_size,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]},
             "tie_word_embeddings": True,
         },
         vision_config={
-            "depth": 2, "hidden_size": 96, "intermediate_size": 384, "num_heads": 4, "patch_size": 8,
-            "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 128, "num_position_embeddings": 64,
+            "depth": 2,
+            "hidden_size": 96,
+            "intermediate_size": 384,
+            "num_heads": 4,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": 128,
+            "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0],
         },
         image_token_id=encoder.ids[prompts.IMAGE_PAD],
@@ -38,7 +51,7 @@ def nano_config(encoder: PromptEncoder, vocabulary_size: int) -> Qwen3VLConfig:
         vision_start_token_id=encoder.ids[prompts.VISION_START],
         vision_end_token_id=encoder.ids[prompts.VISION_END],
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
 
 
 NANO_PROMPT = PromptFormat("Represent the user's input.", RESULT_INSTRUCTION, "")
@@ -59,6 +72,12 @@ def nano_checkpoint(seed: int) -> Checkpoint:
     torch.manual_seed(seed)
     config = nano_config(PromptEncoder(tokenizer, NANO_PROMPT), tokenizer.get_vocab_size())
     return new_checkpoint(
-        Qwen3VLForConditionalGeneration(config), tokenizer, NANO_PROMPT, pixels=PIXELS, video_pixels=VIDEO_PIXELS,
-        dims=DIMS, max_rationale_tokens=MAX_RATIONALE_TOKENS, provenance={"data": "digitchain", "seed": seed},
-    )  # fmt: skip
+        Qwen3VLForConditionalGeneration(config),
+        tokenizer,
+        NANO_PROMPT,
+        pixels=PIXELS,
+        video_pixels=VIDEO_PIXELS,
+        dims=DIMS,
+        max_rationale_tokens=MAX_RATIONALE_TOKENS,
+        provenance={"data": "digitchain", "seed": seed},
+    )

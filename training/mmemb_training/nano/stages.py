@@ -182,6 +182,11 @@ class NanoRun:
 
     def _finish(self, name: str, checkpoint: Checkpoint, steps: Metrics, count: int) -> Checkpoint:
         return finish_stage(
-            self.folder / name, checkpoint, steps, count, self._watch, plain_accelerator(),
+            self.folder / name,
+            checkpoint,
+            steps,
+            count,
+            self._watch,
+            plain_accelerator(),
             {"recipe": asdict(self.recipe)},
-        )  # fmt: skip
+        )

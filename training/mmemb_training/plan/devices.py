@@ -31,32 +31,50 @@ DEVICES = {
     device.name: device
     for device in (
         Device(
-            name="a100", tflops=312, memory_gib=80, bandwidth=2039,
+            name="a100",
+            tflops=312,
+            memory_gib=80,
+            bandwidth=2039,
             source="NVIDIA A100 data sheet, 80GB SXM: BFLOAT16 312 TFLOPS, 2,039 GB/s",
         ),
         Device(
-            name="h100", tflops=989.5, memory_gib=80, bandwidth=3350,
+            name="h100",
+            tflops=989.5,
+            memory_gib=80,
+            bandwidth=3350,
             source="NVIDIA H100 data sheet, SXM: BFLOAT16 1,979 TFLOPS with sparsity, 3.35 TB/s",
         ),
         Device(
-            name="h200", tflops=989.5, memory_gib=141, bandwidth=4800,
+            name="h200",
+            tflops=989.5,
+            memory_gib=141,
+            bandwidth=4800,
             source="NVIDIA H200 data sheet, SXM: BFLOAT16 1,979 TFLOPS with sparsity, 4.8 TB/s",
         ),
         Device(
-            name="l40s", tflops=362.05, memory_gib=48, bandwidth=864,
+            name="l40s",
+            tflops=362.05,
+            memory_gib=48,
+            bandwidth=864,
             source="NVIDIA L40S data sheet: BFLOAT16 362.05 TFLOPS, 864 GB/s",
         ),
         Device(
-            name="rtx4090", tflops=165.2, memory_gib=24, bandwidth=1008,
+            name="rtx4090",
+            tflops=165.2,
+            memory_gib=24,
+            bandwidth=1008,
             source="NVIDIA Ada GPU architecture white paper, GeForce RTX 4090: BF16 with FP32 accumulate 165.2 TFLOPS, "
             "1,008 GB/s",
         ),
         Device(
-            name="b200", tflops=2250, memory_gib=180, bandwidth=8000,
+            name="b200",
+            tflops=2250,
+            memory_gib=180,
+            bandwidth=8000,
             source="NVIDIA HGX and DGX B200 data sheets, per GPU: BFLOAT16 4.5 PFLOPS with sparsity, 180 GB, 8 TB/s",
         ),
     )
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,7 @@ def fit_joint(shape: ModelShape, recipe: Recipe, machine: Machine) -> Fit:
     states = state_terms(shape, training)
     others = Term(
         "loss", pairs, f"{joint.batch} x {joint.batch * (1 + joint.hard_negatives)} pairs, {len(joint.dims)} sizes"
-    )  # fmt: skip
+    )
     most = share if joint.micro_batch is None else min(joint.micro_batch, share)
     fixed = joint.micro_batch is not None
     return _fit("3 (joint)", shape, training, load, machine, states, others, share, most, fixed=fixed)
@@ -98,9 +98,18 @@ def fit_control(shape: ModelShape, recipe: Recipe, machine: Machine) -> Fit:
 
 
 def _fit(
-    stage: str, shape: ModelShape, training: Training, load: Any, machine: Machine, states: list[Term], loss: Term,
-    share: int, most: int, *, fixed: bool,
-) -> Fit:  # fmt: skip
+    stage: str,
+    shape: ModelShape,
+    training: Training,
+    load: Any,
+    machine: Machine,
+    states: list[Term],
+    loss: Term,
+    share: int,
+    most: int,
+    *,
+    fixed: bool,
+) -> Fit:
     usable = machine.usable_gib * GIB
     peaks = activation_peaks(shape, training, load, 1)
     moment = max(peaks, key=lambda name: peaks[name])
@@ -108,19 +117,23 @@ def _fit(
     at_once = most if fixed else max(1, min(most, int(room // peaks[moment])))
     others = [
         Term(
-            "activations", at_once * peaks[moment],
+            "activations",
+            at_once * peaks[moment],
             f"{at_once} prompt(s) of {load.tokens} tokens ({load.frames} frames of {load.patches} patches) with "
             f"{load.paths} rationale(s) of {load.words}, checkpointing {'on' if training.checkpointing else 'off'}; "
             f"the peak is at the moment '{moment}' of plan/memory.py",
         ),
         Term("optimizer step", optimizer_step_bytes(shape, training), "4 B per trained weight: AdamW's temporaries"),
         loss,
-    ]  # fmt: skip
+    ]
     # These three are held one after the other: the peak has the largest of them.
     return Fit(
-        stage=stage, terms=(*states, max(others, key=lambda term: term.bytes)), at_once=at_once, share=share,
+        stage=stage,
+        terms=(*states, max(others, key=lambda term: term.bytes)),
+        at_once=at_once,
+        share=share,
         usable_bytes=usable,
-    )  # fmt: skip
+    )
 
 
 def fits_all(shape: ModelShape, recipe: Recipe, machine: Machine) -> tuple[Fit, Fit]:
@@ -137,9 +150,7 @@ def changes_that_fit(shape: ModelShape, recipe: Recipe, machine: Machine) -> lis
     return list(found.values())
 
 
-def _changes(
-    shape: ModelShape, recipe: Recipe, machine: Machine
-) -> Iterator[tuple[str, str, Recipe, Machine]]:  # fmt: skip
+def _changes(shape: ModelShape, recipe: Recipe, machine: Machine) -> Iterator[tuple[str, str, Recipe, Machine]]:
     joint = recipe.joint
     if not joint.gradient_checkpointing:
         yield "checkpointing", "gradient_checkpointing = true", _joint(recipe, gradient_checkpointing=True), machine

@@ -46,9 +46,7 @@ def mean_prompt(shape: ModelShape, joint: Joint, fill: float) -> Load:
 
 def with_paths(load: Load, paths: int, words: float) -> Load:
     """Return a prompt followed by rationales."""
-    return Load(
-        tokens=load.tokens, frames=load.frames, patches=load.patches, paths=paths, words=max(1, round(words))
-    )  # fmt: skip
+    return Load(tokens=load.tokens, frames=load.frames, patches=load.patches, paths=paths, words=max(1, round(words)))
 
 
 def check_dims(shape: ModelShape, recipe: Recipe) -> None:

@@ -63,11 +63,12 @@ def state_terms(shape: ModelShape, training: Training, *, reference: bool = Fals
         return [
             Term("frozen weights", width * parameters, f"{width} B x {parameters:,} parameters, on every GPU"),
             Term(
-                "adapters and optimizer", 16 * adapters + buckets,
+                "adapters and optimizer",
+                16 * adapters + buckets,
                 f"16 B x {adapters:,}: fp32 weights 4, gradients 4, AdamW moments 8"
                 + ("; DDP's gradient buckets 4" if buckets else ""),
             ),
-        ]  # fmt: skip
+        ]
     shard = f"{parameters:,} parameters" + (f" / {gpus} GPUs (FSDP2)" if gpus > 1 else "")
     terms = [
         Term("weights", 4 * parameters / gpus, f"4 B (fp32 master) x {shard}"),
@@ -79,20 +80,22 @@ def state_terms(shape: ModelShape, training: Training, *, reference: bool = Fals
         root = parameters - layers * layer - shape.vision.layers * shape.vision.layer_parameters()
         terms.append(
             Term(
-                "gathered weights", 2 * width * (root + 2 * layer),
+                "gathered weights",
+                2 * width * (root + 2 * layer),
                 f"{width} B x 2 (weights, gradients) x (all outside layers {root:,} + 2 layers of {layer:,}): FSDP2 "
                 "gathers a layer while the one before it runs",
             )
-        )  # fmt: skip
+        )
     elif width == 2:
         terms.append(Term("bf16 copies", 2 * parameters, f"2 B x {shard}: autocast keeps them for the step"))
     waiting = width * layers * layer
     terms.append(
         Term(
-            "waiting gradients", waiting,
+            "waiting gradients",
+            waiting,
             f"{width} B x {layers} text layers of {layer:,}: those of the rationale wait for those of the prompt",
         )
-    )  # fmt: skip
+    )
     if reference:
         terms.append(Term("reference", width * parameters / gpus, f"{width} B x {shard}: the frozen snapshot"))
     return terms

@@ -115,10 +115,13 @@ def _assumptions(shape: ModelShape, recipe: Recipe, machine: Machine, fill: floa
         Line("assumed", "memory reserve", machine.reserve, "", "share kept for context, communication, fragments"),
         Line("assumed", "longest prompt", longest.tokens, "", "tokens, for memory: the recipe's joint.max_tokens"),
         Line(
-            "assumed", "mean prompt", mean.tokens, "",
+            "assumed",
+            "mean prompt",
+            mean.tokens,
+            "",
             f"tokens, for time: one image of {fill:g} x max_pixels, and {TEXT_TOKENS} of text; pass --fill",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _parameters(shape: ModelShape, recipe: Recipe) -> list[Line]:
@@ -152,11 +155,14 @@ def _arithmetic(shape: ModelShape, recipe: Recipe, machine: Machine, joint: Fit,
     step, basis = joint_step_flops(shape, recipe, fill, cached=machine.gpus > 1 or joint.chunks > 1)
     return [
         Line(
-            "arithmetic", "forward of a query", forward_flops(shape, query), "FLOP",
+            "arithmetic",
+            "forward of a query",
+            forward_flops(shape, query),
+            "FLOP",
             "2 x weights x tokens, and 4 x tokens x context x width of attention per layer; vision, text, logits",
         ),
         Line("arithmetic", "step of stage 3", step, "FLOP", basis),
-    ]  # fmt: skip
+    ]
 
 
 def _time(counted: list[Stage], machine: Machine) -> list[Line]:

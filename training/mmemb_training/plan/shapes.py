@@ -130,17 +130,32 @@ class ModelShape:
 def _text(hidden: int, layers: int, heads: int, intermediate: int, *, tied: bool) -> TextShape:
     """Return a language model of the family: all sizes share KV heads, head size and vocabulary."""
     return TextShape(
-        hidden=hidden, layers=layers, heads=heads, kv_heads=8, head_dim=128, intermediate=intermediate,
-        vocabulary=151936, tied=tied,
-    )  # fmt: skip
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=8,
+        head_dim=128,
+        intermediate=intermediate,
+        vocabulary=151936,
+        tied=tied,
+    )
 
 
 def _vision(hidden: int, layers: int, intermediate: int, out: int, deepstack: tuple[int, ...]) -> VisionShape:
     """Return a vision tower of the family: all sizes share heads, patches and the position table."""
     return VisionShape(
-        hidden=hidden, layers=layers, heads=16, intermediate=intermediate, out=out, patch=16, temporal_patch=2,
-        merge=2, channels=3, positions=2304, deepstack=deepstack,
-    )  # fmt: skip
+        hidden=hidden,
+        layers=layers,
+        heads=16,
+        intermediate=intermediate,
+        out=out,
+        patch=16,
+        temporal_patch=2,
+        merge=2,
+        channels=3,
+        positions=2304,
+        deepstack=deepstack,
+    )
 
 
 _TEXT_2B = _text(2048, 28, 16, 6144, tied=True)
@@ -154,9 +169,18 @@ _EMBEDDING_README = (
 )
 
 _SMALL_VISION = VisionShape(
-    hidden=512, layers=8, heads=8, intermediate=2048, out=1024, patch=16, temporal_patch=2, merge=2, channels=3,
-    positions=2304, deepstack=(1, 3, 5),
-)  # fmt: skip
+    hidden=512,
+    layers=8,
+    heads=8,
+    intermediate=2048,
+    out=1024,
+    patch=16,
+    temporal_patch=2,
+    merge=2,
+    channels=3,
+    positions=2304,
+    deepstack=(1, 3, 5),
+)
 
 HUB = {
     "Qwen/Qwen3-VL-2B-Instruct": "qwen3-vl-2b",
@@ -174,32 +198,42 @@ SHAPES = {
     shape.name: shape
     for shape in (
         ModelShape(
-            name="small", text=_text(1024, 12, 16, 3072, tied=True), vision=_SMALL_VISION,
+            name="small",
+            text=_text(1024, 12, 16, 3072, tied=True),
+            vision=_SMALL_VISION,
             source="no public model: a shape of 0.2 billion parameters beside its token table, to measure with",
         ),
         ModelShape(
-            name="qwen3-vl-2b", text=_TEXT_2B, vision=_VISION_2B,
+            name="qwen3-vl-2b",
+            text=_TEXT_2B,
+            vision=_VISION_2B,
             source="config.json of Qwen/Qwen3-VL-2B-Instruct, as torchtitan's experiments/qwen3_vl restates it",
         ),
         ModelShape(
-            name="qwen3-vl-4b", text=_TEXT_4B, vision=_VISION_4B,
+            name="qwen3-vl-4b",
+            text=_TEXT_4B,
+            vision=_VISION_4B,
             source="config.json of Qwen/Qwen3-VL-4B-Instruct, in the copies that derived models publish",
         ),
         ModelShape(
-            name="qwen3-vl-8b", text=_TEXT_8B, vision=_VISION_8B,
+            name="qwen3-vl-8b",
+            text=_TEXT_8B,
+            vision=_VISION_8B,
             source="config.json of Qwen/Qwen3-VL-8B-Instruct, as torchtitan's experiments/qwen3_vl restates it; the "
             "same in ollama's metadata of qwen3-vl:8b-instruct",
         ),
         ModelShape(
-            name="qwen3-vl-embedding-2b", text=_TEXT_2B, vision=_VISION_2B, source=_EMBEDDING_README + "2B: tied",
+            name="qwen3-vl-embedding-2b", text=_TEXT_2B, vision=_VISION_2B, source=_EMBEDDING_README + "2B: tied"
         ),
         ModelShape(
-            name="qwen3-vl-embedding-8b", text=_TEXT_8B, vision=_VISION_8B,
+            name="qwen3-vl-embedding-8b",
+            text=_TEXT_8B,
+            vision=_VISION_8B,
             source=_EMBEDDING_README + "8B: counted with the base's untied head, which the method needs and an "
             "embedding model may not bring",
         ),
     )
-}  # fmt: skip
+}
 
 
 def find_shape(model: str) -> ModelShape:

@@ -57,9 +57,7 @@ def joint_steps(recipe: Recipe, examples: int) -> int:
     return joint.steps if joint.steps is not None else max(1, round((joint.epochs or 0) * examples / joint.batch))
 
 
-def joint_step_flops(
-    shape: ModelShape, recipe: Recipe, fill: float, *, cached: bool
-) -> tuple[float, str]:  # fmt: skip
+def joint_step_flops(shape: ModelShape, recipe: Recipe, fill: float, *, cached: bool) -> tuple[float, str]:
     """Return the operations of one step over all GPUs, and how they are counted."""
     joint = recipe.joint
     query = with_paths(mean_prompt(shape, joint, fill), 1, fill * joint.max_rationale_tokens)
@@ -116,7 +114,7 @@ def _pool(recipe: Recipe, machine: Machine, examples: int, fill: float) -> Stage
         basis += f"; {', '.join(remote)}: on an endpoint or of unknown shape, not counted"
     return Stage(
         name="1 pool", flops=flops, tokens=tokens, elsewhere=elsewhere, hours=_known(hours, machine), basis=basis
-    )  # fmt: skip
+    )
 
 
 def _selection(shape: ModelShape, recipe: Recipe, machine: Machine, examples: int, fill: float) -> Stage:
@@ -139,9 +137,7 @@ def _selection(shape: ModelShape, recipe: Recipe, machine: Machine, examples: in
     )
 
 
-def _joint(
-    shape: ModelShape, recipe: Recipe, machine: Machine, examples: int, fill: float, chunks: int
-) -> Stage:  # fmt: skip
+def _joint(shape: ModelShape, recipe: Recipe, machine: Machine, examples: int, fill: float, chunks: int) -> Stage:
     steps = joint_steps(recipe, examples)
     step, basis = joint_step_flops(shape, recipe, fill, cached=machine.gpus > 1 or chunks > 1)
     return Stage(

@@ -86,9 +86,13 @@ class EndpointWorker:
         self.name = name
         self.samples = samples
         self._server = ChatServer(
-            base_url, model=model, api_key_variable=api_key_variable, timeout=timeout, max_retries=max_retries,
+            base_url,
+            model=model,
+            api_key_variable=api_key_variable,
+            timeout=timeout,
+            max_retries=max_retries,
             concurrency=concurrency,
-        )  # fmt: skip
+        )
         self._temperature = temperature
         self._max_tokens = max_tokens
         self._max_frames = max_frames

@@ -60,14 +60,21 @@ def read_judged(folder: Path) -> list[Judged]:
     """Return what a folder holds of judged candidates."""
     return [
         Judged(
-            row["question"], row["task"], Candidate(row["worker"], row["sample"], row["rationale"]),
-            row["gain"], row["content"],
+            row["question"],
+            row["task"],
+            Candidate(row["worker"], row["sample"], row["rationale"]),
+            row["gain"],
+            row["content"],
         )
         for row in read_parts(folder, COLUMNS)
-    ]  # fmt: skip
+    ]
 
 
 def _row(one: Judged) -> dict[str, Any]:
     return {
-        "question": one.question, "task": one.task, **asdict(one.candidate), "gain": one.gain, "content": one.content
-    }  # fmt: skip
+        "question": one.question,
+        "task": one.task,
+        **asdict(one.candidate),
+        "gain": one.gain,
+        "content": one.content,
+    }

@@ -91,10 +91,12 @@ def judge(
             for one in found:
                 foreign_l = [l_of[text] for text in drawn[one.worker]]
                 yield Judged(
-                    sample.question.key, sample.question.task, one,
+                    sample.question.key,
+                    sample.question.task,
+                    one,
                     gain=l_of[one.rationale] - confidence.without - (aside[one.rationale] if against_negatives else 0),
                     content=l_of[one.rationale] - float(np.mean(foreign_l)) if foreign_l else 0.0,
-                )  # fmt: skip
+                )
 
 
 class Strangers:
@@ -102,7 +104,7 @@ class Strangers:
 
     def __init__(
         self, samples: Sequence[Sample], pool: Mapping[str, Sequence[Candidate]], count: int, seed: int | Sequence[int]
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._count = count
         self._rng = np.random.default_rng(seed)
         self._known: dict[tuple[str, str], list[tuple[str, str]]] = {}
