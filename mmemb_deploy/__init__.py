@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         OptionError,
         SchemaError,
     )
-    from mmemb_deploy.reasoners import RemoteReasoner
+    from mmemb_deploy.reasoners.remote import RemoteReasoner
     from mmemb_deploy.results import Detail, EncodeResult, Timings
 
 __version__ = "0.1.0"
@@ -36,7 +36,7 @@ _HOMES = {
     "Detail": "results",
     "Embedder": "embedder",
     "EncodeResult": "results",
-    "RemoteReasoner": "reasoners",
+    "RemoteReasoner": "reasoners.remote",
     "Timings": "results",
 } | dict.fromkeys(
     (

@@ -11,24 +11,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmemb_deploy.backends.choose import choose_backend
-from mmemb_deploy.backends.session import Engine
-from mmemb_deploy.bundle import TOKENIZER, Bundle, Manifest
+from mmemb_deploy.backends.protocol import Engine
+from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.bundle.manifest import TOKENIZER, Manifest
 from mmemb_deploy.errors import InputError, MissingExtraError, OptionError, check_known
-from mmemb_deploy.fast_path import FastPath
-from mmemb_deploy.generation import PATH_MARKERS, Generator
-from mmemb_deploy.inputs import parse
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.inputs.preprocess import Floats
+from mmemb_deploy.inputs.prompts import PAD, PromptEncoder
+from mmemb_deploy.inputs.rows import Row, RowEncoder
 from mmemb_deploy.options import EncodeOptions, Options
-from mmemb_deploy.pipeline import Item, Pipeline
-from mmemb_deploy.preprocess import Floats
 from mmemb_deploy.progress import counting
-from mmemb_deploy.prompts import PAD, PromptEncoder
 from mmemb_deploy.results import Detail, EncodeResult, Timings
-from mmemb_deploy.router import MODES, Policy, Route
-from mmemb_deploy.rows import Row, RowEncoder
-from mmemb_deploy.vision import VisionEncoder
+from mmemb_deploy.routing.fast_path import FastPath
+from mmemb_deploy.routing.generation import PATH_MARKERS, Generator
+from mmemb_deploy.routing.pipeline import Item, Pipeline
+from mmemb_deploy.routing.router import MODES, Policy, Route
+from mmemb_deploy.routing.vision import VisionEncoder
 
 if TYPE_CHECKING:
-    from mmemb_deploy.reasoners import RemoteReasoner
+    from mmemb_deploy.reasoners.remote import RemoteReasoner
 
 
 class Embedder:
@@ -136,9 +137,9 @@ class Embedder:
         """Embed inputs as queries: float32 (inputs, dim), L2-normalised, in their order.
 
         An input is a str (always text), a PIL image, an array, or a dict with any of "text", "image", "images",
-        "video"; see `mmemb_deploy.inputs`. `options` are those of `mmemb_deploy.options.Options`. A result does not
-        depend on the other inputs of the call. Every input is checked, decoded and resized before anything runs, so
-        the call holds at most `max_pixels` bytes x 3 of each image at a time.
+        "video"; see `mmemb_deploy.inputs.parse`. `options` are those of `mmemb_deploy.options.Options`. A result
+        does not depend on the other inputs of the call. Every input is checked, decoded and resized before anything
+        runs, so the call holds at most `max_pixels` bytes x 3 of each image at a time.
 
         With `return_details` or `errors="return"` an EncodeResult is returned. Raises InputError, naming its index, for
         an input that cannot be processed, unless `errors="return"`; OptionError for an option; BackendError, naming an

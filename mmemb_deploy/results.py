@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from mmemb_deploy.errors import InputError
-from mmemb_deploy.router import Route
+from mmemb_deploy.routing.router import Route
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.prompts import PromptFormat
+from mmemb_deploy.inputs.prompts import PromptFormat
 
 TINY_PROMPT = PromptFormat("Represent the user's input.", "Find the result.", "")
 TINY_TEXT: dict[str, Any] = {
@@ -73,7 +73,7 @@ def make_checkpoint() -> MakeCheckpoint:
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    from mmemb_deploy import prompts
+    from mmemb_deploy.inputs import prompts
     from mmemb_training.checkpoint import new_checkpoint, save_checkpoint
     from mmemb_training.tokenizer import train_tokenizer
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mmemb_deploy import Embedder
-from mmemb_deploy.controls import run_digitchain
+from mmemb_deploy.evaluation.controls import run_digitchain
 
 CHAINS = ("chain-2", "chain-3", "chain-4", "chain-5")
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mmemb_benchmarks.startup import timed
-from mmemb_deploy.bundle import Bundle
+from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.errors import MissingExtraError
 
 SIDE = 2048  # of the matrices

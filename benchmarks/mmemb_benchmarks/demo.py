@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmemb_deploy.controls import Outcome, compare_modes
-from mmemb_deploy.digitchain import DigitChain, Example
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.evaluation import Judge, Pair, encode_queries
+from mmemb_deploy.evaluation.controls import Outcome, compare_modes
+from mmemb_deploy.evaluation.digitchain import DigitChain, Example
+from mmemb_deploy.evaluation.pairs import Judge, Pair, encode_queries
 from mmemb_deploy.results import Detail
 
 SHOWN = ("match", "name", "chain-2", "chain-3", "chain-4", "chain-5", "text")

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmemb_benchmarks.demo import Demo, Showcase
 from mmemb_deploy.errors import MissingExtraError
-from mmemb_deploy.router import Route
+from mmemb_deploy.routing.router import Route
 
 INK, QUIET, PAPER, LINE = "#1f2933", "#7b8794", "#ffffff", "#e4e7eb"
 RIGHT, WRONG = "#2f855a", "#c53030"

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from mmemb_benchmarks.startup import timed
 from mmemb_benchmarks.traffic import Traffic
-from mmemb_deploy.calibration import THRESHOLDS
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.evaluation import Judge, encode_queries
+from mmemb_deploy.evaluation.calibration import THRESHOLDS
+from mmemb_deploy.evaluation.pairs import Judge, encode_queries
 
 RATES = np.linspace(0, 1, 21)  # of reasoning, that the random and the oracle gate are shown at
 WARM_UP = 4  # pairs

@@ -17,7 +17,7 @@ import numpy as np
 from mmemb_benchmarks.startup import timed
 from mmemb_benchmarks.traffic import Traffic
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.evaluation import encode_queries
+from mmemb_deploy.evaluation.pairs import encode_queries
 from mmemb_deploy.options import EncodeOptions
 
 TARGET = 10  # times the idle mean of the slowest mode, where no target is given: less, and the machine's stalls decide

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import MissingExtraError, OptionError, check_known
+from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.options import EncodeOptions
-from mmemb_deploy.preprocess import Floats
 from mmemb_deploy.progress import counting
-from mmemb_deploy.router import MODES, Route
+from mmemb_deploy.routing.router import MODES, Route
 
 if TYPE_CHECKING:
     from mteb import TaskMetadata

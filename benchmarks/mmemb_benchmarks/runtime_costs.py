@@ -18,9 +18,9 @@ import numpy as np
 import onnxruntime
 
 from mmemb_benchmarks.startup import run_fresh, timed
-from mmemb_deploy.bundle import Bundle
+from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.inputs import parse
+from mmemb_deploy.inputs.parse import parse
 
 LOADED = """
 import json, resource, time

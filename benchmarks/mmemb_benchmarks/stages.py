@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
-from mmemb_deploy.backends.session import Decoder, Engine, Extended, Prefilled, Session
-from mmemb_deploy.preprocess import Floats, Ints
-from mmemb_deploy.rows import Batch
+from mmemb_deploy.backends.protocol import Decoder, Engine, Extended, Prefilled, Session
+from mmemb_deploy.inputs.preprocess import Floats, Ints
+from mmemb_deploy.inputs.rows import Batch
 
 STAGES = ("preprocess", "vision", "prefill", "gate", "decode", "other")
 

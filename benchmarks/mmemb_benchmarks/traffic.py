@@ -11,14 +11,14 @@ import numpy as np
 
 from mmemb_benchmarks.workloads import WORKLOADS, Maker
 from mmemb_deploy.backends.choose import choose_backend
-from mmemb_deploy.backends.session import Engine
-from mmemb_deploy.bundle import NANO, Bundle
-from mmemb_deploy.digitchain import DigitChain
+from mmemb_deploy.backends.protocol import Engine
+from mmemb_deploy.bundle.folder import NANO, Bundle
 from mmemb_deploy.embedder import Embedder, row_encoder
 from mmemb_deploy.errors import OptionError, check_known
-from mmemb_deploy.evaluation import Pair, encode_queries, read_pairs
-from mmemb_deploy.inputs import parse
-from mmemb_deploy.jobs import read_source
+from mmemb_deploy.evaluation.digitchain import DigitChain
+from mmemb_deploy.evaluation.pairs import Pair, encode_queries, read_pairs
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.jobs.files import read_source
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mmemb_deploy.bundle import Manifest
-from mmemb_deploy.inputs import parse
-from mmemb_deploy.rows import Row, RowEncoder
+from mmemb_deploy.bundle.manifest import Manifest
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.inputs.rows import Row, RowEncoder
 
 LARGEST_SIDE = 1024  # pixels
 PAGE_SIDE = 512  # pixels that a page is drawn at, at least, lest there be no room for a line

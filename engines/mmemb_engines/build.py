@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmemb_deploy.backends.cuda import Cuda, probe
-from mmemb_deploy.backends.engine_files import (
+from mmemb_deploy.backends.tensorrt.api import FLAVOURS, TENSORRT, Library, Network, Watcher, load_library
+from mmemb_deploy.backends.tensorrt.engine import engines_for
+from mmemb_deploy.backends.tensorrt.files import (
     ENGINES,
     TIMINGS,
     Built,
@@ -18,9 +20,7 @@ from mmemb_deploy.backends.engine_files import (
     read_sets,
     write_set,
 )
-from mmemb_deploy.backends.tensorrt import engines_for
-from mmemb_deploy.backends.tensorrt_api import FLAVOURS, TENSORRT, Library, Network, Watcher, load_library
-from mmemb_deploy.bundle import Bundle, file_hash
+from mmemb_deploy.bundle.folder import Bundle, file_hash
 from mmemb_deploy.errors import BackendError, OptionError, check_known
 from mmemb_deploy.files import write_whole
 from mmemb_engines.profiles import Demand, profiles

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mmemb_deploy.backends.engine_files import EngineSet
-from mmemb_deploy.backends.tensorrt_api import TENSORRT, Library, Network
-from mmemb_deploy.bundle import Bundle
+from mmemb_deploy.backends.tensorrt.api import TENSORRT, Library, Network
+from mmemb_deploy.backends.tensorrt.files import EngineSet
+from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.errors import BackendError
 from mmemb_engines.build import Watch
 from mmemb_engines.profiles import Demand, profiles

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mmemb_deploy.backends.engine_files import EngineSet
+    from mmemb_deploy.backends.tensorrt.files import EngineSet
     from mmemb_engines.check import Checked
 
 
@@ -45,7 +45,7 @@ def build(
 
     Engines lie in the bundle, by GPU and version; those whose graph, profiles and version have not changed are kept.
     """
-    from mmemb_deploy.bundle import Bundle
+    from mmemb_deploy.bundle.folder import Bundle
     from mmemb_engines.build import build_engines, check_portable, device_sets
     from mmemb_engines.check import check_graphs
     from mmemb_engines.profiles import demand_of_limits, demand_of_traffic

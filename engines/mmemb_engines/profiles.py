@@ -11,14 +11,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mmemb_deploy import abi
-from mmemb_deploy.backends.engine_files import ProfileShapes
-from mmemb_deploy.backends.resident import BUCKET
-from mmemb_deploy.bundle import GraphFacts, Manifest
+from mmemb_deploy.backends.kv_cache.device import BUCKET
+from mmemb_deploy.backends.tensorrt.files import ProfileShapes
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.manifest import GraphFacts, Manifest
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.generation import PATH_MARKERS
-from mmemb_deploy.preprocess import MAX_ASPECT_RATIO, VisionSpec
-from mmemb_deploy.rows import Row
+from mmemb_deploy.inputs.preprocess import MAX_ASPECT_RATIO, VisionSpec
+from mmemb_deploy.inputs.rows import Row
+from mmemb_deploy.routing.generation import PATH_MARKERS
 
 USUAL_TOKENS, USUAL_PATCHES = 256, 1024  # of a prompt and an image, until traffic says otherwise
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmemb_deploy.bundle import Bundle
+from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.embedder import row_encoder
 from mmemb_deploy.errors import InputError
-from mmemb_deploy.inputs import parse
-from mmemb_deploy.jobs import read_source
-from mmemb_deploy.rows import Row
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.inputs.rows import Row
+from mmemb_deploy.jobs.files import read_source
 
 
 def read_traffic(bundle: Bundle, source: Path) -> list[Row]:

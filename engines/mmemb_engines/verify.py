@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from mmemb_deploy.backends.engine_files import EngineSet, write_set
-from mmemb_deploy.backends.tensorrt import TensorRT
-from mmemb_deploy.bundle import Bounds, Bundle, Parity
+from mmemb_deploy.backends.tensorrt.engine import TensorRT
+from mmemb_deploy.backends.tensorrt.files import EngineSet, write_set
+from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.bundle.manifest import Bounds, Parity
 from mmemb_deploy.embedder import Embedder, row_encoder
 from mmemb_deploy.errors import CertificateError, OptionError
 from mmemb_deploy.results import Detail

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor, nn
 
-from mmemb_deploy.evaluation import Pair
-from mmemb_deploy.inputs import parse
-from mmemb_deploy.preprocess import Floats
+from mmemb_deploy.evaluation.pairs import Pair
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_export.quantise import BLOCK, int4, int8
 from mmemb_export.reference import Reference
 from mmemb_training.checkpoint import Checkpoint

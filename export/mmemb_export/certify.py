@@ -12,11 +12,11 @@ import numpy as np
 import transformers
 from numpy.typing import NDArray
 
-from mmemb_deploy.bundle import Bounds, Certificate, Parity
+from mmemb_deploy.bundle.manifest import Bounds, Certificate, Parity
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.evaluation import Encoded, Pair, encode_queries
-from mmemb_deploy.inputs import parse
-from mmemb_deploy.preprocess import Floats
+from mmemb_deploy.evaluation.pairs import Encoded, Pair, encode_queries
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_export.probes import modality
 from mmemb_export.reference import Expected, Reference
 from mmemb_training.checkpoint import Checkpoint
@@ -82,7 +82,7 @@ def _expected(checkpoint: Checkpoint, probes: Sequence[Pair], reasoned: Encoded 
 def _token_agreement(reasoned: Encoded, expected: Sequence[Expected], markers: frozenset[int]) -> float:
     """Return the share of choices that the reference would have made too: every word, and where the rationale ends.
 
-    Any marker ends a rationale, as in `mmemb_deploy.generation`.
+    Any marker ends a rationale, as in `mmemb_deploy.routing.generation`.
     """
     agreed = total = 0
     for detail, each in zip(reasoned.details, expected, strict=True):

@@ -54,7 +54,7 @@ def export(
         raise MissingExtraError(error.name or "torch", "export") from error
     from rich.console import Console
 
-    from mmemb_deploy.evaluation import held_out_pairs
+    from mmemb_deploy.evaluation.pairs import held_out_pairs
 
     pairs = [] if calibrate == "none" else held_out_pairs(calibrate)
     notes = Console(stderr=True)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmemb_deploy import abi
+from mmemb_deploy.bundle import abi
 from mmemb_training.model import decoder_forward
 from mmemb_training.parts import DecoderPart
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnx_ir.tape import Tape
 
-from mmemb_deploy import abi
+from mmemb_deploy.bundle import abi
 
 MICROSOFT = "com.microsoft"
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmemb_deploy import abi
-from mmemb_deploy.preprocess import vision_tables
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.inputs.preprocess import vision_tables
 from mmemb_export.decoder import Decoder
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.parts import Part, parts

@@ -16,7 +16,7 @@ from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedConfig
 from torch import Tensor
 
-from mmemb_deploy import abi
+from mmemb_deploy.bundle import abi
 from mmemb_export.graphs import Axes, embedder_inputs, generator_inputs
 
 BACKEND = "mmemb"

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmemb_deploy.evaluation import Pair
+from mmemb_deploy.evaluation.pairs import Pair
 
 MODALITIES = ("text", "image", "images", "video")
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz 0123456789,.;+-?é漢字🙂"

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnx_ir.tape import Tape
 
-from mmemb_deploy.preprocess import Floats
+from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_export.quantise import Matrix, initializer, int8, linear_layers, replace
 from mmemb_export.trace import TURNED
 

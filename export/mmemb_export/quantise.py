@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 from onnx_ir.tape import Tape
 
-from mmemb_deploy.preprocess import Floats
+from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_export.fuse import MICROSOFT
 from mmemb_export.trace import TURNED
 

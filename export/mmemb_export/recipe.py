@@ -8,8 +8,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from mmemb_deploy import abi
-from mmemb_deploy.bundle import Bounds, GraphFacts, TensorFacts
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.manifest import Bounds, GraphFacts, TensorFacts
 from mmemb_deploy.errors import OptionError, check_known
 from mmemb_export.fuse import fuse
 from mmemb_export.graphs import DECODER, fused_graphs, portable_graphs

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmemb_deploy import prompts
-from mmemb_deploy.inputs import Request
-from mmemb_deploy.preprocess import Floats, patches
-from mmemb_deploy.rows import Row
+from mmemb_deploy.inputs import prompts
+from mmemb_deploy.inputs.parse import Request
+from mmemb_deploy.inputs.preprocess import Floats, patches
+from mmemb_deploy.inputs.rows import Row
 from mmemb_training.checkpoint import Checkpoint
 
 
@@ -31,8 +31,8 @@ class Expected:
 class Reference:
     """`Qwen3VLForConditionalGeneration` and `Qwen2VLImageProcessorPil`, as transformers ships them.
 
-    Token ids come from the shared prompt code; a video's patches from `mmemb_deploy.preprocess`, since transformers'
-    video processor needs torchvision.
+    Token ids come from the shared prompt code; a video's patches from `mmemb_deploy.inputs.preprocess`, since
+    transformers' video processor needs torchvision.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:

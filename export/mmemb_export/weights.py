@@ -12,8 +12,8 @@ import onnx_ir as ir
 import torch
 from safetensors import safe_open
 
-from mmemb_deploy import prompts
 from mmemb_deploy.errors import OptionError
+from mmemb_deploy.inputs import prompts
 from mmemb_training.checkpoint import Checkpoint
 
 EXTERNAL_BYTES = 1024  # smaller tensors stay inside the graph

@@ -15,11 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmemb_deploy.bundle import TOKENIZER, Bundle, Manifest, bundle_files, file_hash, write_manifest
-from mmemb_deploy.calibration import calibrate
+from mmemb_deploy.bundle.folder import Bundle, bundle_files, file_hash
+from mmemb_deploy.bundle.manifest import TOKENIZER, Manifest, write_manifest
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import CertificateError, OptionError
-from mmemb_deploy.evaluation import Pair
+from mmemb_deploy.evaluation.calibration import calibrate
+from mmemb_deploy.evaluation.pairs import Pair
 from mmemb_export.activations import ranges, sensitivity
 from mmemb_export.certify import answer, certify
 from mmemb_export.probes import synthetic_probes

@@ -1,1 +1,1 @@
-"""Ways to run a graph; each module adapts one engine to `session.Session`."""
+"""Ways to run a bundle's graphs; each module adapts one engine to `protocol.Backend`."""

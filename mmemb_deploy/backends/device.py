@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mmemb_deploy.preprocess import Floats
+from mmemb_deploy.inputs.preprocess import Floats
 
 ALIGNMENT = 256  # bytes; of an address that TensorRT reads or writes
 

@@ -15,10 +15,10 @@ from mmemb_benchmarks.load import Search, Trial, measure_load, run_trial
 from mmemb_benchmarks.stages import STAGES, Spent, timed_engine
 from mmemb_benchmarks.traffic import Traffic, assemble, choose_traffic, load_forgetful, prompt_tokens, threshold_of_rate
 from mmemb_deploy import Embedder, OptionError
-from mmemb_deploy.bundle import Bundle
-from mmemb_deploy.evaluation import Judge, encode_queries
+from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.evaluation.pairs import Judge, encode_queries
 from mmemb_deploy.options import EncodeOptions
-from mmemb_deploy.router import Route
+from mmemb_deploy.routing.router import Route
 
 MODES = "never", "auto", "always"
 

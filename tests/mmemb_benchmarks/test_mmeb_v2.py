@@ -31,7 +31,7 @@ from mmemb_benchmarks.mmeb_v2.readers import STILL_READERS, VIDEO_READERS, downl
 from mmemb_benchmarks.mmeb_v2.table import Results, groups
 from mmemb_benchmarks.mmeb_v2.tasks import HIT, NDCG, TASKS, select
 from mmemb_deploy import Embedder
-from mmemb_deploy.bundle import Bundle
+from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.errors import InputError, OptionError
 
 Rows = Sequence[dict[str, Any]]

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 
 from mmemb_benchmarks.mteb_model import MtebModel, Usage
 from mmemb_deploy import Embedder
-from mmemb_deploy.digitchain import DigitChain, Example
 from mmemb_deploy.errors import MissingExtraError, OptionError
+from mmemb_deploy.evaluation.digitchain import DigitChain, Example
 
 Dataset: Any = import_module("datasets").Dataset  # which ships no types
 PROMPTS = {"query": "Name what is shown.", "document": "A name."}

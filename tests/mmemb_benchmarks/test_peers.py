@@ -17,7 +17,7 @@ from mmemb_benchmarks.peers.environments import PeerError, interpreter
 from mmemb_benchmarks.peers.run import measure, prompts
 from mmemb_benchmarks.peers.worker import Ids, Worker
 from mmemb_deploy import OptionError
-from mmemb_deploy.bundle import Bundle
+from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.embedder import row_encoder
 
 

@@ -14,7 +14,7 @@ from mmemb_benchmarks.suite.setting import FEWEST, Setting
 from mmemb_benchmarks.traffic import load_forgetful
 from mmemb_benchmarks.workloads import WORKLOADS
 from mmemb_deploy import OptionError
-from mmemb_deploy.bundle import Bundle
+from mmemb_deploy.bundle.folder import Bundle
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import pytest
 from onnx.external_data_helper import set_external_data
 
 from mmemb_deploy import BackendError, BundleError, CertificateError, Embedder, IntegrityError, SchemaError
-from mmemb_deploy.bundle import MANIFEST, Bundle, file_hash
+from mmemb_deploy.bundle.folder import Bundle, file_hash
+from mmemb_deploy.bundle.manifest import MANIFEST
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from mmemb_deploy import OptionError
-from mmemb_deploy.bundle import NANO, CurvePoint, read_manifest
-from mmemb_deploy.calibration import (
+from mmemb_deploy.bundle.folder import NANO
+from mmemb_deploy.bundle.manifest import CurvePoint, read_manifest
+from mmemb_deploy.evaluation.calibration import (
     Budget,
     Measured,
     Target,

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from mmemb_deploy import Embedder
-from mmemb_deploy.controls import MODES, Outcome, compare_modes, run_digitchain
-from mmemb_deploy.digitchain import FAMILIES, DigitChain
-from mmemb_deploy.evaluation import Pair
+from mmemb_deploy.evaluation.controls import MODES, Outcome, compare_modes, run_digitchain
+from mmemb_deploy.evaluation.digitchain import FAMILIES, DigitChain
+from mmemb_deploy.evaluation.pairs import Pair
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmemb_deploy import OptionError
-from mmemb_deploy.digitchain import FAMILIES, MIXED_SHARES, NAMES, DigitChain, Example, drawings, solve
+from mmemb_deploy.evaluation.digitchain import FAMILIES, MIXED_SHARES, NAMES, DigitChain, Example, drawings, solve
 
 SPLITS = ("train", "calibration", "test")
 

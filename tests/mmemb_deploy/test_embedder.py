@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mmemb_deploy import Embedder, InputError, OptionError, abi
-from mmemb_deploy.backends.session import Decoder, Extended, Prefilled
-from mmemb_deploy.inputs import parse
-from mmemb_deploy.preprocess import Floats, Ints
-from mmemb_deploy.rows import Batch
-from mmemb_deploy.vision import FeatureCache
+from mmemb_deploy import Embedder, InputError, OptionError
+from mmemb_deploy.backends.protocol import Decoder, Extended, Prefilled
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.inputs.preprocess import Floats, Ints
+from mmemb_deploy.inputs.rows import Batch
+from mmemb_deploy.routing.vision import FeatureCache
 from mmemb_export.reference import Reference
 from mmemb_training.checkpoint import load_checkpoint
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmemb_deploy import Embedder, OptionError
-from mmemb_deploy.evaluation import Judge, Pair, encode_queries, read_pairs
+from mmemb_deploy.evaluation.pairs import Judge, Pair, encode_queries, read_pairs
 
 PAIRS = [
     Pair(query="one", candidates=["one", {"text": "two"}], relevant=[True, False], instruction=""),

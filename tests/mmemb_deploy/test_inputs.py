@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmemb_deploy.errors import InputError
-from mmemb_deploy.inputs import DEFAULT_FPS, Limits, Request, parse
+from mmemb_deploy.inputs.parse import DEFAULT_FPS, Limits, Request, parse
 
 Pixels = NDArray[np.uint8]
 GREY = np.full((4, 6), 51, np.uint8)

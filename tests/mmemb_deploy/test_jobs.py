@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmemb_deploy import Embedder, InputError, OptionError, jobs
-from mmemb_deploy.jobs import embed_source, read_source
+from mmemb_deploy import Embedder, InputError, OptionError
+from mmemb_deploy.jobs import files as jobs
+from mmemb_deploy.jobs.files import embed_source, read_source
 from mmemb_deploy.options import EncodeOptions
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mmemb_deploy import BackendError, Embedder
-from mmemb_deploy.backends.ort_cuda import resolved
+from mmemb_deploy.backends.onnxruntime_cuda import resolved
 
 
 def test_an_axis_may_be_a_sum() -> None:

@@ -18,8 +18,8 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from mmemb_deploy.errors import InputError
-from mmemb_deploy.inputs import Limits, parse
-from mmemb_deploy.preprocess import (
+from mmemb_deploy.inputs.parse import Limits, parse
+from mmemb_deploy.inputs.preprocess import (
     VisionSpec,
     Visual,
     patch_times,

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from mmemb_deploy import SchemaError
-from mmemb_deploy.prompts import DISC_EMB, IMAGE_PAD, MARKERS, PromptEncoder, PromptFormat
+from mmemb_deploy.inputs.prompts import DISC_EMB, IMAGE_PAD, MARKERS, PromptEncoder, PromptFormat
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from mmemb_deploy import BackendError, Detail, Embedder, InputError, MissingExtraError, OptionError, RemoteReasoner
-from mmemb_deploy.inputs import parse
-from mmemb_deploy.jobs import embed_source, read_source
-from mmemb_deploy.prompts import END_THINK, IMAGE_PAD, MARKERS, THINK
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.inputs.prompts import END_THINK, IMAGE_PAD, MARKERS, THINK
+from mmemb_deploy.jobs.files import embed_source, read_source
 
 MakeEmbedder = Callable[..., Embedder]
 

@@ -13,19 +13,21 @@ import onnxruntime
 import pytest
 from numpy.typing import DTypeLike, NDArray
 
-from mmemb_deploy import Embedder, abi
+from mmemb_deploy import Embedder
 from mmemb_deploy.backends.choose import choose_backend
 from mmemb_deploy.backends.device import ALIGNMENT, Plane, Shape
-from mmemb_deploy.backends.resident import BUCKET, DeviceCache, ResidentDecoder
-from mmemb_deploy.backends.session import Engine
-from mmemb_deploy.bundle import Bundle, GraphFacts
+from mmemb_deploy.backends.kv_cache.device import BUCKET, DeviceCache, ResidentDecoder
+from mmemb_deploy.backends.protocol import Engine
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.bundle.manifest import GraphFacts
 from mmemb_deploy.embedder import row_encoder
 from mmemb_deploy.errors import BackendError
-from mmemb_deploy.inputs import parse
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.inputs.prompts import PAD
+from mmemb_deploy.inputs.rows import Batch, collate
 from mmemb_deploy.options import EncodeOptions
-from mmemb_deploy.prompts import PAD
-from mmemb_deploy.rows import Batch, collate
-from mmemb_deploy.vision import VisionEncoder
+from mmemb_deploy.routing.vision import VisionEncoder
 
 
 class HostMemory:

@@ -3,7 +3,7 @@
 import pytest
 
 from mmemb_deploy import OptionError
-from mmemb_deploy.router import Policy, highest
+from mmemb_deploy.routing.router import Policy, highest
 
 
 def test_auto_reasons_at_and_above_the_threshold() -> None:

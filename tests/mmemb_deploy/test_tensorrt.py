@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmemb_deploy import Embedder, abi
+from mmemb_deploy import Embedder
 from mmemb_deploy.backends.cuda import DRIVER, Cuda, Gpu, probe
-from mmemb_deploy.backends.engine_files import ENGINES, Built, EngineSet, find_set, graph_hash, read_engine, write_set
-from mmemb_deploy.backends.tensorrt import EngineGraph, TensorRT, check_types, choose_profile, most_images
-from mmemb_deploy.backends.tensorrt_api import Library, load_library
-from mmemb_deploy.bundle import Bundle, Manifest, Parity
+from mmemb_deploy.backends.tensorrt.api import Library, load_library
+from mmemb_deploy.backends.tensorrt.engine import EngineGraph, TensorRT, check_types, choose_profile, most_images
+from mmemb_deploy.backends.tensorrt.files import ENGINES, Built, EngineSet, find_set, graph_hash, read_engine, write_set
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.bundle.manifest import Manifest, Parity
 from mmemb_deploy.errors import BackendError, OptionError
 
 PARITY = Parity(inputs=8, min_cosine=1, mean_cosine=1, gate_flips=0)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mmemb_deploy import Embedder, abi
-from mmemb_deploy.vision import FeatureCache, Features
+from mmemb_deploy import Embedder
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.routing.vision import FeatureCache, Features
 
 
 def features(shade: float) -> Features:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mmemb_deploy.backends.tensorrt_api import TENSORRT_RTX, Library, load_library
-from mmemb_deploy.bundle import Bundle
+from mmemb_deploy.backends.tensorrt.api import TENSORRT_RTX, Library, load_library
+from mmemb_deploy.bundle.folder import Bundle
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from mmemb_deploy import abi
-from mmemb_deploy.backends.engine_files import ENGINES, EngineSet, find_set, read_engine, read_sets, write_set
-from mmemb_deploy.backends.tensorrt_api import TENSORRT, TENSORRT_RTX, Library, Network, Watcher
-from mmemb_deploy.bundle import Bundle, GraphFacts, Parity, TensorFacts
+from mmemb_deploy.backends.tensorrt.api import TENSORRT, TENSORRT_RTX, Library, Network, Watcher
+from mmemb_deploy.backends.tensorrt.files import ENGINES, EngineSet, find_set, read_engine, read_sets, write_set
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.bundle.manifest import GraphFacts, Parity, TensorFacts
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import BackendError, CertificateError, OptionError
 from mmemb_engines.build import build_engines, check_portable, device_sets

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmemb_deploy import abi
-from mmemb_deploy.backends.engine_files import ProfileShapes
-from mmemb_deploy.backends.resident import BUCKET
-from mmemb_deploy.bundle import Bundle, Manifest
+from mmemb_deploy.backends.kv_cache.device import BUCKET
+from mmemb_deploy.backends.tensorrt.files import ProfileShapes
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.bundle.manifest import Manifest
 from mmemb_deploy.errors import InputError, OptionError
-from mmemb_deploy.generation import PATH_MARKERS
-from mmemb_deploy.preprocess import VisionSpec, resized_size, resized_video_size
+from mmemb_deploy.inputs.preprocess import VisionSpec, resized_size, resized_video_size
+from mmemb_deploy.routing.generation import PATH_MARKERS
 from mmemb_engines.profiles import boxes, demand_of_limits, demand_of_traffic, most_patches, profiles
 from mmemb_engines.traffic import read_traffic
 

@@ -14,10 +14,11 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from typer.testing import CliRunner
 
-from mmemb_deploy import Embedder, OptionError, abi
-from mmemb_deploy.bundle import Bundle
-from mmemb_deploy.cli import app
-from mmemb_deploy.evaluation import Pair
+from mmemb_deploy import Embedder, OptionError
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.cli.main import app
+from mmemb_deploy.evaluation.pairs import Pair
 from mmemb_export.recipe import Recipe
 from mmemb_export.write import export_bundle
 from mmemb_training.adopt import adopt
@@ -186,7 +187,7 @@ def test_a_public_folder_is_told_how_to_become_a_checkpoint(public: Path, tmp_pa
 def test_a_video_comes_before_an_image(bundle: Path) -> None:
     embedder = Embedder.load(bundle)
     encoder = embedder.encoder
-    from mmemb_deploy.inputs import parse
+    from mmemb_deploy.inputs.parse import parse
 
     frames = [np.asarray(picture(24, 24))] * 2
     row = encoder.row(parse({"video": frames, "fps": 1.0, "image": picture(16, 32), "text": "x"}), "")

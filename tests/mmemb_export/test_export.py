@@ -9,10 +9,11 @@ import onnx
 import pytest
 import torch
 
-from mmemb_deploy import CertificateError, Embedder, OptionError, abi
+from mmemb_deploy import CertificateError, Embedder, OptionError
 from mmemb_deploy.backends.choose import choose_backend
-from mmemb_deploy.bundle import Bundle
-from mmemb_deploy.evaluation import Judge, Pair, encode_queries
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.evaluation.pairs import Judge, Pair, encode_queries
 from mmemb_export import write
 from mmemb_export.certify import answer, certify
 from mmemb_export.probes import synthetic_probes

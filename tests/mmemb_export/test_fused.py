@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmemb_deploy import CertificateError, Embedder, OptionError, abi
-from mmemb_deploy.bundle import Bundle
+from mmemb_deploy import CertificateError, Embedder, OptionError
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.folder import Bundle
 from mmemb_export import recipe as recipes
 from mmemb_export import write
 from mmemb_export.activations import sensitivity

@@ -10,8 +10,8 @@ import torch
 from optimum.exporters.tasks import TasksManager
 from transformers import AutoConfig
 
-from mmemb_deploy import abi
-from mmemb_deploy.bundle import Bundle
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.folder import Bundle
 from mmemb_export.optimum_tasks import BACKEND
 from mmemb_training.checkpoint import load_checkpoint
 from mmemb_training.parts import parts

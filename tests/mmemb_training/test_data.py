@@ -14,7 +14,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from mmemb_deploy.errors import MissingExtraError, OptionError
-from mmemb_deploy.inputs import Request, parse
+from mmemb_deploy.inputs.parse import Request, parse
 from mmemb_training.data.mmeb_train import SUBSETS
 from mmemb_training.data.registry import DATASETS, read
 from mmemb_training.data.video import CAPTIONS, QUESTIONS, read_video_questions

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from mmemb_deploy import prompts
-from mmemb_deploy.inputs import parse
-from mmemb_deploy.rows import collate
+from mmemb_deploy.inputs import prompts
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.inputs.rows import collate
 from mmemb_training.batches import encode_batch
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.encoder import Encoder, Path

@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
-from mmemb_deploy import prompts
-from mmemb_deploy.rows import collate
+from mmemb_deploy.inputs import prompts
+from mmemb_deploy.inputs.rows import collate
 from mmemb_training.batches import encode_batch
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.encoder import Encoder

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmemb_deploy.inputs import parse
-from mmemb_deploy.prompts import PAD
-from mmemb_deploy.rows import collate
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.inputs.prompts import PAD
+from mmemb_deploy.inputs.rows import collate
 from mmemb_export.reference import Reference
 from mmemb_training.batches import encode_batch
 from mmemb_training.checkpoint import load_checkpoint

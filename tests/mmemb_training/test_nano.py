@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from mmemb_deploy import OptionError
-from mmemb_deploy.digitchain import apply_operator
+from mmemb_deploy.evaluation.digitchain import apply_operator
 from mmemb_training.checkpoint import load_checkpoint
 from mmemb_training.nano.ablation import COSTS, RULES, SEEDS, Ablation
 from mmemb_training.nano.ablation_report import draw, markdown

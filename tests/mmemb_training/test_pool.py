@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from mmemb_deploy import BackendError, OptionError
-from mmemb_deploy.prompts import IMAGE_PAD, VISION_END, VISION_START
+from mmemb_deploy.inputs.prompts import IMAGE_PAD, VISION_END, VISION_START
 from mmemb_training.pool.endpoint import shown_parts
 from mmemb_training.pool.job import FAILURES, build_pool, print_report, read_pool
 from mmemb_training.pool.workers import REQUEST, Worker, Written

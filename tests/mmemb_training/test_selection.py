@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from mmemb_deploy import OptionError
-from mmemb_deploy.inputs import parse
-from mmemb_deploy.rows import collate
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.inputs.rows import collate
 from mmemb_training.batches import encode_batch
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint
 from mmemb_training.nano.digits import Digits

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.prompts import PromptEncoder
+from mmemb_deploy.inputs.prompts import PromptEncoder
 from mmemb_training.checkpoint import FACTS, FILES, CheckpointFacts
 from mmemb_training.prepare import PROMPT as START
 

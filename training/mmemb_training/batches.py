@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmemb_deploy.preprocess import VisionSpec, Visual, patches, vision_tables
-from mmemb_deploy.rows import Batch, by_grid
+from mmemb_deploy.inputs.preprocess import VisionSpec, Visual, patches, vision_tables
+from mmemb_deploy.inputs.rows import Batch, by_grid
 from mmemb_training.model import KeyValue, decoder_forward, vision_forward
 
 

@@ -19,14 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mmemb_deploy import prompts
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.preprocess import VisionSpec
-from mmemb_deploy.prompts import PromptEncoder, PromptFormat
-from mmemb_deploy.rows import RowEncoder
+from mmemb_deploy.inputs import prompts
+from mmemb_deploy.inputs.preprocess import VisionSpec
+from mmemb_deploy.inputs.prompts import PromptEncoder, PromptFormat
+from mmemb_deploy.inputs.rows import RowEncoder
 
-# The layout of `mmemb_deploy.prompts` for servers that render chats: system, instruction with its line end, images,
-# text; the answer begins after `<think>`, as the reasoning path does.
+# The layout of `mmemb_deploy.inputs.prompts` for servers that render chats: system, instruction with its line end,
+# images, text; the answer begins after `<think>`, as the reasoning path does.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' -}}"
     "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"

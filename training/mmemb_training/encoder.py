@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmemb_deploy import prompts
-from mmemb_deploy.rows import Batch, Row, collate
+from mmemb_deploy.inputs import prompts
+from mmemb_deploy.inputs.rows import Batch, Row, collate
 from mmemb_training.batches import encode_batch
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.model import KeyValue, decoder_forward

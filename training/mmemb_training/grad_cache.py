@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mmemb_deploy.rows import Row
+from mmemb_deploy.inputs.rows import Row
 from mmemb_training.encoder import Path, Reading
 
 Terms = dict[str, Tensor]

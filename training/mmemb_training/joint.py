@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, pad_across_processes
 from torch import Tensor
 
-from mmemb_deploy.rows import RowEncoder
+from mmemb_deploy.inputs.rows import RowEncoder
 from mmemb_training.encoder import Path, Reading
 from mmemb_training.grad_cache import Chunk
 from mmemb_training.losses import info_nce

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from mmemb_deploy import prompts
 from mmemb_deploy.errors import MissingExtraError, OptionError
+from mmemb_deploy.inputs import prompts
 from mmemb_training.checkpoint import Checkpoint
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -36,7 +36,7 @@ def vision_forward(
 ) -> tuple[Tensor, Tensor]:
     """Encode images that share a grid with a `Qwen3VLVisionModel`; return tokens (N, M, D) and DeepStack (L, N, M, D).
 
-    The tables come from `mmemb_deploy.preprocess.vision_tables`. Follows `Qwen3VLVisionModel.forward`.
+    The tables come from `mmemb_deploy.inputs.preprocess.vision_tables`. Follows `Qwen3VLVisionModel.forward`.
     """
     images = patches_NPF.shape[0]
     projection = visual.patch_embed.proj

@@ -1,4 +1,4 @@
-"""The four parts of the model as modules that read and write the tensors of `mmemb_deploy.abi`.
+"""The four parts of the model as modules that read and write the tensors of `mmemb_deploy.bundle.abi`.
 
 Floats go in and out as float32, whatever the type of the weights; the KV cache alone has the weights' type.
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmemb_deploy import abi, prompts
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.inputs import prompts
 from mmemb_training.model import decoder_forward, vision_forward
 
 

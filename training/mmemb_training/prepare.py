@@ -17,8 +17,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils.hub import cached_file
 
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.prompts import MARKERS, PromptEncoder, PromptFormat
-from mmemb_deploy.rows import RowEncoder
+from mmemb_deploy.inputs.prompts import MARKERS, PromptEncoder, PromptFormat
+from mmemb_deploy.inputs.rows import RowEncoder
 from mmemb_training.checkpoint import VIDEO_PROCESSOR, Checkpoint, CheckpointFacts, save_checkpoint, vision_spec
 
 ROWS_MULTIPLE = 64  # of the embedding table, where it has to grow

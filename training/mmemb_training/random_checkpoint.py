@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from mmemb_deploy import prompts
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.prompts import PromptEncoder
+from mmemb_deploy.inputs import prompts
+from mmemb_deploy.inputs.prompts import PromptEncoder
 from mmemb_training.checkpoint import new_checkpoint, save_facts
 from mmemb_training.plan.shapes import ModelShape
 from mmemb_training.prepare import PROMPT

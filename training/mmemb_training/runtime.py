@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 import mmemb_deploy
-from mmemb_deploy import abi
-from mmemb_deploy.backends.host import HostDecoder
-from mmemb_deploy.backends.session import Engine
-from mmemb_deploy.bundle import SCHEMA_VERSION, BatchLimits, GateFacts, Manifest, ModelFacts
+from mmemb_deploy.backends.kv_cache.host import HostDecoder
+from mmemb_deploy.backends.protocol import Engine
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.manifest import SCHEMA_VERSION, BatchLimits, GateFacts, Manifest, ModelFacts
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.inputs import Limits
+from mmemb_deploy.inputs.parse import Limits
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.parts import Part, parts
 
@@ -32,7 +32,7 @@ UNCALIBRATED = GateFacts(threshold=0.5, calibration="none", curve=())
 
 
 class TorchSession:
-    """One part of a model as a `mmemb_deploy.backends.session.Session`."""
+    """One part of a model as a `mmemb_deploy.backends.protocol.Session`."""
 
     def __init__(self, part: Part) -> None:
         self._part = part

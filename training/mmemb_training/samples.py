@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mmemb_deploy.inputs import parse
-from mmemb_deploy.rows import Row, RowEncoder
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.inputs.rows import Row, RowEncoder
 
 
 @dataclass(frozen=True, kw_only=True)

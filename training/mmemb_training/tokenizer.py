@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mmemb_deploy import prompts
+from mmemb_deploy.inputs import prompts
 
 # Qwen2's split: contractions, words, single digits, punctuation, line ends, spaces.
 _SPLIT = (

@@ -32,7 +32,7 @@ def digitchain(
 
     from mmemb_benchmarks.results import stamp
     from mmemb_benchmarks.traffic import assemble, load_forgetful
-    from mmemb_deploy.controls import run_digitchain
+    from mmemb_deploy.evaluation.controls import run_digitchain
 
     check_output(output)
     notes = Console(stderr=True)
@@ -47,7 +47,7 @@ def _show_digitchain(result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mmemb_deploy.controls import MODES
+    from mmemb_deploy.evaluation.controls import MODES
 
     table = Table(title=f"hit@1, {result['queries']} queries a row, seed {result['seed']}")
     for column in ("family", *MODES):

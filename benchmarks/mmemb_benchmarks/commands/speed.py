@@ -72,7 +72,7 @@ def latency(
     from mmemb_benchmarks.results import cores, stamp
     from mmemb_benchmarks.stages import Spent, timed_engine
     from mmemb_benchmarks.traffic import assemble, choose_traffic, load_forgetful, prompt_tokens, threshold_of_rate
-    from mmemb_deploy.evaluation import Judge
+    from mmemb_deploy.evaluation.pairs import Judge
 
     check_output(output)
     notes = Console(stderr=True)  # no spinner: its thread would take turns with what is timed
@@ -181,7 +181,7 @@ def runtime(
 
     from mmemb_benchmarks.results import stamp
     from mmemb_benchmarks.runtime_costs import measure_loading, measure_runtime, words
-    from mmemb_deploy.bundle import NANO
+    from mmemb_deploy.bundle.folder import NANO
     from mmemb_deploy.embedder import Embedder
 
     check_output(output)

@@ -31,10 +31,10 @@ from mmemb_benchmarks.mmeb_v2.tasks import Task
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import InputError, OptionError, check_known
 from mmemb_deploy.files import write_whole
+from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.options import EncodeOptions
-from mmemb_deploy.preprocess import Floats
 from mmemb_deploy.results import Detail
-from mmemb_deploy.router import Route
+from mmemb_deploy.routing.router import Route
 
 MODES = ("never", "always", "auto")  # in the order of the tables
 CHUNK = 64  # inputs that are embedded and kept together; all their images are in memory at once

@@ -423,7 +423,7 @@ class Bundle:
         """Run the fast path, in batches as large as the bundle allows."""
         import numpy as np
 
-        from mmemb_deploy.rows import Row
+        from mmemb_deploy.inputs.rows import Row
 
         positions = np.tile(np.arange(len(ids[0])), (3, 1))
         shown = np.zeros(len(ids[0]), np.int64)

@@ -21,10 +21,10 @@ import numpy as np
 from mmemb_benchmarks.peers.contenders import INSTRUCTION
 from mmemb_benchmarks.peers.environments import PeerError, interpreter
 from mmemb_benchmarks.peers.worker import Ids, Worker
-from mmemb_deploy.bundle import Bundle
+from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.embedder import row_encoder
-from mmemb_deploy.inputs import parse
-from mmemb_deploy.rows import RowEncoder
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.inputs.rows import RowEncoder
 
 BASELINE = "transformers"
 SETTLE = 0.3  # seconds after which the threads of OpenMP and ONNX Runtime have stopped spinning

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmemb_benchmarks.suite.setting import MOST, WARM_UP, Setting
-from mmemb_deploy import abi
+from mmemb_deploy.bundle import abi
 
 ROWS = pytest.mark.parametrize("rows", [1, 8])
 KINDS = pytest.mark.parametrize("workload", ["long text", "image"])

@@ -18,11 +18,11 @@ from pytest_benchmark.stats import Stats
 from mmemb_benchmarks.results import bundle_facts, command, machine
 from mmemb_benchmarks.traffic import assemble
 from mmemb_benchmarks.workloads import WORKLOADS, Maker
-from mmemb_deploy.backends.session import Engine
-from mmemb_deploy.bundle import Bundle
-from mmemb_deploy.prompts import PAD
-from mmemb_deploy.rows import Batch, collate
-from mmemb_deploy.vision import VisionEncoder
+from mmemb_deploy.backends.protocol import Engine
+from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.inputs.prompts import PAD
+from mmemb_deploy.inputs.rows import Batch, collate
+from mmemb_deploy.routing.vision import VisionEncoder
 
 WARM_UP = 1  # rounds
 FEWEST, MOST = 6, 60  # rounds that count, of all passes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmemb_deploy.rows import RowEncoder
+from mmemb_deploy.inputs.rows import RowEncoder
 from mmemb_training.control.rewards import Rollout, Scored, advantages
 from mmemb_training.control.rollouts import Group
 from mmemb_training.encoder import Path, Reading

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy.generation import Choose
-from mmemb_deploy.preprocess import Floats, Ints
-from mmemb_deploy.prompts import END_THINK
+from mmemb_deploy.inputs.preprocess import Floats, Ints
+from mmemb_deploy.inputs.prompts import END_THINK
+from mmemb_deploy.routing.generation import Choose
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.control.rewards import Rollout
 from mmemb_training.runtime import torch_embedder

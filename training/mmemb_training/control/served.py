@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from mmemb_deploy import prompts
 from mmemb_deploy.errors import BackendError
-from mmemb_deploy.inputs import parse
-from mmemb_deploy.prompts import PromptFormat
-from mmemb_deploy.reasoners import policy_messages
+from mmemb_deploy.inputs import prompts
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.inputs.prompts import PromptFormat
+from mmemb_deploy.reasoners.remote import policy_messages
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.control.rewards import Rollout
 from mmemb_training.control.rollouts import Group, decisions
@@ -40,7 +40,7 @@ class PolicyWorker(EndpointWorker):
         self._prompt = prompt
 
     def messages(self, question: Question) -> list[ChatCompletionMessageParam]:
-        """Return system, instruction, images and text, as `mmemb_deploy.prompts` lays them out.
+        """Return system, instruction, images and text, as `mmemb_deploy.inputs.prompts` lays them out.
 
         Raises InputError for a video, whose times a chat does not carry.
         """

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy.calibration import calibrate
-from mmemb_deploy.controls import Outcome, compare_modes
-from mmemb_deploy.digitchain import FAMILIES, DigitChain
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.evaluation import Pair, encode_queries, held_out_pairs
+from mmemb_deploy.evaluation.calibration import calibrate
+from mmemb_deploy.evaluation.controls import Outcome, compare_modes
+from mmemb_deploy.evaluation.digitchain import FAMILIES, DigitChain
+from mmemb_deploy.evaluation.pairs import Pair, encode_queries, held_out_pairs
 from mmemb_deploy.files import write_whole
-from mmemb_deploy.router import highest
+from mmemb_deploy.routing.router import highest
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.control.rewards import Rewards
 from mmemb_training.nano.stages import NanoRecipe, NanoRun, everything, gain_only, instance_level, pair_aware

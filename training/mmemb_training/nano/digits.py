@@ -12,7 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmemb_deploy.digitchain import NAMES, OPERATORS, Candidate, DigitChain, Example, Split, apply_operator, solve
+from mmemb_deploy.evaluation.digitchain import (
+    NAMES,
+    OPERATORS,
+    Candidate,
+    DigitChain,
+    Example,
+    Split,
+    apply_operator,
+    solve,
+)
 from mmemb_training.pool.workers import Written
 from mmemb_training.samples import Question, Sample, Target
 

@@ -6,9 +6,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from mmemb_deploy import prompts
-from mmemb_deploy.digitchain import MATCH_INSTRUCTION, NAMES, OPERATORS, RESULT_INSTRUCTION
-from mmemb_deploy.prompts import PromptEncoder, PromptFormat
+from mmemb_deploy.evaluation.digitchain import MATCH_INSTRUCTION, NAMES, OPERATORS, RESULT_INSTRUCTION
+from mmemb_deploy.inputs import prompts
+from mmemb_deploy.inputs.prompts import PromptEncoder, PromptFormat
 from mmemb_training.checkpoint import Checkpoint, new_checkpoint
 from mmemb_training.nano.digits import RULES, draw_digits
 from mmemb_training.tokenizer import train_tokenizer

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, cast
 
 from PIL import Image
 
-from mmemb_deploy.chat import ChatServer, Choice, Reply, image_part, text_part
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.inputs import parse
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.reasoners.chat import ChatServer, Choice, Reply, image_part, text_part
 from mmemb_training.pool.workers import REQUEST, Written
 from mmemb_training.samples import Question
 
@@ -61,7 +61,7 @@ class EndpointWorker:
     """Asks a served model for `samples` rationales per question.
 
     `base_url`, `model`, `api_key_variable`, `concurrency`, `max_retries` and `timeout` are those of
-    `mmemb_deploy.chat.ChatServer`, whose errors it raises; `stop` ends a rationale where the model writes it.
+    `mmemb_deploy.reasoners.chat.ChatServer`, whose errors it raises; `stop` ends a rationale where the model writes it.
     """
 
     def __init__(

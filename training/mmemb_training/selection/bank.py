@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from mmemb_deploy.rows import Row
+from mmemb_deploy.inputs.rows import Row
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.encoder import Encoder
 from mmemb_training.samples import Sample, Target, query_row, target_row

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.inputs import Request, parse
-from mmemb_deploy.rows import Row
+from mmemb_deploy.inputs.parse import Request, parse
+from mmemb_deploy.inputs.rows import Row
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.encoder import Encoder, Path
 from mmemb_training.samples import Sample, query_row

@@ -24,7 +24,7 @@ class MmembExportCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Run `mmemb export`, with its exit codes."""
-        from mmemb_deploy.cli import main
+        from mmemb_deploy.cli.main import main
 
         main(["export", self.args.checkpoint, *self.args.arguments])
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mmemb_deploy.backends.session import Cache, Decoder, Extended
-from mmemb_deploy.preprocess import Floats, Ints
-from mmemb_deploy.prompts import END_THINK, GEN_EMB, PAD, THINK
+from mmemb_deploy.backends.protocol import Cache, Decoder, Extended
+from mmemb_deploy.inputs.preprocess import Floats, Ints
+from mmemb_deploy.inputs.prompts import END_THINK, GEN_EMB, PAD, THINK
 
 PATH_MARKERS = 3  # `<think>`, `</think>` and `<|gen_emb|>` around a rationale
 

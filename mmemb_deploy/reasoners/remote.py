@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from mmemb_deploy.chat import Chat, ChatServer, Reply, image_part, text_part
 from mmemb_deploy.errors import BackendError, InputError, check_known
-from mmemb_deploy.inputs import Limits, Request, parse
-from mmemb_deploy.prompts import END_THINK, MARKERS, THINK, PromptEncoder, PromptFormat
+from mmemb_deploy.inputs.parse import Limits, Request, parse
+from mmemb_deploy.inputs.prompts import END_THINK, MARKERS, THINK, PromptEncoder, PromptFormat
+from mmemb_deploy.reasoners.chat import Chat, ChatServer, Reply, image_part, text_part
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam
@@ -117,7 +117,7 @@ class RemoteGenerator:
 
 
 def policy_messages(prompt: PromptFormat, instruction: str, request: Request) -> list[ChatCompletionMessageParam]:
-    """Return the chat that the checkpoint's template renders as `mmemb_deploy.prompts` lays an input out.
+    """Return the chat that the checkpoint's template renders as `mmemb_deploy.inputs.prompts` lays an input out.
 
     Images are PNG data URLs of the pixels that were given. Raises InputError for a video.
     """

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mmemb_deploy.digitchain import FAMILIES, DigitChain, Example
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import OptionError
+from mmemb_deploy.evaluation.digitchain import FAMILIES, DigitChain, Example
+from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.options import EncodeOptions
-from mmemb_deploy.preprocess import Floats
 from mmemb_deploy.results import Detail
 
 Bools = NDArray[np.bool_]

@@ -10,9 +10,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mmemb_deploy.inputs import Request
-from mmemb_deploy.preprocess import Ints, VisionSpec, Visual, patch_times, resize_image, resize_video, rotary_positions
-from mmemb_deploy.prompts import IMAGE_PAD, VIDEO_PAD, PromptEncoder
+from mmemb_deploy.inputs.parse import Request
+from mmemb_deploy.inputs.preprocess import (
+    Ints,
+    VisionSpec,
+    Visual,
+    patch_times,
+    resize_image,
+    resize_video,
+    rotary_positions,
+)
+from mmemb_deploy.inputs.prompts import IMAGE_PAD, VIDEO_PAD, PromptEncoder
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy import abi
-from mmemb_deploy.backends.session import Extended, Prefilled
-from mmemb_deploy.bundle import ModelFacts
-from mmemb_deploy.preprocess import Floats, Ints
-from mmemb_deploy.rows import Batch
+from mmemb_deploy.backends.protocol import Extended, Prefilled
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.manifest import ModelFacts
+from mmemb_deploy.inputs.preprocess import Floats, Ints
+from mmemb_deploy.inputs.rows import Batch
 
 HEADS = 8  # prompts' heads whose caches are remembered
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy import abi
-from mmemb_deploy.backends.session import Extended, Prefilled, Session, prompt_inputs
-from mmemb_deploy.preprocess import Floats, Ints
-from mmemb_deploy.rows import Batch
+from mmemb_deploy.backends.protocol import Extended, Prefilled, Session, prompt_inputs
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.inputs.preprocess import Floats, Ints
+from mmemb_deploy.inputs.rows import Batch
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class HostCache:
 
 
 class HostDecoder:
-    """`embedder` and `generator` read and write the tensors of `mmemb_deploy.abi`; without a generator it prefills."""
+    """`embedder` and `generator` read and write the tensors of `bundle.abi`; without a generator it prefills."""
 
     def __init__(self, embedder: Session, generator: Session | None, layers: int) -> None:
         self._embedder, self._generator = embedder, generator

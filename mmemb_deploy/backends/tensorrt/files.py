@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mmemb_deploy.backends.device import Shape
-from mmemb_deploy.bundle import Bundle, Parity, file_hash
+from mmemb_deploy.bundle.folder import Bundle, file_hash
+from mmemb_deploy.bundle.manifest import Parity
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.files import write_whole
 

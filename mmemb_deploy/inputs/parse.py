@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmemb_deploy.errors import InputError, OptionError, check_known
-from mmemb_deploy.images import load_image, pixel_size, shown_value
+from mmemb_deploy.inputs.images import load_image, pixel_size, shown_value
 
 KEYS = ("text", "image", "images", "video", "fps", "timestamps")
 DEFAULT_FPS = 2.0  # frames per second of a video that names no times: the rate at which Qwen3-VL samples

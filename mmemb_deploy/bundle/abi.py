@@ -20,7 +20,7 @@ GENERATOR: Final = "generator"
 FAST_GRAPHS: Final = (VISION, EMBEDDER)  # all that a model without reasoning has
 GRAPHS: Final = (*FAST_GRAPHS, GATE, GENERATOR)
 
-# vision, in; the tables come from `mmemb_deploy.preprocess.vision_tables`
+# vision, in; the tables come from `mmemb_deploy.inputs.preprocess.vision_tables`
 PATCHES: Final = "patches"  # (N, P, F)
 INTERPOLATION_INDEX: Final = "interpolation_index"  # (P, 4)
 INTERPOLATION_WEIGHT: Final = "interpolation_weight"  # (P, 4)

@@ -15,10 +15,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy.bundle import CurvePoint, GateFacts
+from mmemb_deploy.bundle.manifest import CurvePoint, GateFacts
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.evaluation import Judge, Pair, encode_queries
+from mmemb_deploy.evaluation.pairs import Judge, Pair, encode_queries
 
 THRESHOLDS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, *np.arange(0.1, 1.0, 0.05).round(2).tolist(), 0.97, 0.99, 1.0)
 TOLERANCE = 0.005  # of hit@1 over all pairs: how far below the best of the curve the default threshold may be

@@ -8,11 +8,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from mmemb_deploy import abi
-from mmemb_deploy.backends.fused import FusedDecoder
-from mmemb_deploy.backends.host import HostDecoder
-from mmemb_deploy.backends.session import Decoder, Engine
-from mmemb_deploy.bundle import Bundle, Manifest
+from mmemb_deploy.backends.kv_cache.host import HostDecoder
+from mmemb_deploy.backends.kv_cache.inplace import FusedDecoder
+from mmemb_deploy.backends.protocol import Decoder, Engine
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.bundle.manifest import Manifest
 from mmemb_deploy.errors import BackendError, MissingExtraError, OptionError
 
 try:

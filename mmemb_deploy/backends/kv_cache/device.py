@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mmemb_deploy import abi
 from mmemb_deploy.backends.device import Device, DeviceEngine, Memory, Plane, Workspace, aligned, run_engine
-from mmemb_deploy.backends.session import Extended, Prefilled, prompt_inputs
-from mmemb_deploy.bundle import GraphFacts, ModelFacts
+from mmemb_deploy.backends.protocol import Extended, Prefilled, prompt_inputs
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.manifest import GraphFacts, ModelFacts
 from mmemb_deploy.errors import BackendError
-from mmemb_deploy.preprocess import Floats, Ints
-from mmemb_deploy.rows import Batch
+from mmemb_deploy.inputs.preprocess import Floats, Ints
+from mmemb_deploy.inputs.rows import Batch
 
 BUCKET = 64  # slots come in multiples of it, so that batches of about one length share their shapes
 VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a number in a cache, by its type in the manifest
@@ -107,7 +107,7 @@ class DeviceCache:
 
 
 class ResidentDecoder:
-    """`embedder` and `generator` read and write the tensors of `mmemb_deploy.abi`.
+    """`embedder` and `generator` read and write the tensors of `mmemb_deploy.bundle.abi`.
 
     `value_bytes` is the size of one number in the cache. Without a generator it only prefills.
     """

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy import abi
 from mmemb_deploy.backends.cuda import Cuda, Gpu, Graph, probe
 from mmemb_deploy.backends.device import Shape, Workspace, run_engine
-from mmemb_deploy.backends.engine_files import EngineSet, ProfileShapes, find_set, read_engine
-from mmemb_deploy.backends.resident import VALUE_BYTES, ResidentDecoder, value_bytes
-from mmemb_deploy.backends.session import Engine
-from mmemb_deploy.backends.tensorrt_api import Context, Library, LoadedEngine, load_library
-from mmemb_deploy.bundle import Bundle, Manifest
+from mmemb_deploy.backends.kv_cache.device import VALUE_BYTES, ResidentDecoder, value_bytes
+from mmemb_deploy.backends.protocol import Engine
+from mmemb_deploy.backends.tensorrt.api import Context, Library, LoadedEngine, load_library
+from mmemb_deploy.backends.tensorrt.files import EngineSet, ProfileShapes, find_set, read_engine
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.bundle.manifest import Manifest
 from mmemb_deploy.errors import BackendError
 
 

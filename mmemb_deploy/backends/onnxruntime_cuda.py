@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from mmemb_deploy import abi
 from mmemb_deploy.backends.cuda import Cuda, Gpu, probe
 from mmemb_deploy.backends.device import Shape
-from mmemb_deploy.backends.ort import OrtSession
-from mmemb_deploy.backends.resident import ResidentDecoder, value_bytes
-from mmemb_deploy.backends.session import Engine
-from mmemb_deploy.bundle import Bundle, GraphFacts
+from mmemb_deploy.backends.kv_cache.device import ResidentDecoder, value_bytes
+from mmemb_deploy.backends.onnxruntime import OrtSession
+from mmemb_deploy.backends.protocol import Engine
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.bundle.manifest import GraphFacts
 from mmemb_deploy.errors import BackendError, MissingExtraError
 
 try:

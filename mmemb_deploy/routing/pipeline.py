@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mmemb_deploy.backends.session import Cache
-from mmemb_deploy.bundle import BatchLimits, ModelFacts
+from mmemb_deploy.backends.protocol import Cache
+from mmemb_deploy.bundle.manifest import BatchLimits, ModelFacts
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.fast_path import FastPath
-from mmemb_deploy.generation import Generator, Reasoned
-from mmemb_deploy.preprocess import Floats
-from mmemb_deploy.router import Policy, highest
-from mmemb_deploy.rows import Row
+from mmemb_deploy.inputs.preprocess import Floats
+from mmemb_deploy.inputs.rows import Row
+from mmemb_deploy.routing.fast_path import FastPath
+from mmemb_deploy.routing.generation import Generator, Reasoned
+from mmemb_deploy.routing.router import Policy, highest
 
 if TYPE_CHECKING:
-    from mmemb_deploy.chat import Chat
-    from mmemb_deploy.reasoners import RemoteGenerator
+    from mmemb_deploy.reasoners.chat import Chat
+    from mmemb_deploy.reasoners.remote import RemoteGenerator
 
 
 @dataclass

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy.digitchain import FAMILIES, DigitChain
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.evaluation import Encoded, Judge, Pair, encode_queries
-from mmemb_deploy.router import Route
+from mmemb_deploy.evaluation.digitchain import FAMILIES, DigitChain
+from mmemb_deploy.evaluation.pairs import Encoded, Judge, Pair, encode_queries
+from mmemb_deploy.routing.router import Route
 
 MODES = ("never", "always", "auto", "random_gate", "oracle_gate", "shuffled_rationale", "empty_rationale")
 TIMED_PAIRS = 200  # of the mixed traffic, embedded one at a time, the modes in turn

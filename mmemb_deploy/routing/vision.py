@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmemb_deploy import abi
-from mmemb_deploy.backends.session import Session
-from mmemb_deploy.preprocess import Floats, VisionSpec, Visual, patches, vision_tables
-from mmemb_deploy.rows import by_grid
+from mmemb_deploy.backends.protocol import Session
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.inputs.preprocess import Floats, VisionSpec, Visual, patches, vision_tables
+from mmemb_deploy.inputs.rows import by_grid
 
 
 @dataclass(frozen=True)

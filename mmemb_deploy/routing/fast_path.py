@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from mmemb_deploy import abi
-from mmemb_deploy.backends.session import Cache, Decoder, Session
-from mmemb_deploy.preprocess import Floats
-from mmemb_deploy.rows import Row, collate
-from mmemb_deploy.vision import VisionEncoder
+from mmemb_deploy.backends.protocol import Cache, Decoder, Session
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.inputs.preprocess import Floats
+from mmemb_deploy.inputs.rows import Row, collate
+from mmemb_deploy.routing.vision import VisionEncoder
 
 
 @dataclass(frozen=True)

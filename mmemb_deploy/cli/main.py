@@ -16,7 +16,7 @@ import mmemb_deploy
 from mmemb_deploy.errors import MmembError, OptionError
 
 if TYPE_CHECKING:
-    from mmemb_deploy.bundle import GateFacts
+    from mmemb_deploy.bundle.manifest import GateFacts
 
 COMMANDS = "mmemb.commands"  # each entry is `register(app: typer.Typer) -> None`
 
@@ -87,7 +87,7 @@ def embed(
     """Embed a file or folder of inputs. Interrupted, the same command goes on where it stopped."""
     from mmemb_deploy.embedder import Embedder
     from mmemb_deploy.errors import check_known
-    from mmemb_deploy.jobs import check_output, embed_source, read_source
+    from mmemb_deploy.jobs.files import check_output, embed_source, read_source
     from mmemb_deploy.options import EncodeOptions
     from mmemb_deploy.progress import counting
 
@@ -108,7 +108,7 @@ def embed(
         raise OptionError("pass --reasoner, the server's address, and --reasoner-model, what it serves, or neither")
     remote = None
     if reasoner is not None and reasoner_model is not None:
-        from mmemb_deploy.reasoners import RemoteReasoner
+        from mmemb_deploy.reasoners.remote import RemoteReasoner
 
         remote = RemoteReasoner(
             reasoner,
@@ -153,7 +153,8 @@ def inspect(bundle: Bundle = None, as_json: Json = False) -> None:
     """Show what a bundle is: model, graphs, gate, certificate."""
     from rich.console import Console
 
-    from mmemb_deploy.bundle import NANO, read_manifest
+    from mmemb_deploy.bundle.folder import NANO
+    from mmemb_deploy.bundle.manifest import read_manifest
 
     folder = bundle or NANO
     manifest = read_manifest(folder)
@@ -253,11 +254,12 @@ def calibrate(
     """
     from rich.console import Console
 
-    from mmemb_deploy.bundle import Bundle, write_manifest
-    from mmemb_deploy.calibration import Budget, Target
-    from mmemb_deploy.calibration import calibrate as measure
+    from mmemb_deploy.bundle.folder import Bundle
+    from mmemb_deploy.bundle.manifest import write_manifest
     from mmemb_deploy.embedder import Embedder
-    from mmemb_deploy.evaluation import held_out_pairs
+    from mmemb_deploy.evaluation.calibration import Budget, Target
+    from mmemb_deploy.evaluation.calibration import calibrate as measure
+    from mmemb_deploy.evaluation.pairs import held_out_pairs
 
     given: dict[Budget, float | None] = {"reasoning_rate": reasoning_rate, "latency_ms": latency_ms, "quality": quality}
     asked = [Target(budget, value) for budget, value in given.items() if value is not None]

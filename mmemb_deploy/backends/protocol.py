@@ -13,10 +13,10 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 from numpy.typing import NDArray
 
-from mmemb_deploy import abi
-from mmemb_deploy.bundle import Bundle
-from mmemb_deploy.preprocess import Floats, Ints
-from mmemb_deploy.rows import Batch
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.inputs.preprocess import Floats, Ints
+from mmemb_deploy.inputs.rows import Batch
 
 
 class Session(Protocol):

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT for RTX: their names, the engines that were built, and how they run."""

@@ -1,0 +1,74 @@
+"""A bundle on disk, and the checks that a runtime makes before it trusts one.
+
+bundle/manifest.json  tokenizer.json  vision.onnx  embedder.onnx  gate.onnx  generator.onnx  *.onnx.data
+
+A bundle of an embedding model that does not reason has neither gate nor generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from mmemb_deploy.bundle.manifest import MANIFEST, Manifest, read_manifest
+from mmemb_deploy.errors import CertificateError, IntegrityError
+
+NANO = Path(__file__).parents[1] / "assets" / "nano"  # the bundle that ships with this package
+
+
+class Bundle:
+    """A folder that passed every check: `folder` and `manifest`."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    def graph(self, name: str) -> Path:
+        """Return the path of a graph's ONNX file."""
+        return self.folder / self.manifest.graphs[name].file
+
+    @classmethod
+    def open(cls, folder: Path) -> Bundle:
+        """Read a bundle and check its schema, its files' hashes and its certificate.
+
+        Raises BundleError if there is none at `folder`, and its subclasses for what is wrong with it.
+        """
+        bundle = cls(folder, read_manifest(folder))
+        check_files(folder, bundle.manifest.files)
+        if bundle.manifest.certificate is None:
+            raise CertificateError(f"{folder} has no certificate: export it again")
+        bundle.manifest.certificate.check()
+        return bundle
+
+    @classmethod
+    def nano(cls) -> Bundle:
+        """Open the bundle that ships with this package."""
+        return cls.open(NANO)
+
+
+def check_files(folder: Path, hashes: dict[str, str]) -> None:
+    """Raise IntegrityError for the first file that is missing, changed, or outside the folder."""
+    for name, expected in hashes.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise IntegrityError(f"{folder / MANIFEST}: the path {name!r} leaves the bundle; refuse this bundle")
+        path = folder / name
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing; copy the bundle again, whole")
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise IntegrityError(f"{path} is a link that leaves the bundle; copy the file itself")
+        if file_hash(path) != expected:
+            raise IntegrityError(f"{path} was changed: its sha256 differs from the manifest's; copy the bundle again")
+
+
+def file_hash(path: Path) -> str:
+    """Return a file's sha256, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def bundle_files(folder: Path) -> Iterator[str]:
+    """Yield the paths, inside a bundle's folder, of the files that its manifest hashes."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            yield path.relative_to(folder).as_posix()

@@ -1,0 +1,1 @@
+"""Retrieval quality with and without reasoning, and the gate's calibration on it."""

@@ -1,0 +1,1 @@
+"""Embedding files and folders, in chunks that survive an interruption."""

@@ -1,0 +1,1 @@
+"""Who writes rationales in place of a bundle's own generator."""

@@ -1,0 +1,1 @@
+"""From rows to embeddings: the fast path, the gate, who reasons, and decoding from the KV cache."""
