@@ -17,13 +17,13 @@ from mmemb_deploy.bundle.manifest import TOKENIZER, Manifest
 from mmemb_deploy.errors import InputError, MissingExtraError, OptionError, check_known
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.preprocess import Floats
-from mmemb_deploy.inputs.prompts import PAD, PromptEncoder
+from mmemb_deploy.inputs.prompts import PAD, PATH_MARKERS, PromptEncoder
 from mmemb_deploy.inputs.rows import Row, RowEncoder
 from mmemb_deploy.options import EncodeOptions, Options
 from mmemb_deploy.progress import counting
 from mmemb_deploy.results import Detail, EncodeResult, Timings
 from mmemb_deploy.routing.fast_path import FastPath
-from mmemb_deploy.routing.generation import PATH_MARKERS, Generator
+from mmemb_deploy.routing.generation import Generator
 from mmemb_deploy.routing.pipeline import Item, Pipeline
 from mmemb_deploy.routing.router import MODES, Policy, Route
 from mmemb_deploy.routing.vision import VisionEncoder
@@ -61,7 +61,9 @@ class Embedder:
         if reasoner is not None and manifest.gate is None:
             raise OptionError(f"reasoner is {reasoner.name}: this bundle does not reason, so pass none")
         self._remote = None if reasoner is None else reasoner.generator(encoder.prompt, manifest.limits)
-        self.pipeline = Pipeline(fast_path, Generator(engine.decoder, markers), model, manifest.batch, self._remote)
+        self.pipeline = Pipeline(
+            fast_path, Generator(engine.decoder, encoder.prompt), model, manifest.batch, self._remote
+        )
 
     @classmethod
     def load(
@@ -246,7 +248,7 @@ class Embedder:
             try:
                 request = parse(content, self.manifest.limits)
                 row = self.encoder.row(request, instruction)
-                given = None if rationale is None else self.encoder.prompt.words(rationale)
+                given = None if rationale is None else self.encoder.prompt.tokenize(rationale)
                 self._check_length(row, given or [])
                 chat = None
                 if self._remote is not None and given is None and options.reasoning != "never":

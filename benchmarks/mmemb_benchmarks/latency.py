@@ -20,8 +20,8 @@ from mmemb_benchmarks.startup import timed
 from mmemb_benchmarks.traffic import Traffic
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.evaluation.pairs import Encoded, Judge, Pair, encode_queries
+from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_deploy.options import EncodeOptions
-from mmemb_deploy.routing.generation import PATH_MARKERS
 from mmemb_deploy.routing.router import Route
 
 WARM_UP = 4  # requests, in every mode

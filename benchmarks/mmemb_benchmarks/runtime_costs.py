@@ -102,7 +102,7 @@ def _round(embedder: Embedder, batch: list[str], written: int) -> dict[str, floa
     parts = prefill + decode
     _, routed = timed(embedder.encode, batch[:1], **reasons)
     _, again = timed(fast_path.run, [row.extended(reasoned.token_ids)])
-    _, whole = timed(fast_path.run, [replace(row, head=0)])
+    _, whole = timed(fast_path.run, [replace(row, prefix=0)])
     return found | {
         "prefill, seconds": prefill,
         "decode, seconds": decode,
@@ -110,7 +110,7 @@ def _round(embedder: Embedder, batch: list[str], written: int) -> dict[str, floa
         "routed over its parts": routed / parts,
         "two passes over the same parts": (parts + again) / parts,
         "prefill without prefix reuse over with it": whole / prefill,
-        "tokens of a prompt over those after its head": row.length / (row.length - row.head),
+        "tokens of a prompt over those after its head": row.length / (row.length - row.prefix),
     }
 
 

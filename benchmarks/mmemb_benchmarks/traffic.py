@@ -107,4 +107,4 @@ def prompt_tokens(embedder: Embedder, traffic: Traffic) -> list[int]:
         )
         for pair in traffic.pairs
     )
-    return [row.length - row.head for row in rows]
+    return [row.length - row.prefix for row in rows]

@@ -39,7 +39,7 @@ class Maker:
     def text(self, tokens: int, rng: np.random.Generator) -> str:
         """Return random letters of about so many tokens."""
         prompt = self.encoder.prompt
-        return prompt.decode(prompt.words("".join(rng.choice(LETTERS, size=4 * tokens)))[:tokens])
+        return prompt.decode(prompt.tokenize("".join(rng.choice(LETTERS, size=4 * tokens)))[:tokens])
 
     def image(self, rng: np.random.Generator, ratio: float = 1.0) -> Image.Image:
         """Return a picture of coarse shapes and fine noise, its width `ratio` times its height."""

@@ -17,8 +17,8 @@ from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.manifest import GraphFacts, Manifest
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.inputs.preprocess import MAX_ASPECT_RATIO, VisionSpec
+from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_deploy.inputs.rows import Row
-from mmemb_deploy.routing.generation import PATH_MARKERS
 
 USUAL_TOKENS, USUAL_PATCHES = 256, 1024  # of a prompt and an image, until traffic says otherwise
 

@@ -25,7 +25,7 @@ class Expected:
     direct_D: Floats  # at the prompt's last token, L2-normalised
     reasons: bool  # `<think>` is more likely than stop
     reasoned_D: Floats  # at the path's last token, L2-normalised
-    greedy: list[int]  # the likeliest token after `<think>` and after every word that follows
+    greedy: list[int]  # the likeliest token after `<think>` and after every token that follows
 
 
 class Reference:
@@ -37,18 +37,17 @@ class Reference:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._model = checkpoint.model
-        self._ids = checkpoint.rows.prompt.ids
-        self._reasons = checkpoint.facts.prompt.reasons
+        self._prompt = checkpoint.rows.prompt
         self._vision = checkpoint.vision
         self._processor = checkpoint.image_processor
 
-    def run(self, request: Request, row: Row, words: Sequence[int]) -> Expected:
-        """Forward a prompt followed by `<think>`, the words of a rationale, `</think>` and `<|gen_emb|>`.
+    def run(self, request: Request, row: Row, rationale_ids: Sequence[int]) -> Expected:
+        """Forward a prompt followed by `<think>`, a rationale, `</think>` and `<|gen_emb|>`.
 
         In a layout without reasoning the prompt stands alone.
         """
-        ids = self._ids
-        path = [ids[prompts.THINK], *words, ids[prompts.END_THINK], ids[prompts.GEN_EMB]] if self._reasons else []
+        ids, layout = self._prompt.ids, self._prompt.layout
+        path = self._prompt.path(rationale_ids) if layout.reasons else []
         token_ids_1S = torch.tensor([[*row.token_ids_S.tolist(), *path]])
         kinds_1S = (token_ids_1S == ids[prompts.IMAGE_PAD]) + 2 * (token_ids_1S == ids[prompts.VIDEO_PAD])
         inputs: dict[str, Any] = {
@@ -59,7 +58,8 @@ class Reference:
         if request.images:
             processed = self._processor(images=list(request.images), return_tensors="pt")
             inputs |= {"pixel_values": processed["pixel_values"], "image_grid_thw": processed["image_grid_thw"]}
-        frames = row.visuals[len(request.images) :] if self._reasons else row.visuals[: -len(request.images) or None]
+        images = len(request.images)
+        frames = row.visuals[: -images or None] if layout.video_first else row.visuals[images:]
         if frames:
             inputs |= {
                 "pixel_values_videos": torch.from_numpy(
@@ -71,7 +71,7 @@ class Reference:
             self._model.model.rope_deltas = None
             hidden_SD: Tensor = self._model.model(**inputs).last_hidden_state[0]
             disc = row.length - 1
-            logits_TV = self._model.lm_head(hidden_SD[disc : disc + len(words) + 2])
+            logits_TV = self._model.lm_head(hidden_SD[disc : disc + len(rationale_ids) + 2])
         think, stop = ids.get(prompts.THINK), ids[prompts.STOP]
         return Expected(
             direct_D=F.normalize(hidden_SD[disc], dim=-1).numpy(),

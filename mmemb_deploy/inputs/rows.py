@@ -31,7 +31,7 @@ class Row:
     position_ids_3S: Ints
     visuals: tuple[Visual, ...]
     visual_index_S: Ints  # 1 + the visual token's place in this row, 0 for a word
-    head: int = 0  # tokens at its start that do not depend on the input: system message and instruction
+    prefix: int = 0  # tokens at its start that do not depend on the input: system message and instruction
 
     @property
     def length(self) -> int:
@@ -78,7 +78,7 @@ class RowEncoder:
             image_tokens=[image.tokens for image in images],
             video_tokens=[(seconds, frame.tokens) for seconds, frame in zip(times, frames, strict=True)],
         )
-        visuals = (*images, *frames) if self.prompt.format.reasons else (*frames, *images)
+        visuals = (*frames, *images) if self.prompt.layout.video_first else (*images, *frames)
         token_ids_S = np.asarray(ids, np.int64)
         shown_S = np.isin(token_ids_S, self._pads)
         return Row(
@@ -86,7 +86,7 @@ class RowEncoder:
             rotary_positions(ids, visuals, self._pads, self.vision.merge_size),
             visuals,
             np.where(shown_S, shown_S.cumsum(), 0),
-            self.prompt.head(instruction),
+            self.prompt.prefix_length(instruction),
         )
 
 
@@ -100,7 +100,7 @@ class Batch:
     visual_index_BT: Ints
     next_position_B: Ints  # rotary position of the token that follows each row
     visuals: tuple[Visual, ...]
-    head: int  # tokens at the start of every row that are the same in all and do not depend on the inputs
+    prefix: int  # tokens at the start of every row that are the same in all and do not depend on the inputs
 
     @property
     def last_B(self) -> Ints:
@@ -124,16 +124,18 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
         before += row.visual_tokens
     visuals = tuple(visual for row in rows for visual in row.visuals)
     next_position_B = np.array([row.next_position for row in rows], np.int64)
-    return Batch(token_ids_BT, position_ids_3BT, mask_BT, visual_index_BT, next_position_B, visuals, _shared_head(rows))
+    return Batch(
+        token_ids_BT, position_ids_3BT, mask_BT, visual_index_BT, next_position_B, visuals, _shared_prefix(rows)
+    )
 
 
-def _shared_head(rows: Sequence[Row]) -> int:
+def _shared_prefix(rows: Sequence[Row]) -> int:
     first = rows[0]
     same = all(
-        row.head == first.head and np.array_equal(row.token_ids_S[: row.head], first.token_ids_S[: first.head])
+        row.prefix == first.prefix and np.array_equal(row.token_ids_S[: row.prefix], first.token_ids_S[: first.prefix])
         for row in rows[1:]
     )
-    return first.head if same else 0
+    return first.prefix if same else 0
 
 
 def by_grid(visuals: Sequence[Visual]) -> dict[tuple[int, int], list[int]]:

@@ -112,7 +112,7 @@ class RemoteGenerator:
         words = said.partition(END_THINK)[0].removeprefix(THINK)
         if not words.strip():
             return Rationale([], failure="the answer is empty")
-        ids = self._prompt.words(words)
+        ids = self._prompt.tokenize(words)
         return Rationale(ids[:max_tokens], choice.finish_reason == "length" or len(ids) > max_tokens)
 
 

@@ -5,7 +5,7 @@ Nothing is prefilled twice: the first token that enters the decoder here is `<th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,7 @@ import numpy as np
 
 from mmemb_deploy.backends.protocol import Cache, Decoder, Extended
 from mmemb_deploy.inputs.preprocess import Floats, Ints
-from mmemb_deploy.inputs.prompts import END_THINK, GEN_EMB, PAD, THINK
-
-PATH_MARKERS = 3  # `<think>`, `</think>` and `<|gen_emb|>` around a rationale
+from mmemb_deploy.inputs.prompts import END_THINK, GEN_EMB, PAD, PATH_MARKERS, THINK, PromptEncoder
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class _Live:
 
     place: int
     token: int  # to be fed next
-    words: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     truncated: bool = False
 
 
@@ -49,13 +47,13 @@ def greedy(logits_BW: Floats) -> Ints:
 class Generator:
     """Decoding over a batch in which finished rows leave."""
 
-    def __init__(self, decoder: Decoder[Any], markers: Mapping[str, int]) -> None:
+    def __init__(self, decoder: Decoder[Any], prompt: PromptEncoder) -> None:
         self._decoder = decoder
-        self._markers = dict(markers)
-        self._marker_ids = frozenset(markers.values())
+        self._prompt = prompt
+        self._marker_ids = frozenset(prompt.ids.values())
 
     def generate(self, caches: Sequence[Cache], max_tokens: int, choose: Choose = greedy) -> list[Reasoned]:
-        """Write a rationale of at most `max_tokens` words for every row of the caches and embed it, a token a step.
+        """Write a rationale of at most `max_tokens` tokens for every row of the caches and embed it, a token a step.
 
         Any marker that is chosen closes the rationale, as `</think>` does.
         """
@@ -63,25 +61,25 @@ class Generator:
             return self._write(cache, max_tokens, choose)
 
     def _write(self, cache: Any, max_tokens: int, choose: Choose) -> list[Reasoned]:
-        end_think, gen_emb = self._markers[END_THINK], self._markers[GEN_EMB]
+        end_think, gen_emb = self._prompt.ids[END_THINK], self._prompt.ids[GEN_EMB]
         finished: dict[int, Reasoned] = {}
-        live = [_Live(place, self._markers[THINK]) for place in range(len(cache))]
+        live = [_Live(place, self._prompt.ids[THINK]) for place in range(len(cache))]
         while live:
             fed = [row.token for row in live]
             step = self._feed(cache, [[token] for token in fed])
             cache = step.cache
             for row, embedding_D, chosen in zip(live, step.embeddings_BD, choose(step.logits_BW).tolist(), strict=True):
                 if row.token == gen_emb:
-                    finished[row.place] = Reasoned(embedding_D, row.words, row.truncated)
+                    finished[row.place] = Reasoned(embedding_D, row.token_ids, row.truncated)
                 elif row.token == end_think:
                     row.token = gen_emb
                 elif chosen in self._marker_ids:
                     row.token = end_think
-                elif len(row.words) == max_tokens:
+                elif len(row.token_ids) == max_tokens:
                     row.token, row.truncated = end_think, True
                 else:
                     row.token = chosen
-                    row.words.append(chosen)
+                    row.token_ids.append(chosen)
             if gen_emb in fed:
                 kept = [place for place, token in enumerate(fed) if token != gen_emb]
                 live = [live[place] for place in kept]
@@ -90,20 +88,18 @@ class Generator:
 
     def follow(self, caches: Sequence[Cache], rationales: Sequence[Sequence[int]]) -> list[Reasoned]:
         """Embed given rationales, one per row of the caches, in a single pass over their tokens."""
-        paths = [
-            [self._markers[THINK], *words, self._markers[END_THINK], self._markers[GEN_EMB]] for words in rationales
-        ]
+        paths = [self._prompt.path(token_ids) for token_ids in rationales]
         with self._decoder.stack(caches, max(map(len, paths))) as cache:
             step = self._feed(cache, paths)
         return [
-            Reasoned(embedding_D, list(words), truncated=False)
-            for embedding_D, words in zip(step.embeddings_BD, rationales, strict=True)
+            Reasoned(embedding_D, list(token_ids), truncated=False)
+            for embedding_D, token_ids in zip(step.embeddings_BD, rationales, strict=True)
         ]
 
     def _feed(self, cache: Any, tokens: Sequence[Sequence[int]]) -> Extended[Any]:
         """Run every row's tokens after the cache."""
         lengths_B = np.array([len(row) for row in tokens], np.int64)
-        token_ids_BT: Ints = np.full((len(tokens), int(lengths_B.max())), self._markers[PAD], np.int64)
+        token_ids_BT: Ints = np.full((len(tokens), int(lengths_B.max())), self._prompt.ids[PAD], np.int64)
         for place, row in enumerate(tokens):
             token_ids_BT[place, : len(row)] = row
         return self._decoder.extend(cache, token_ids_BT, lengths_B)

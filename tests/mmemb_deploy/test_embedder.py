@@ -164,7 +164,7 @@ def test_a_given_rationale_gives_what_the_same_generated_one_gave(
     written = tiny_embedder.encode(mixed_inputs, reasoning="always", return_details=True)
     rationales = [detail.rationale for detail in written.details if detail]
     round_trips = [
-        detail is not None and encoder.prompt.words(detail.rationale or "") == list(detail.rationale_ids)
+        detail is not None and encoder.prompt.tokenize(detail.rationale or "") == list(detail.rationale_ids)
         for detail in written.details
     ]
     assert any(round_trips)

@@ -30,7 +30,7 @@ def test_without_an_instruction_its_line_is_left_out(encoder: PromptEncoder) -> 
 
 
 def test_a_rationale_is_a_whole_path(encoder: PromptEncoder) -> None:
-    assert encoder.decode(encoder.rationale("it is 7;")) == "<think>it is 7;</think><|gen_emb|>"
+    assert encoder.decode(encoder.path(encoder.tokenize("it is 7;"))) == "<think>it is 7;</think><|gen_emb|>"
 
 
 @pytest.mark.parametrize("marker", MARKERS)

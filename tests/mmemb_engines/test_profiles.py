@@ -13,7 +13,7 @@ from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import Manifest
 from mmemb_deploy.errors import InputError, OptionError
 from mmemb_deploy.inputs.preprocess import VisionSpec, resized_size, resized_video_size
-from mmemb_deploy.routing.generation import PATH_MARKERS
+from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_engines.profiles import boxes, demand_of_limits, demand_of_traffic, most_patches, profiles
 from mmemb_engines.traffic import read_traffic
 

@@ -51,7 +51,7 @@ def test_given_rationales_give_what_the_same_generated_ones_gave(fused: Path, mi
     encoder = embedder.encoder
     written = embedder.encode(mixed_inputs, reasoning="always", return_details=True)
     details = [detail for detail in written.details if detail is not None]
-    same = [encoder.prompt.words(detail.rationale or "") == list(detail.rationale_ids) for detail in details]
+    same = [encoder.prompt.tokenize(detail.rationale or "") == list(detail.rationale_ids) for detail in details]
     assert any(same)
     followed = embedder.encode(mixed_inputs, rationales=[detail.rationale for detail in details])
     assert (followed * written.embeddings).sum(axis=1)[same].min() >= 0.99999

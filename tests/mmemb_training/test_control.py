@@ -2,26 +2,23 @@
 
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from mmemb_deploy import BackendError, OptionError
+from mmemb_deploy import OptionError
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint
 from mmemb_training.control.grpo import ControlRecipe, train_control
 from mmemb_training.control.policy import Batch, chunks_of, policy_terms, read_alone
 from mmemb_training.control.rewards import Rewards, Rollout, advantages, score_group
 from mmemb_training.control.rollouts import decisions, draw_groups
-from mmemb_training.control.served import PolicyWorker, ServedRollouts
 from mmemb_training.encoder import Encoder, Reading
 from mmemb_training.loop import Schedule
 from mmemb_training.lora import LoraSettings
 from mmemb_training.nano.digits import Digits
-from mmemb_training.samples import query_row
 from mmemb_training.selection.bank import TargetBank, mine_negatives
 
 CANDIDATES_CD = np.eye(4, dtype=np.float32)
@@ -109,11 +106,11 @@ def test_rollouts_carry_the_embedding_that_the_encoder_gives_them(drawn: Any, ti
     direct = torch.nn.functional.normalize(batch.old.direct_BD, dim=1).numpy()
     for place, group in enumerate(batch.groups):
         for one in group:
-            expected = direct[place] if one.words is None else next(reasoned)
+            expected = direct[place] if one.token_ids is None else next(reasoned)
             np.testing.assert_allclose(one.embedding_D, expected, atol=1e-4)
-            assert one.words is None or len(one.words) <= 9
+            assert one.token_ids is None or len(one.token_ids) <= 9
     ids = set(tiny.rows.prompt.ids.values())
-    assert not any(set(one.words or ()) & ids for group in batch.groups for one in group)
+    assert not any(set(one.token_ids or ()) & ids for group in batch.groups for one in group)
 
 
 def test_the_policy_gradient_prefers_what_is_rewarded_and_skips_what_was_forced(drawn: Any, tiny: Checkpoint) -> None:
@@ -130,7 +127,9 @@ def test_the_policy_gradient_prefers_what_is_rewarded_and_skips_what_was_forced(
 
     def rewarded(batch: Batch, kind: bool) -> Batch:
         scored = [
-            replace(one, reward_G=np.array([float((member.words is not None) is kind) for member in group], np.float32))
+            replace(
+                one, reward_G=np.array([float((member.token_ids is not None) is kind) for member in group], np.float32)
+            )
             for one, group in zip(batch.scored, batch.groups, strict=True)
         ]
         return replace(batch, scored=scored)
@@ -144,11 +143,11 @@ def test_the_policy_gradient_prefers_what_is_rewarded_and_skips_what_was_forced(
 
 
 def test_control_trains_logs_every_term_and_resumes_bit_for_bit(
-    drawn: Any, tiny_checkpoint: FilePath, tiny: Checkpoint, tmp_path: FilePath
+    drawn: Any, tiny_checkpoint: Path, tiny: Checkpoint, tmp_path: Path
 ) -> None:
     samples, bank, _ = drawn
 
-    def run(checkpoint: Checkpoint, folder: FilePath, steps: int) -> list[dict[str, float]]:
+    def run(checkpoint: Checkpoint, folder: Path, steps: int) -> list[dict[str, float]]:
         iterator = train_control(checkpoint, lambda turn: samples[turn : turn + 4], RECIPE, folder, bank=bank)
         return list(islice(iterator, steps))
 
@@ -184,7 +183,7 @@ def test_a_recipe_that_cannot_resume_is_refused() -> None:
         Rewards(cost=-1)
 
 
-def test_questions_read_in_parts_give_the_same_run(drawn: Any, tiny_checkpoint: FilePath, tmp_path: FilePath) -> None:
+def test_questions_read_in_parts_give_the_same_run(drawn: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
     samples, bank, _ = drawn
     losses = []
     for size in (64, 3):
@@ -196,7 +195,7 @@ def test_questions_read_in_parts_give_the_same_run(drawn: Any, tiny_checkpoint: 
     assert losses[1] == pytest.approx(losses[0], rel=5e-3)  # float32 sums, in another order, through four steps
 
 
-def test_adapters_leave_the_reference_where_it_was(drawn: Any, tiny_checkpoint: FilePath, tmp_path: FilePath) -> None:
+def test_adapters_leave_the_reference_where_it_was(drawn: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
     samples, bank, _ = drawn
     recipe = replace(RECIPE, lora=LoraSettings(rank=4))
     rows = {
@@ -207,53 +206,3 @@ def test_adapters_leave_the_reference_where_it_was(drawn: Any, tiny_checkpoint: 
         assert rows["lora"][0][name] == pytest.approx(0, abs=1e-5)
         assert rows["lora"][-1][name] > 0
     assert rows["lora"][0]["reward"] == pytest.approx(rows["full"][0]["reward"], abs=1e-5)
-
-
-def test_a_served_policy_is_asked_in_the_layout_of_the_encoder(
-    endpoint: Any, tiny: Checkpoint, tiny_checkpoint: FilePath, digits: Digits
-) -> None:
-    sent: list[Checkpoint] = []
-    tasks = ("chain-3", "text", "chain-2")
-    samples = [next(one for one in digits.samples if one.question.task == task) for task in tasks]
-    worker = PolicyWorker(
-        tiny.rows.prompt.format,
-        base_url=f"http://127.0.0.1:{endpoint.server_port}/v1",
-        model="policy",
-        samples=4,
-        max_tokens=6,
-    )
-    groups = ServedRollouts(worker, sent.append)(tiny, samples, size=4, paired=True, max_tokens=6, seed=(0, 0))
-    assert sent == [tiny]
-    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
-    ids = tiny.rows.prompt.ids
-    bodies = {endpoint.asked(body): body for body in endpoint.received}
-    for sample in samples:
-        row = query_row(sample.question, tiny.rows)
-        body = bodies[sample.question.content["text"]]
-        rendered = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False)
-        pad, shown = ids["<|image_pad|>"], iter(row.visuals)
-        expanded = [one for token in rendered for one in [token] * (next(shown).tokens if token == pad else 1)]
-        assert expanded == [*row.token_ids_S.tolist(), ids["<think>"]]
-        assert (body["n"], body["stop"], body["max_tokens"]) == (4, "</think>", 6)
-    reading = read_alone(Encoder(tiny).eval(), chunks_of(samples, groups, tiny.rows, 3))
-    reasoned = iter(torch.nn.functional.normalize(reading.reasoned_RD, dim=1).numpy())
-    for group in groups:
-        kinds = {one.words is None for one in group}
-        assert kinds == {True, False}
-        for one in group:
-            if one.words is not None:
-                np.testing.assert_allclose(one.embedding_D, next(reasoned), atol=1e-4)
-                assert len(one.words) <= 6
-
-
-def test_a_failing_server_stops_the_run(endpoint: Any, tiny: Checkpoint, digits: Digits) -> None:
-    endpoint.reply = lambda _: (400, {"error": {"message": "no such thing"}})
-    worker = PolicyWorker(
-        tiny.rows.prompt.format,
-        base_url=f"http://127.0.0.1:{endpoint.server_port}/v1",
-        model="policy",
-        samples=4,
-        max_tokens=6,
-    )
-    with pytest.raises(BackendError, match=r"the policy's server failed on train-3-\d+: BadRequestError"):
-        ServedRollouts(worker, lambda _: None)(tiny, digits.samples[:2], size=4, paired=True, max_tokens=6, seed=(0, 0))

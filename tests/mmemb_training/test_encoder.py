@@ -10,20 +10,20 @@ from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.rows import collate
 from mmemb_training.batches import encode_batch
 from mmemb_training.checkpoint import Checkpoint
-from mmemb_training.encoder import Encoder, Path
+from mmemb_training.encoder import Continuation, Encoder
 from mmemb_training.model import checkpoint_layers
 
-WORDS: tuple[list[int], ...] = ([5, 6, 7], [], [9, 8, 7, 6, 5, 4, 3])
+RATIONALES: tuple[list[int], ...] = ([5, 6, 7], [], [9, 8, 7, 6, 5, 4, 3])
 
 
 def test_paths_that_share_a_prefill_equal_whole_sequences(tiny: Checkpoint, mixed_inputs: list[Any]) -> None:
     rows = [tiny.rows.row(parse(content), "Find it.") for content in mixed_inputs]
-    paths = [Path(place, words) for place in (3, 1, 4) for words in WORDS]
+    paths = [Continuation(place, token_ids) for place in (3, 1, 4) for token_ids in RATIONALES]
     ids, encoder = tiny.rows.prompt.ids, Encoder(tiny).eval()
     with torch.no_grad():
         reading = encoder(rows, paths)
         for place, path in enumerate(paths):
-            tokens = [ids[prompts.THINK], *path.words, ids[prompts.END_THINK], ids[prompts.GEN_EMB]]
+            tokens = tiny.rows.prompt.path(path.token_ids)
             whole = collate([rows[path.prompt].extended(tokens)], 0)
             hidden_SD = encode_batch(tiny.model, whole, tiny.vision)[0][0]
             start = rows[path.prompt].length
@@ -32,16 +32,16 @@ def test_paths_that_share_a_prefill_equal_whole_sequences(tiny: Checkpoint, mixe
             torch.testing.assert_close(reading.reasoned_RD[place], hidden_SD[-1], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(reading.direct_BD[path.prompt], hidden_SD[start - 1], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(
-                reading.words_RT[place, : len(expected)], torch.stack(expected), rtol=1e-4, atol=1e-4
+                reading.logprobs_RT[place, : len(expected)], torch.stack(expected), rtol=1e-4, atol=1e-4
             )
-            assert not reading.words_RT[place, len(expected) :].any()
+            assert not reading.logprobs_RT[place, len(expected) :].any()
             decision = logp_SV[start - 1, [ids[prompts.THINK], ids[prompts.STOP]]]
             torch.testing.assert_close(reading.decision_B2[path.prompt], decision, rtol=1e-4, atol=1e-4)
 
 
 def test_embedding_alone_gives_the_same_states(tiny: Checkpoint, mixed_inputs: list[Any]) -> None:
     rows = [tiny.rows.row(parse(content), "") for content in mixed_inputs]
-    paths = [Path(place, words) for place in (0, 2) for words in WORDS]
+    paths = [Continuation(place, token_ids) for place in (0, 2) for token_ids in RATIONALES]
     encoder = Encoder(tiny).eval()
     with torch.no_grad():
         reading = encoder(rows, paths)
@@ -56,7 +56,9 @@ def test_checkpointed_layers_give_the_same_gradients(tiny: Checkpoint, mixed_inp
 
     def gradients() -> list[torch.Tensor]:
         encoder.zero_grad()
-        torch.stack([value.square().sum() for value in encoder(rows, [Path(1, [5, 6]), Path(4, [7])])]).sum().backward()
+        torch.stack(
+            [value.square().sum() for value in encoder(rows, [Continuation(1, [5, 6]), Continuation(4, [7])])]
+        ).sum().backward()
         return [weight.grad.clone() for weight in encoder.parameters() if weight.grad is not None]
 
     kept = gradients()
@@ -67,6 +69,6 @@ def test_checkpointed_layers_give_the_same_gradients(tiny: Checkpoint, mixed_inp
 
 def test_a_batch_without_images_still_has_a_gradient_for_every_weight(tiny: Checkpoint) -> None:
     rows = [tiny.rows.row(parse(text), "") for text in ("one", "two and three")]
-    torch.stack([value.sum() for value in Encoder(tiny).train()(rows, [Path(0, [5])])]).sum().backward()
+    torch.stack([value.sum() for value in Encoder(tiny).train()(rows, [Continuation(0, [5])])]).sum().backward()
     assert all(weight.grad is not None for weight in tiny.model.parameters())
     assert not any(weight.grad.any() for weight in tiny.model.model.visual.parameters())

@@ -76,7 +76,9 @@ def test_the_loss_is_the_sum_of_its_parts_row_by_row(lessons: list[Lesson], tiny
         direct, reasoned, words, decisions = [], [], [], []
         for lesson in chosen:
             row = query_row(lesson.sample.question, tiny.rows)
-            path = [] if lesson.rationale is None else tiny.rows.prompt.rationale(lesson.rationale)
+            path = (
+                [] if lesson.rationale is None else tiny.rows.prompt.path(tiny.rows.prompt.tokenize(lesson.rationale))
+            )
             hidden_SD = encode_batch(model, collate([row.extended(path)], 0), tiny.vision)[0][0]
             logp_SV = F.log_softmax(model.lm_head(hidden_SD), dim=-1)
             direct.append(hidden_SD[row.length - 1])

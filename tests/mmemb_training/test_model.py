@@ -33,7 +33,7 @@ def test_a_padded_batch_of_all_modalities_equals_transformers(
     reference = Reference(checkpoint)
     requests = [parse(content) for content in mixed_inputs]
     rows = [checkpoint.rows.row(request, "Find the result.") for request in requests]
-    path = checkpoint.rows.prompt.rationale("a tiny corpus")
+    path = checkpoint.rows.prompt.path(checkpoint.rows.prompt.tokenize("a tiny corpus"))
     batch = collate([row.extended(path) for row in rows], checkpoint.rows.prompt.ids[PAD])
     with torch.no_grad():
         hidden_BTD, _ = encode_batch(checkpoint.model, batch, checkpoint.vision)

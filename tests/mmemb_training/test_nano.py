@@ -151,7 +151,7 @@ def test_workers_are_flawed_as_their_names_say() -> None:
 
 
 def test_every_rationale_fits_the_token_limit() -> None:
-    words = nano_checkpoint(0).rows.prompt.words
+    words = nano_checkpoint(0).rows.prompt.tokenize
     told = draw_digits("train", 6, 400).told.values()
     assert max(len(words(rule(*one))) for one in told for rule in (exact, verbose, slips, hollow)) <= (
         MAX_RATIONALE_TOKENS

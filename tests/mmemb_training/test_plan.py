@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from mmemb_deploy.errors import OptionError
 from mmemb_training import lora
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint
+from mmemb_training.encoder import Continuation as Rationale
 from mmemb_training.encoder import Encoder
-from mmemb_training.encoder import Path as Rationale
 from mmemb_training.losses import info_nce
 from mmemb_training.model import _LayerCache, _vision_block, checkpoint_layers  # pyright: ignore[reportPrivateUsage]
 from mmemb_training.plan.arithmetic import Load, forward_flops

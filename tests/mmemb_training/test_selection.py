@@ -55,7 +55,7 @@ def test_the_embedder_s_confidence_is_its_softmax_at_the_target(mined: list[Samp
             cosines = torch.stack([F.cosine_similarity(query_D, target_D, dim=0) for target_D in targets])
             return (cosines / 0.05).log_softmax(dim=0)
 
-        expected = [l(model.rows.prompt.rationale(text)) for text in texts]
+        expected = [l(model.rows.prompt.path(model.rows.prompt.tokenize(text))) for text in texts]
         assert confidence.without == pytest.approx(l([])[0].item(), abs=1e-3)
         assert confidence.with_each == pytest.approx([one[0].item() for one in expected], abs=1e-3)
         gains = [(one - l([]))[1:].mean().item() for one in expected]
@@ -70,7 +70,7 @@ def test_the_judge_s_confidence_is_yes_against_no_after_the_rationale(model: Che
         target=Target(content={"text": "seven", "image": image}, labels=frozenset("x")),
     )
     (found,) = JudgeEvaluator(model).confidences([sample], [["it is a seven", "no idea"]])
-    words = model.rows.prompt.words
+    words = model.rows.prompt.tokenize
     text = "Query: Find it. what is it?\nCandidate: seven"
     instruction = "Decide whether the candidate is what the query asks for. The query's images come first."
     prompt = model.rows.row(parse({"images": [image, image], "text": text}), instruction)

@@ -1,10 +1,10 @@
 """The model as every stage of training reads it: one prefill per prompt, and any number of rationales after it.
 
-    prompt ... <|disc_emb|>                                   direct embedding, decision, KV cache
-                            <think> words </think> <|gen_emb|>    reasoned embedding, log-probabilities of the words
+    prompt ... <|disc_emb|>                               direct embedding, decision, KV cache
+                 <think> rationale </think> <|gen_emb|>   reasoned embedding, log-probabilities of its tokens
 
-Paths continue from their prompt's cache, as the runtime does: the candidates of one query, or the rollouts of one
-group, share its prefill. Axes: B prompts, R paths, T tokens of a path, D hidden size, 2 = (`<think>`, stop).
+Rationales continue from their prompt's cache, as the runtime does: the candidates of one query, or the rollouts of one
+group, share its prefill. Axes: B prompts, R rationales, T tokens of a path, D hidden size, 2 = (`<think>`, stop).
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from mmemb_training.model import KeyValue, decoder_forward
 
 
 @dataclass(frozen=True)
-class Path:
-    """A rationale of one prompt: `words` are its token ids without markers."""
+class Continuation:
+    """A rationale that follows one prompt, by the prompt's index: its token ids, without markers."""
 
     prompt: int
-    words: Sequence[int]
+    token_ids: Sequence[int]
 
 
 class Reading(NamedTuple):
-    """What one forward pass found. States are not normalised; log-probabilities are 0 where a path has no word.
+    """What one forward pass found. States are not normalised; log-probabilities are 0 where a path has no token.
 
-    `words_RT` counts the words and `</think>`; `<think>` is the decision, and `<|gen_emb|>` is forced.
+    `logprobs_RT` holds the rationale's tokens and `</think>`; `<think>` is the decision, and `<|gen_emb|>` is forced.
     """
 
     direct_BD: Tensor
     decision_B2: Tensor
     reasoned_RD: Tensor
-    words_RT: Tensor
+    logprobs_RT: Tensor
 
 
 class Encoder(nn.Module):
@@ -51,10 +51,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.model = checkpoint.model
         self.spec = checkpoint.vision
-        self.ids = checkpoint.rows.prompt.ids
+        self.prompt = checkpoint.rows.prompt
+        self.ids = self.prompt.ids
 
-    def forward(self, rows: Sequence[Row], paths: Sequence[Path]) -> Reading:
-        """Read prompts, each up to `<|disc_emb|>`, and paths after some of them."""
+    def forward(self, rows: Sequence[Row], paths: Sequence[Continuation]) -> Reading:
+        """Read prompts, each up to `<|disc_emb|>`, and rationales after some of them."""
         batch = collate(rows, self.ids[prompts.PAD])
         hidden_BSD, cache = encode_batch(self.model, batch, self.spec)
         last_B = torch.from_numpy(batch.last_B).to(hidden_BSD.device)
@@ -65,26 +66,27 @@ class Encoder(nn.Module):
             return Reading(
                 direct_BD, decision_B2, direct_BD.new_zeros(0, direct_BD.shape[1]), decision_B2.new_zeros(0, 1)
             )
-        owners, tokens = [path.prompt for path in paths], [self._tokens(path) for path in paths]
+        owners, tokens = [path.prompt for path in paths], [self.prompt.path(path.token_ids) for path in paths]
         hidden_RTD, ids_RT, lengths_R = self._follow(batch, cache, owners, tokens)
         reasoned_RD = hidden_RTD[torch.arange(len(paths), device=last_B.device), lengths_R - 1]
         predicts_RT = torch.arange(hidden_RTD.shape[1] - 2, device=last_B.device) < lengths_R[:, None] - 2
         logits_NV = self.model.lm_head(hidden_RTD[:, :-2][predicts_RT]).float()
-        words_N = -nn.functional.cross_entropy(logits_NV, ids_RT[:, 1:-1][predicts_RT], reduction="none")
-        words_RT = words_N.new_zeros(predicts_RT.shape).masked_scatter(predicts_RT, words_N)
-        return Reading(direct_BD, decision_B2, reasoned_RD, words_RT)
+        logprobs_N = -nn.functional.cross_entropy(logits_NV, ids_RT[:, 1:-1][predicts_RT], reduction="none")
+        logprobs_RT = logprobs_N.new_zeros(predicts_RT.shape).masked_scatter(predicts_RT, logprobs_N)
+        return Reading(direct_BD, decision_B2, reasoned_RD, logprobs_RT)
 
-    def embed(self, rows: Sequence[Row], paths: Sequence[Path], *, at_once: int = 128) -> tuple[Tensor, Tensor]:
-        """Return the states at `<|disc_emb|>` (B, D) and `<|gen_emb|>` (R, D) alone, `at_once` paths in a pass."""
+    def embed(self, rows: Sequence[Row], paths: Sequence[Continuation], *, at_once: int = 128) -> tuple[Tensor, Tensor]:
+        """Return the states at `<|disc_emb|>` (B, D) and `<|gen_emb|>` (R, D) alone, `at_once` rationales in a pass."""
         batch = collate(rows, self.ids[prompts.PAD])
         hidden_BSD, cache = encode_batch(self.model, batch, self.spec)
         last_B = torch.from_numpy(batch.last_B).to(hidden_BSD.device)
         direct_BD = hidden_BSD[torch.arange(len(rows), device=last_B.device), last_B]
         reasoned_RD = direct_BD.new_empty(len(paths), direct_BD.shape[1])
-        order = sorted(range(len(paths)), key=lambda place: len(paths[place].words))
+        order = sorted(range(len(paths)), key=lambda place: len(paths[place].token_ids))
         for start in range(0, len(paths), at_once):
             places = order[start : start + at_once]
-            owners, tokens = [paths[place].prompt for place in places], [self._tokens(paths[place]) for place in places]
+            owners = [paths[place].prompt for place in places]
+            tokens = [self.prompt.path(paths[place].token_ids) for place in places]
             hidden_RTD, _, lengths_R = self._follow(batch, cache, owners, tokens)
             reasoned_RD[places] = hidden_RTD[torch.arange(len(places), device=last_B.device), lengths_R - 1]
         return direct_BD, reasoned_RD
@@ -93,14 +95,11 @@ class Encoder(nn.Module):
         """Return the logits after prompts that go on with tokens, (R, V); `continued` holds prompts and tokens."""
         batch = collate(rows, self.ids[prompts.PAD])
         _, cache = encode_batch(self.model, batch, self.spec)
-        owners, tokens = [owner for owner, _ in continued], [list(words) for _, words in continued]
+        owners, tokens = [owner for owner, _ in continued], [list(token_ids) for _, token_ids in continued]
         hidden_RTD, _, lengths_R = self._follow(batch, cache, owners, tokens)
         last_RD = hidden_RTD[torch.arange(len(tokens), device=lengths_R.device), lengths_R - 1]
         logits_RV: Tensor = self.model.lm_head(last_RD)
         return logits_RV
-
-    def _tokens(self, path: Path) -> list[int]:
-        return [self.ids[prompts.THINK], *path.words, self.ids[prompts.END_THINK], self.ids[prompts.GEN_EMB]]
 
     def _follow(
         self, batch: Batch, cache: list[KeyValue], owners: Sequence[int], tokens: Sequence[list[int]]

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mmemb_deploy.inputs.rows import Row
-from mmemb_training.encoder import Path, Reading
+from mmemb_training.encoder import Continuation, Reading
 
 Terms = dict[str, Tensor]
 Loss = Callable[[Sequence[Reading]], tuple[Tensor, Terms]]
@@ -29,7 +29,7 @@ class Chunk:
     """What the encoder reads at once."""
 
     rows: Sequence[Row]
-    paths: Sequence[Path]
+    paths: Sequence[Continuation]
 
 
 def backward(

@@ -21,7 +21,7 @@ from accelerate.utils import gather_object, pad_across_processes
 from torch import Tensor
 
 from mmemb_deploy.inputs.rows import RowEncoder
-from mmemb_training.encoder import Path, Reading
+from mmemb_training.encoder import Continuation, Reading
 from mmemb_training.grad_cache import Chunk
 from mmemb_training.losses import info_nce
 from mmemb_training.samples import Sample, query_row, target_row
@@ -68,7 +68,7 @@ class JointStep:
     ) -> None:
         self._objective = objective
         rows = [query_row(lesson.sample.question, encoder) for lesson in lessons]
-        words = [None if lesson.rationale is None else encoder.prompt.words(lesson.rationale) for lesson in lessons]
+        words = [None if lesson.rationale is None else encoder.prompt.tokenize(lesson.rationale) for lesson in lessons]
         # Alike lengths share a chunk, the rationale's first: little padding.
         order = sorted(range(len(rows)), key=lambda place: (len(words[place] or []), rows[place].length))
         lessons, rows = [lessons[place] for place in order], [rows[place] for place in order]
@@ -100,8 +100,8 @@ class JointStep:
         direct_QD = torch.cat([reading.direct_BD for reading in queries])
         decision_Q2 = torch.cat([reading.decision_B2 for reading in queries])
         reasoned_RD = torch.cat([reading.reasoned_RD for reading in queries])
-        words_R = torch.cat([reading.words_RT.sum(dim=1) for reading in queries])
-        counts_R = torch.cat([(reading.words_RT != 0).sum(dim=1) for reading in queries])
+        words_R = torch.cat([reading.logprobs_RT.sum(dim=1) for reading in queries])
+        counts_R = torch.cat([(reading.logprobs_RT != 0).sum(dim=1) for reading in queries])
         real_R = self._real_paths().to(reasons_Q.device)
         reasoned_RD, words_R, counts_R = reasoned_RD[real_R], words_R[real_R], counts_R[real_R]
         everyone_QD, everyone_RD = _gather(direct_QD, accelerator), _gather(reasoned_RD, accelerator)
@@ -133,10 +133,10 @@ class JointStep:
         return torch.tensor([[one in found for found in labels] for one in wanted])
 
 
-def _paths(words: Sequence[list[int] | None]) -> list[Path]:
+def _paths(words: Sequence[list[int] | None]) -> list[Continuation]:
     """Return the paths of a chunk; one without any gets an empty one, so that all processes run the same layers."""
-    found = [Path(place, path) for place, path in enumerate(words) if path is not None]
-    return found or [Path(0, [])]
+    found = [Continuation(place, path) for place, path in enumerate(words) if path is not None]
+    return found or [Continuation(0, [])]
 
 
 def _split(count: int, chunks: int) -> list[list[int]]:

@@ -416,7 +416,7 @@ class Bundle:
         embedder = assemble(*load_forgetful(Path(folder), backend, threads if device == "cpu" else None))
         self._fast_path, self._generator = embedder.pipeline.fast_path, embedder.pipeline.generator
         self._markers = list(embedder.manifest.markers.values())
-        self._head = embedder.encoder.prompt.head(INSTRUCTION)
+        self._prefix = embedder.encoder.prompt.prefix_length(INSTRUCTION)
         self._batch_tokens = embedder.manifest.batch.tokens
 
     def _prefill(self, ids: Ids) -> Any:
@@ -427,7 +427,7 @@ class Bundle:
 
         positions = np.tile(np.arange(len(ids[0])), (3, 1))
         shown = np.zeros(len(ids[0]), np.int64)
-        rows = [Row(np.array(row, np.int64), positions, (), shown, self._head) for row in ids]
+        rows = [Row(np.array(row, np.int64), positions, (), shown, self._prefix) for row in ids]
         size = max(1, self._batch_tokens // len(ids[0]))
         return [self._fast_path.run(rows[start : start + size]) for start in range(0, len(rows), size)]
 

@@ -137,7 +137,7 @@ def compare(
         )
     return {
         "tokens": tokens,
-        "head_tokens": encoder.prompt.head(INSTRUCTION),
+        "head_tokens": encoder.prompt.prefix_length(INSTRUCTION),
         "written": written,
         "rounds": rounds,
         "threads": threads,
@@ -163,7 +163,7 @@ def prompts(encoder: RowEncoder, rows: int, tokens: int, seed: int) -> Ids:
     made = []
     for _ in range(rows):
         text = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), size=4 * tokens))
-        words = encoder.prompt.words(text)[: tokens - empty]
+        words = encoder.prompt.tokenize(text)[: tokens - empty]
         row = encoder.row(parse(encoder.prompt.decode(words)), INSTRUCTION)
         made.append(row.token_ids_S.tolist())
     return made

@@ -23,7 +23,7 @@ from mmemb_deploy.bundle.manifest import ModelFacts
 from mmemb_deploy.inputs.preprocess import Floats, Ints
 from mmemb_deploy.inputs.rows import Batch
 
-HEADS = 8  # prompts' heads whose caches are remembered
+PREFIXES = 8  # of prompts, whose caches are remembered
 
 
 class FusedGraph(Protocol):
@@ -95,36 +95,36 @@ class FusedDecoder:
         self._model = model
         self._past = tuple(abi.past_names(model.layers))
         self._present = tuple(abi.present_names(model.layers))
-        self._heads: dict[bytes, tuple[NDArray[Any], ...]] = {}  # of prompts, by their token ids
+        self._prefixes: dict[bytes, tuple[NDArray[Any], ...]] = {}  # caches of prompts' prefixes, by their token ids
         self._spare: dict[str, NDArray[np.uint8]] = {}  # what the last stack left: new memory is slow to touch
 
     def prefill(self, batch: Batch, visual_tokens_VD: Floats, deepstack_LVD: Floats) -> Prefilled[BufferCache]:
         """Run prompts. Padding follows a row's own tokens, which therefore never see it.
 
-        A prompt that runs alone reuses the cache of its head: the attention continues several tokens in one row only.
+        A prompt that runs alone reuses the cache of its prefix: the attention continues several tokens in one row only.
         """
         visual = {abi.VISUAL_TOKENS: visual_tokens_VD, abi.DEEPSTACK: deepstack_LVD}
-        if len(batch.token_ids_BT) == 1 and batch.head:
-            return self._prefill(batch, batch.head, self._head_cache(batch), visual)
+        if len(batch.token_ids_BT) == 1 and batch.prefix:
+            return self._prefill(batch, batch.prefix, self._prefix_cache(batch), visual)
         return self._prefill(batch, 0, self._empty(len(batch.token_ids_BT)), visual)
 
-    def _head_cache(self, batch: Batch) -> tuple[NDArray[Any], ...]:
-        """Return keys and values of the batch's head, (1, H, head, E) each."""
-        key = batch.token_ids_BT[0, : batch.head].tobytes()
-        if key not in self._heads:
-            if len(self._heads) == HEADS:
-                self._heads.pop(next(iter(self._heads)))
-            head = Batch(
-                token_ids_BT=batch.token_ids_BT[:, : batch.head],
-                position_ids_3BT=batch.position_ids_3BT[:, :, : batch.head],
-                mask_BT=batch.mask_BT[:, : batch.head],
-                visual_index_BT=batch.visual_index_BT[:, : batch.head],
+    def _prefix_cache(self, batch: Batch) -> tuple[NDArray[Any], ...]:
+        """Return keys and values of the batch's prefix, (1, H, prefix, E) each."""
+        key = batch.token_ids_BT[0, : batch.prefix].tobytes()
+        if key not in self._prefixes:
+            if len(self._prefixes) == PREFIXES:
+                self._prefixes.pop(next(iter(self._prefixes)))
+            prefix = Batch(
+                token_ids_BT=batch.token_ids_BT[:, : batch.prefix],
+                position_ids_3BT=batch.position_ids_3BT[:, :, : batch.prefix],
+                mask_BT=batch.mask_BT[:, : batch.prefix],
+                visual_index_BT=batch.visual_index_BT[:, : batch.prefix],
                 next_position_B=batch.next_position_B,
                 visuals=(),
-                head=0,
+                prefix=0,
             )
-            self._heads[key] = self._prefill(head, 0, self._empty(1), self._zero_row).cache.tensors
-        return self._heads[key]
+            self._prefixes[key] = self._prefill(prefix, 0, self._empty(1), self._zero_row).cache.tensors
+        return self._prefixes[key]
 
     def _prefill(
         self, batch: Batch, start: int, past: Sequence[NDArray[Any]], visual: Mapping[str, NDArray[Any]]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mmemb_deploy.inputs.rows import RowEncoder
 from mmemb_training.control.rewards import Rollout, Scored, advantages
 from mmemb_training.control.rollouts import Group
-from mmemb_training.encoder import Path, Reading
+from mmemb_training.encoder import Continuation, Reading
 from mmemb_training.grad_cache import Chunk
 from mmemb_training.samples import Sample, query_row
 
@@ -39,7 +39,12 @@ def chunks_of(samples: Sequence[Sample], groups: Sequence[Group], encoder: RowEn
     for start in range(0, len(samples), size):
         part = groups[start : start + size]
         rows = [query_row(sample.question, encoder) for sample in samples[start : start + size]]
-        chunks.append(Chunk(rows, [Path(place, one.words) for place, one in _reasoning(part) if one.words is not None]))
+        chunks.append(
+            Chunk(
+                rows,
+                [Continuation(place, one.token_ids) for place, one in _reasoning(part) if one.token_ids is not None],
+            )
+        )
     return chunks
 
 
@@ -51,21 +56,23 @@ def read_alone(encoder: Any, chunks: Sequence[Chunk]) -> Reading:
 
 def merged(readings: Sequence[Reading]) -> Reading:
     """Return the readings of chunks as one, words padded to the longest."""
-    longest = max(reading.words_RT.shape[1] for reading in readings)
-    words = [F.pad(reading.words_RT, (0, longest - reading.words_RT.shape[1])) for reading in readings]
+    longest = max(reading.logprobs_RT.shape[1] for reading in readings)
+    words = [F.pad(reading.logprobs_RT, (0, longest - reading.logprobs_RT.shape[1])) for reading in readings]
     direct, decision, reasoned = (torch.cat(parts) for parts in list(zip(*readings, strict=True))[:3])
     return Reading(direct, decision, reasoned, torch.cat(words))
 
 
 def _reasoning(groups: Sequence[Group]) -> list[tuple[int, Rollout]]:
     """Return the rollouts that reason, with their questions' places, in the order of the encoder's paths."""
-    return [(place, rollout) for place, group in enumerate(groups) for rollout in group if rollout.words is not None]
+    return [
+        (place, rollout) for place, group in enumerate(groups) for rollout in group if rollout.token_ids is not None
+    ]
 
 
 def policy_terms(reading: Reading, batch: Batch, clip: float) -> dict[str, Tensor]:
     """Return the terms of the loss: policy_decision, policy_words, kl and anchor."""
     device = reading.direct_BD.device
-    reasons_QG = torch.tensor([[one.words is not None for one in group] for group in batch.groups], device=device)
+    reasons_QG = torch.tensor([[one.token_ids is not None for one in group] for group in batch.groups], device=device)
     drawn_QG = torch.tensor([[not one.forced for one in group] for group in batch.groups], device=device)
     everyone = np.ones(len(batch.groups[0]), bool)
     whole_QG = torch.tensor(np.stack([advantages(scored.reward_G, everyone) for scored in batch.scored]), device=device)
@@ -81,25 +88,25 @@ def policy_terms(reading: Reading, batch: Batch, clip: float) -> dict[str, Tenso
     drift = 1 - F.cosine_similarity(ours, theirs, dim=1)
     terms = {
         "policy_decision": -(decided_QG * drawn_QG).sum() / drawn_QG.sum().clamp(min=1),
-        "policy_words": reading.words_RT.sum() * 0.0,
+        "policy_words": reading.logprobs_RT.sum() * 0.0,
         "kl": kl_Q.mean(),
         "anchor": drift.mean(),
     }
-    if reading.words_RT.numel():
-        spoken_RT = _spoken(batch, reading.words_RT)
+    if reading.logprobs_RT.numel():
+        spoken_RT = _spoken(batch, reading.logprobs_RT)
         count = spoken_RT.sum().clamp(min=1)
-        gained_RT = _clipped(reading.words_RT - batch.old.words_RT, among_QG[reasons_QG][:, None], clip)
-        behind_RT = batch.reference.words_RT - reading.words_RT
+        gained_RT = _clipped(reading.logprobs_RT - batch.old.logprobs_RT, among_QG[reasons_QG][:, None], clip)
+        behind_RT = batch.reference.logprobs_RT - reading.logprobs_RT
         terms["policy_words"] = -(gained_RT * spoken_RT).sum() / count
         terms["kl"] = terms["kl"] + ((behind_RT.exp() - behind_RT - 1) * spoken_RT).sum() / count
     return terms
 
 
-def _spoken(batch: Batch, words_RT: Tensor) -> Tensor:
+def _spoken(batch: Batch, logprobs_RT: Tensor) -> Tensor:
     """Return which words were drawn, (R, T): all and `</think>`, but for a `</think>` that the token limit forced."""
-    drawn_R = [len(one.words or ()) + (not one.truncated) for _, one in _reasoning(batch.groups)]
-    places_T = torch.arange(words_RT.shape[1], device=words_RT.device)
-    return places_T < torch.tensor(drawn_R, device=words_RT.device)[:, None]
+    drawn_R = [len(one.token_ids or ()) + (not one.truncated) for _, one in _reasoning(batch.groups)]
+    places_T = torch.arange(logprobs_RT.shape[1], device=logprobs_RT.device)
+    return places_T < torch.tensor(drawn_R, device=logprobs_RT.device)[:, None]
 
 
 def _clipped(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -111,13 +118,13 @@ def statistics(batch: Batch) -> dict[str, Tensor]:
     """Return what to log of a batch: each reward term, the reasoning rate, length, and the gap by task."""
     rollouts = [rollout for group in batch.groups for rollout in group]
     drawn = [rollout for rollout in rollouts if not rollout.forced]
-    lengths = [len(rollout.words) for rollout in rollouts if rollout.words is not None]
+    lengths = [len(rollout.token_ids) for rollout in rollouts if rollout.token_ids is not None]
     figures = {
         "reward": np.mean([scored.reward_G.mean() for scored in batch.scored]),
         "reward_adaptive": np.mean([scored.adaptive_G.mean() for scored in batch.scored]),
         "reward_well_formed": np.mean([scored.well_formed_G.mean() for scored in batch.scored]),
         "reward_embedding": np.mean([scored.embedding_G.mean() for scored in batch.scored]),
-        "reasoning_rate": np.mean([rollout.words is not None for rollout in drawn]) if drawn else 0.0,
+        "reasoning_rate": np.mean([rollout.token_ids is not None for rollout in drawn]) if drawn else 0.0,
         "rationale_tokens": np.mean(lengths) if lengths else 0.0,
     }
     for task in sorted({sample.question.task for sample in batch.samples}):

@@ -50,7 +50,7 @@ class Rollout:
     A `forced` decision was not drawn from the policy, but put there to pair the group.
     """
 
-    words: tuple[int, ...] | None
+    token_ids: tuple[int, ...] | None
     embedding_D: Floats
     truncated: bool = False
     forced: bool = False
@@ -71,11 +71,11 @@ def score_group(group: Sequence[Rollout], candidates_CD: Floats, rewards: Reward
     """Return the rewards of one group, whose target is the first of the candidates."""
     similarity_GC = np.stack([rollout.embedding_D for rollout in group]) @ candidates_CD.T
     own_G, others_GC = similarity_GC[:, 0], similarity_GC[:, 1:]
-    reasons_G = np.array([rollout.words is not None for rollout in group])
+    reasons_G = np.array([rollout.token_ids is not None for rollout in group])
     s_G = own_G - rewards.temperature * _logsumexp(others_GC / rewards.temperature)
     paired = reasons_G.any() and not reasons_G.all()
     gap_G = np.where(reasons_G, s_G - s_G[~reasons_G].mean() if paired else 0.0, np.nan)
-    share_G = np.array([len(rollout.words or ()) / max_tokens for rollout in group])
+    share_G = np.array([len(rollout.token_ids or ()) / max_tokens for rollout in group])
     stops = -np.clip(gap_G[reasons_G].mean() / rewards.sigma, -1, 1) if paired else 0.0
     adaptive_G = np.where(reasons_G, np.clip(gap_G / rewards.sigma, -1, 1) - rewards.cost * share_G, stops)
     well_formed_G = np.array([not rollout.truncated for rollout in group], np.float64)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_training.plan.shapes import ModelShape
-
-PATH_MARKERS = 3  # <think>, </think>, <|gen_emb|>
 
 
 @dataclass(frozen=True, kw_only=True)

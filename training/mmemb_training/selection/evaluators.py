@@ -20,7 +20,7 @@ from mmemb_deploy.errors import OptionError
 from mmemb_deploy.inputs.parse import Request, parse
 from mmemb_deploy.inputs.rows import Row
 from mmemb_training.checkpoint import Checkpoint
-from mmemb_training.encoder import Encoder, Path
+from mmemb_training.encoder import Continuation, Encoder
 from mmemb_training.samples import Sample, query_row
 from mmemb_training.selection.bank import TargetBank
 
@@ -59,8 +59,8 @@ class EmbedderEvaluator:
 
     def confidences(self, samples: Sequence[Sample], rationales: Sequence[Sequence[str]]) -> list[Confidence]:
         """Return the confidence in every sample, given each of its rationales in turn."""
-        words = self._rows.prompt.words
-        paths = [Path(place, words(text)) for place, given in enumerate(rationales) for text in given]
+        words = self._rows.prompt.tokenize
+        paths = [Continuation(place, words(text)) for place, given in enumerate(rationales) for text in given]
         with torch.inference_mode():
             states = self._encoder.embed([query_row(sample.question, self._rows) for sample in samples], paths)
         direct_QD, reasoned_RD = (F.normalize(state.float(), dim=-1) for state in states)
@@ -96,7 +96,7 @@ class JudgeEvaluator:
 
     def confidences(self, samples: Sequence[Sample], rationales: Sequence[Sequence[str]]) -> list[Confidence]:
         """Return the confidence in every sample, given each of its rationales in turn."""
-        words = self._rows.prompt.words
+        words = self._rows.prompt.tokenize
         ask = words("Does the candidate match? Answer:")
         tails = [[ask, *(words(f"About the query: {text}\n") + ask for text in given)] for given in rationales]
         prompts = [self._pair_row(sample) for sample in samples]
@@ -128,5 +128,5 @@ class JudgeEvaluator:
         )
 
     def _word(self, word: str) -> int:
-        (*_, token) = self._rows.prompt.words(f" {word}")
+        (*_, token) = self._rows.prompt.tokenize(f" {word}")
         return token
