@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.evaluation.controls import Outcome, compare_modes
+from mmemb_deploy.evaluation.controls import compare_modes
 from mmemb_deploy.evaluation.digitchain import DigitChain, Example
 from mmemb_deploy.evaluation.pairs import Judge, Pair, encode_queries
+from mmemb_deploy.evaluation.routes import Outcome
 from mmemb_deploy.results import Detail
 
 SHOWN = ("match", "name", "chain-2", "chain-3", "chain-4", "chain-5", "text")

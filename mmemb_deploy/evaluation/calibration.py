@@ -1,6 +1,6 @@
 """The gate's curve: what every threshold gives on held-out pairs, and the default threshold that follows from it.
 
-Axes: Q pairs, T timed pairs, 2 the routes (without, with reasoning), M members of a group.
+Axes: Q pairs, M members of a group.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from statistics import NormalDist
 from typing import Literal
 
@@ -18,7 +17,8 @@ from numpy.typing import NDArray
 from mmemb_deploy.bundle.manifest import CurvePoint, GateFacts
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.evaluation.pairs import Judge, Pair, encode_queries
+from mmemb_deploy.evaluation.pairs import Pair
+from mmemb_deploy.evaluation.routes import Routes, measure_routes
 
 THRESHOLDS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, *np.arange(0.1, 1.0, 0.05).round(2).tolist(), 0.97, 0.99, 1.0)
 TOLERANCE = 0.005  # of hit@1 over all pairs: how far below the best of the curve the default threshold may be
@@ -41,31 +41,28 @@ class Target:
 
 @dataclass(frozen=True)
 class Measured:
-    """Both routes of every pair: hits (2, Q), gate scores, rationale tokens, and the seconds (2, T) of some alone."""
+    """Both routes of the pairs to calibrate on, and the group of each, whose quality is watched."""
 
-    hits_2Q: NDArray[np.bool_]
-    scores_Q: NDArray[np.float64]
-    tokens_Q: NDArray[np.int64]
-    timed_T: NDArray[np.int64]
-    seconds_2T: NDArray[np.float64]
-    groups: tuple[NDArray[np.bool_], ...]  # members of each group of pairs, (Q,)
+    routes: Routes
+    groups_Q: NDArray[np.str_]
 
     def point(self, threshold: float) -> CurvePoint:
         """Return what one threshold gives."""
-        reasons_Q = self.scores_Q >= threshold
-        hits_Q = np.where(reasons_Q, self.hits_2Q[1], self.hits_2Q[0])
-        seconds_T = np.where(reasons_Q[self.timed_T], self.seconds_2T[1], self.seconds_2T[0])
+        outcome = self.routes.gate(threshold)
+        hits_Q = outcome.hits_Q
+        names = sorted(set(self.groups_Q.tolist()))
+        members = {name: self.groups_Q == name for name in names}
         return CurvePoint(
             threshold=threshold,
-            reasoning_rate=float(reasons_Q.mean()),
+            reasoning_rate=float(outcome.reasoned_Q.mean()),
             quality=float(hits_Q.mean()),
             quality_interval=wilson_interval(int(hits_Q.sum()), len(hits_Q)),
             worst_group=min(
-                float(hits_Q[members].mean()) - _reference(self.hits_2Q[:, members], len(self.groups))
-                for members in self.groups
+                float(hits_Q[members[name]].mean()) - reference_quality(self.routes, members[name], len(names))
+                for name in names
             ),
-            rationale_tokens=float((self.tokens_Q * reasons_Q).mean()),
-            latency_ms=1000 * float(seconds_T.mean()),
+            rationale_tokens=float(outcome.tokens_Q.mean()),
+            latency_ms=1000 * float(np.nanmean(outcome.seconds_Q)),
         )
 
 
@@ -74,30 +71,15 @@ def calibrate(embedder: Embedder, pairs: Sequence[Pair], name: str, target: Targ
 
     Raises OptionError, naming what can be reached, for a target that no threshold reaches.
     """
-    measured = measure(embedder, pairs)
+    timed = range(0, len(pairs), max(1, len(pairs) // TIMED_PAIRS))[:TIMED_PAIRS]
+    routes = measure_routes(embedder, pairs, timed=timed)
+    measured = Measured(routes, np.array([pair.group for pair in pairs]))
     curve = [measured.point(threshold) for threshold in THRESHOLDS]
     if target is None:
         return GateFacts(threshold=default_threshold(curve), calibration=name, curve=tuple(curve))
     chosen = meet(target, measured)
     curve = sorted({point.threshold: point for point in (*curve, chosen)}.values(), key=lambda point: point.threshold)
     return GateFacts(threshold=chosen.threshold, calibration=name, curve=tuple(curve))
-
-
-def measure(embedder: Embedder, pairs: Sequence[Pair]) -> Measured:
-    """Embed the queries of pairs by both routes, and some of them alone for their latency."""
-    judge = Judge(embedder, pairs)
-    never, always = (encode_queries(embedder, pairs, reasoning=mode) for mode in ("never", "always"))
-    names_Q = np.array([pair.group for pair in pairs])
-    timed = list(islice(range(0, len(pairs), max(1, len(pairs) // TIMED_PAIRS)), TIMED_PAIRS))
-    alone = [pairs[place] for place in timed]
-    return Measured(
-        hits_2Q=np.stack([judge.hits(never.embeddings_QD), judge.hits(always.embeddings_QD)]),
-        scores_Q=np.array([detail.gate_score for detail in never.details]),
-        tokens_Q=np.array([detail.rationale_tokens for detail in always.details]),
-        timed_T=np.array(timed),
-        seconds_2T=np.array([_seconds(embedder, alone, mode) for mode in ("never", "always")]),
-        groups=tuple(names_Q == name for name in sorted(set(names_Q.tolist()))),
-    )
 
 
 def default_threshold(curve: Sequence[CurvePoint]) -> float:
@@ -120,8 +102,9 @@ def meet(target: Target, measured: Measured) -> CurvePoint:
 
     Thresholds are the scores that occurred, and one above them all. Raises OptionError where none meets it.
     """
-    above_all = np.nextafter(max(1.0, float(measured.scores_Q.max())), 2)
-    points = [measured.point(float(score)) for score in np.unique([*measured.scores_Q, above_all])]  # rate falls
+    scores_Q = measured.routes.never.scores_Q
+    above_all = np.nextafter(max(1.0, float(scores_Q.max())), 2)
+    points = [measured.point(float(score)) for score in np.unique([*scores_Q, above_all])]  # the rate falls
 
     def value(point: CurvePoint) -> float:
         return float(getattr(point, target.budget))
@@ -150,23 +133,15 @@ def wilson_interval(hits: int, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _reference(hits_2M: NDArray[np.bool_], groups: int) -> float:
+def reference_quality(routes: Routes, members_Q: NDArray[np.bool_], groups: int) -> float:
     """Return what a group of pairs must reach, from its hits without and with reasoning.
 
     That is hit@1 with reasoning where reasoning is better beyond chance, and without it elsewhere: reasoning has to
     earn its cost. Chance is a normal test of the paired difference at 5%, two-sided, for all groups together
     (Bonferroni): one of many groups always looks better.
     """
-    gain_M = hits_2M[1].astype(np.float64) - hits_2M[0]
+    never_M, always_M = routes.never.hits_Q[members_Q], routes.always.hits_Q[members_Q]
+    gain_M = always_M - never_M
     errors = NormalDist().inv_cdf(1 - CHANCE / (2 * groups))
     earned = gain_M.mean() > errors * gain_M.std() / np.sqrt(len(gain_M))
-    return float(hits_2M[int(earned)].mean())
-
-
-def _seconds(embedder: Embedder, pairs: Sequence[Pair], reasoning: str) -> list[float]:
-    """Return the seconds each pair's query takes alone."""
-    return [
-        detail.timings.total
-        for pair in pairs
-        for detail in encode_queries(embedder, [pair], reasoning=reasoning).details
-    ]
+    return float((always_M if earned else never_M).mean())

@@ -1,4 +1,4 @@
-"""Retrieval quality of a bundle on pairs: what calibration and benchmarks both measure with.
+"""Retrieval quality of a bundle on pairs, and the time of a query alone: what calibration and benchmarks measure with.
 
 Axes: Q pairs, D embedding size.
 """
@@ -6,7 +6,8 @@ Axes: Q pairs, D embedding size.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -100,6 +101,27 @@ def encode_queries(embedder: Embedder, pairs: Sequence[Pair], **options: Unpack[
         embeddings_QD[places] = result.embeddings
         details |= {place: detail for place, detail in zip(places, result.details, strict=True) if detail is not None}
     return Encoded(embeddings_QD, [details[place] for place in range(len(pairs))])
+
+
+def encode_alone(
+    embedder: Embedder, pairs: Sequence[Pair], settings: Mapping[str, EncodeOptions], *, warm_up: int = 1
+) -> Iterator[tuple[str, int, Encoded, float]]:
+    """Embed the query of every pair alone under every setting, the settings in turns of rotating order.
+
+    Yields the setting's name, the pair's index, what came of it, and the seconds it took, after `warm_up` pairs that do
+    not count. A setting's `rationales` hold one for every pair.
+    """
+    names = list(settings)
+    for turn, index in enumerate([*range(min(warm_up, len(pairs))), *range(len(pairs))]):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            options = settings[name].copy()
+            if (rationales := options.get("rationales")) is not None:
+                options["rationales"] = [rationales[index]]
+            began = time.perf_counter()
+            encoded = encode_queries(embedder, [pairs[index]], **options)
+            seconds = time.perf_counter() - began
+            if turn >= warm_up:
+                yield name, index, encoded, seconds
 
 
 class Judge:

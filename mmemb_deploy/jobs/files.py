@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import InputError, MissingExtraError, OptionError
+from mmemb_deploy.files import claim, whole
 from mmemb_deploy.options import EncodeOptions
 
 CHUNK = 256  # inputs; the unit of work that is kept
@@ -141,7 +142,7 @@ def embed_source(
     check_output(output)
     parts = output.with_name(output.name + ".parts")
     job = {
-        "source": source.fingerprint,
+        "inputs": source.fingerprint,
         "bundle": embedder.manifest.files,
         "options": options,
         "document": document,
@@ -149,7 +150,7 @@ def embed_source(
         "reasoner": None if embedder.reasoner is None else embedder.reasoner.name,
         "columns": COLUMNS,
     }
-    _claim(parts, hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest())
+    claim(parts, job, begun=any(parts.glob("*.npz")))
     encode = embedder.encode_document if document else embedder.encode_query
     starts = range(0, len(source.ids), CHUNK)
     for start in starts:
@@ -193,18 +194,6 @@ def check_output(output: Path) -> None:
         _parquet()
 
 
-def _claim(parts: Path, fingerprint: str) -> None:
-    """Take the folder for parts, unless another job left finished ones there."""
-    mark = parts / "job"
-    parts.mkdir(exist_ok=True)
-    if not any(parts.glob("*.npz")):
-        mark.write_text(fingerprint)
-    elif not mark.is_file() or mark.read_text() != fingerprint:
-        raise OptionError(
-            f"{parts} was left by a job with other inputs, options or bundle: run that one again, or delete the folder"
-        )
-
-
 def _columns(
     ids: Sequence[str], embeddings: NDArray[Any], details: Sequence[Any], errors: dict[int | None, str]
 ) -> Columns:
@@ -223,16 +212,14 @@ def _columns(
 
 
 def _write(target: Path, columns: Columns) -> None:
-    """Write a file beside its place and rename it, so that it is there whole or not at all."""
-    fresh = target.with_name(f".{target.name}.new")
-    if target.suffix == ".npz":
-        with fresh.open("wb") as file:
-            np.savez(file, allow_pickle=False, **columns)
-    else:
-        arrow, parquet = _parquet()
-        table = {name: list(values) if values.ndim > 1 else values for name, values in columns.items()}
-        parquet.write_table(arrow.table(table), fresh)
-    fresh.replace(target)
+    with whole(target) as new:
+        if target.suffix == ".npz":
+            with new.open("wb") as file:
+                np.savez(file, allow_pickle=False, **columns)
+        else:
+            arrow, parquet = _parquet()
+            table = {name: list(values) if values.ndim > 1 else values for name, values in columns.items()}
+            parquet.write_table(arrow.table(table), new)
 
 
 def _read_npz(path: Path) -> Columns:

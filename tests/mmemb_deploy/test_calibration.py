@@ -17,11 +17,12 @@ from mmemb_deploy.evaluation.calibration import (
     Budget,
     Measured,
     Target,
-    _reference,  # pyright: ignore[reportPrivateUsage]
     default_threshold,
     meet,
+    reference_quality,
     wilson_interval,
 )
+from mmemb_deploy.evaluation.routes import Outcome, Routes
 
 
 def curve(*points: tuple[float, float]) -> list[CurvePoint]:
@@ -47,27 +48,39 @@ def test_the_default_threshold_keeps_quality_overall_and_in_every_group(
     assert default_threshold(curve(*points)) == threshold
 
 
+def routes(never_hits: Any, always_hits: Any, scores: Any = 0.0) -> Routes:
+    """Pairs with these hits and scores; one takes 1 ms without and 5 ms with reasoning, which writes 7 tokens."""
+
+    def outcome(hits: Any, reasoned: float, tokens: float, seconds: float) -> Outcome:
+        hits_Q = np.asarray(hits, float)
+        reasoned_Q, tokens_Q, seconds_Q = (np.full(len(hits_Q), value) for value in (reasoned, tokens, seconds))
+        return Outcome(hits_Q, reasoned_Q, tokens_Q, np.zeros(len(hits_Q)) + scores, seconds_Q)
+
+    return Routes(outcome(never_hits, 0, 0, 0.001), outcome(always_hits, 1, 7, 0.005))
+
+
+def reference(never_hits: Any, always_hits: Any, groups: int) -> float:
+    return reference_quality(routes(never_hits, always_hits), np.ones(len(never_hits), bool), groups)
+
+
 def test_reasoning_has_to_earn_its_place_as_a_reference() -> None:
     never = np.array([True] * 50 + [False] * 50)
     much_better, by_chance = np.array([True] * 100), np.array([True] * 51 + [False] * 49)
-    assert _reference(np.stack([never, much_better]), 1) == 1.0
-    assert _reference(np.stack([never, by_chance]), 1) == 0.5
-    assert _reference(np.stack([much_better, never]), 1) == 1.0
+    assert reference(never, much_better, 1) == 1.0
+    assert reference(never, by_chance, 1) == 0.5
+    assert reference(much_better, never, 1) == 1.0
 
 
 def test_one_of_many_groups_has_to_earn_it_more_clearly() -> None:
     never, better = np.zeros(100, bool), np.arange(100) < 6  # 2.5 standard errors
-    assert _reference(np.stack([never, better]), 1) == 0.06
-    assert _reference(np.stack([never, better]), 7) == 0.0
+    assert reference(never, better, 1) == 0.06
+    assert reference(never, better, 7) == 0.0
 
 
 def measured(scores: list[float]) -> Measured:
-    """Pairs that reasoning answers and the fast path does not; it takes 1 ms without and 5 ms with reasoning."""
+    """Pairs that reasoning answers and the fast path does not."""
     count = len(scores)
-    hits = np.stack([np.zeros(count, bool), np.ones(count, bool)])
-    seconds = np.stack([np.full(count, 0.001), np.full(count, 0.005)])
-    everyone = (np.ones(count, bool),)
-    return Measured(hits, np.array(scores), np.full(count, 7), np.arange(count), seconds, everyone)
+    return Measured(routes(np.zeros(count), np.ones(count), np.array(scores)), np.array(["all"] * count))
 
 
 @pytest.mark.parametrize(

@@ -83,13 +83,28 @@ def test_an_interrupted_job_goes_on_after_the_last_finished_chunk(
 def test_parts_of_another_job_are_neither_used_nor_lost(tiny_embedder: Embedder, lines: Path, tmp_path: Path) -> None:
     parts = tmp_path / "out.npz.parts"
     parts.mkdir()
-    (parts / "job").write_text("another")
+    (parts / "job.json").write_text('{"inputs": "another"}')
     (parts / "000000000.npz").touch()
-    with pytest.raises(OptionError, match="was left by a job with other inputs, options or bundle"):
+    with pytest.raises(
+        OptionError, match=r"the work of another job, with another bundle and .*another inputs and another keep_going"
+    ):
         run(tiny_embedder, lines, tmp_path / "out.npz")
-    assert (parts / "job").read_text() == "another"
+    assert (parts / "job.json").read_text() == '{"inputs": "another"}'
     (parts / "000000000.npz").unlink()  # where nothing is finished, nothing can be mixed up
     assert run(tiny_embedder, lines, tmp_path / "out.npz", reasoning="never").rows == 7
+
+
+@pytest.mark.parametrize("mark", [None, "no JSON"])
+def test_parts_that_nobody_owns_are_not_used(
+    tiny_embedder: Embedder, lines: Path, tmp_path: Path, mark: str | None
+) -> None:
+    parts = tmp_path / "out.npz.parts"
+    parts.mkdir()
+    (parts / "000000000.npz").touch()
+    if mark is not None:
+        (parts / "job.json").write_text(mark)
+    with pytest.raises(OptionError, match="the work of another job"):
+        run(tiny_embedder, lines, tmp_path / "out.npz")
 
 
 def test_a_bad_row_is_named_by_its_place_in_the_whole_file(
@@ -98,7 +113,7 @@ def test_a_bad_row_is_named_by_its_place_in_the_whole_file(
     (tmp_path / "teal.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"input 5: .*no image of a known format"):
         run(tiny_embedder, lines, tmp_path / "out.npz", reasoning="never")
-    assert [path.name for path in sorted((tmp_path / "out.npz.parts").iterdir())] == ["000000000.npz", "job"]
+    assert [path.name for path in sorted((tmp_path / "out.npz.parts").iterdir())] == ["000000000.npz", "job.json"]
 
 
 def test_bad_rows_are_marked_and_the_others_survive(tiny_embedder: Embedder, lines: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def digitchain(
     embedder = assemble(*load_forgetful(bundle, "auto", threads))
     with notes.status("measuring") as status:
         result = run_digitchain(embedder, seed=seed, queries=queries, report=status.update)
-    found = {"queries": queries, "seed": seed, **result.as_json()}
+    found = {"queries": queries, "seed": seed, **result}
     finish(stamp("digitchain", found, embedder), output=output, as_json=as_json, show=_show_digitchain)
 
 

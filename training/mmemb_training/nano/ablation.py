@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.evaluation.calibration import calibrate
-from mmemb_deploy.evaluation.controls import Outcome, compare_modes
+from mmemb_deploy.evaluation.controls import compare_modes
 from mmemb_deploy.evaluation.digitchain import FAMILIES, DigitChain
 from mmemb_deploy.evaluation.pairs import Pair, encode_queries, held_out_pairs
+from mmemb_deploy.evaluation.routes import Outcome, Routes
 from mmemb_deploy.files import write_whole
 from mmemb_deploy.routing.router import highest
 from mmemb_training.checkpoint import Checkpoint
@@ -94,7 +95,7 @@ class Ablation:
         never, always, auto = modes["never"], modes["always"], modes["auto"]
         earlier = encode_queries(before, pairs, reasoning="never")
         reasons_Q = _top([detail.gate_score for detail in earlier.details], int(auto.reasoned_Q.sum()))
-        modes["stage3_decision"] = Outcome.routed(never, always, reasons_Q)
+        modes["stage3_decision"] = Routes(never, always).at(reasons_Q)
         rows = ("never", "always", "random_gate", "stage3_decision", "auto", "oracle_gate")
         stage3 = compare_modes(self._calibrated(self._joint()), pairs, SEEDS[0])
         return {
