@@ -23,7 +23,7 @@ class Expected:
     """One full forward pass over a prompt and a rationale's path, which is empty in a layout without reasoning."""
 
     direct_D: Floats  # at the prompt's last token, L2-normalised
-    reasons: bool  # `<think>` is more likely than stop
+    score: float  # probability of `<think>` against stop; NaN in a layout without reasoning
     reasoned_D: Floats  # at the path's last token, L2-normalised
     greedy: list[int]  # the likeliest token after `<think>` and after every token that follows
 
@@ -72,10 +72,12 @@ class Reference:
             hidden_SD: Tensor = self._model.model(**inputs).last_hidden_state[0]
             disc = row.length - 1
             logits_TV = self._model.lm_head(hidden_SD[disc : disc + len(rationale_ids) + 2])
-        think, stop = ids.get(prompts.THINK), ids[prompts.STOP]
+        score = float("nan")
+        if layout.reasons:
+            score = float(torch.sigmoid(logits_TV[0, ids[prompts.THINK]] - logits_TV[0, ids[prompts.STOP]]))
         return Expected(
             direct_D=F.normalize(hidden_SD[disc], dim=-1).numpy(),
-            reasons=think is not None and bool(logits_TV[0, think] > logits_TV[0, stop]),
+            score=score,
             reasoned_D=F.normalize(hidden_SD[-1], dim=-1).numpy(),
             greedy=logits_TV[1:].argmax(dim=-1).tolist(),
         )

@@ -45,7 +45,7 @@ def stills(mixed_inputs: list[Any]) -> list[Any]:
 
 def detailed(embedder: Embedder, inputs: list[Any], **options: Any) -> tuple[Any, list[Detail]]:
     """Embed, and return the vectors and the details, none of which is missing."""
-    result = embedder.encode(inputs, return_details=True, **options)
+    result = embedder.encode_detailed(inputs, **options)
     return result.embeddings, [detail for detail in result.details if detail is not None]
 
 
@@ -339,7 +339,7 @@ def test_a_video_is_refused_before_anything_is_asked(
     with pytest.raises(InputError, match=rf"input {place}: 'video' cannot be sent to a reasoner"):
         embedder.encode(mixed_inputs, reasoning="always")
     assert endpoint.received == []
-    result = embedder.encode(mixed_inputs, reasoning="always", errors="return")
+    result = embedder.encode_detailed(mixed_inputs, reasoning="always", errors="return")
     assert [error.index for error in result.errors] == [place]
     assert len(endpoint.received) == len(mixed_inputs) - 1
     video = [mixed_inputs[place]]

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from mmemb_deploy import Embedder, OptionError
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.cli.main import app
+from mmemb_deploy.cli.main import application
 from mmemb_deploy.evaluation.pairs import Pair
 from mmemb_export.recipe import Recipe
 from mmemb_export.write import export_bundle
@@ -124,7 +124,7 @@ def test_a_bundle_that_never_reasons_has_neither_gate_nor_generator(bundle: Path
 
 def test_auto_is_direct_and_the_score_is_absent(bundle: Path) -> None:
     embedder = Embedder.load(bundle)
-    result = embedder.encode(["a", "b"], return_details=True, truncate_dim=48)
+    result = embedder.encode_detailed(["a", "b"], truncate_dim=48)
     assert not embedder.reasons
     assert [detail.route.value for detail in result.details if detail] == ["fast", "fast"]
     assert all(np.isnan(detail.gate_score) for detail in result.details if detail)
@@ -148,12 +148,12 @@ def test_reasoning_is_refused_by_name(bundle: Path, options: Any, message: str) 
 
 def test_commands_say_what_such_a_bundle_has_not(bundle: Path, public: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke
-    assert run(app, ["verify", str(bundle)]).exit_code == 0
-    assert "gate" not in run(app, ["inspect", str(bundle)]).output.split("certificate")[0]
+    assert run(application(), ["verify", str(bundle)]).exit_code == 0
+    assert "gate" not in run(application(), ["inspect", str(bundle)]).output.split("certificate")[0]
     (tmp_path / "pairs.jsonl").write_text(
         json.dumps({"query": "a", "candidates": ["b", "c"], "relevant": [True, False]}) + "\n"
     )
-    refused = run(app, ["calibrate", str(bundle), "--data", str(tmp_path / "pairs.jsonl")])
+    refused = run(application(), ["calibrate", str(bundle), "--data", str(tmp_path / "pairs.jsonl")])
     assert isinstance(refused.exception, OptionError)
     assert "it has no gate" in str(refused.exception)
     adopt(public, tmp_path / "checkpoint")

@@ -18,19 +18,12 @@ import numpy as np
 from mmemb_deploy.backends.device import Device, DeviceEngine, Memory, Plane, Workspace, aligned, run_engine
 from mmemb_deploy.backends.protocol import Extended, Prefilled, prompt_inputs
 from mmemb_deploy.bundle import abi
-from mmemb_deploy.bundle.manifest import GraphFacts, ModelFacts
+from mmemb_deploy.bundle.manifest import ModelFacts
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.inputs.preprocess import Floats, Ints
 from mmemb_deploy.inputs.rows import Batch
 
 BUCKET = 64  # slots come in multiples of it, so that batches of about one length share their shapes
-VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a number in a cache, by its type in the manifest
-
-
-def value_bytes(embedder: GraphFacts) -> int:
-    """Return the size of one number in the cache that an embedder graph leaves."""
-    cached = next(tensor for tensor in embedder.outputs if tensor.name in abi.present_names(1))
-    return VALUE_BYTES[cached.dtype]
 
 
 @dataclass(frozen=True)
