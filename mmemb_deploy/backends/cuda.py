@@ -127,8 +127,8 @@ class Cuda:
     def copy(self, source: Plane, target: Plane, width: int, height: int) -> None:
         """Copy `height` lines of `width` bytes inside the device."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        places = target.address, target.pitch, source.address, source.pitch
-        self.call("cudaMemcpy2DAsync", *places, width, height, kind, self.stream)
+        planes = target.address, target.pitch, source.address, source.pitch
+        self.call("cudaMemcpy2DAsync", *planes, width, height, kind, self.stream)
 
     def capture(self, start: Callable[[], None]) -> Graph:
         """Record what `start` puts on the stream, without running it."""

@@ -204,7 +204,7 @@ def _columns(
         "rationale_tokens": np.array([detail.rationale_tokens if detail else 0 for detail in details], np.int64),
         "truncated": np.array([bool(detail and detail.truncated) for detail in details]),
         "fallback": np.array([(detail.fallback or "") if detail else "" for detail in details]),
-        "error": np.array([errors.get(place, "") for place in range(len(ids))]),
+        "error": np.array([errors.get(index, "") for index in range(len(ids))]),
     }
 
 

@@ -41,8 +41,8 @@ class CountingDecoder:
         self.prompts.append(len(batch.mask_BT))
         return self._decoder.prefill(batch, visual_tokens_VD, deepstack_LVD)
 
-    def stack(self, caches: Sequence[Any], room: int) -> AbstractContextManager[Any]:
-        return self._decoder.stack(caches, room)
+    def stack(self, caches: Sequence[Any], capacity: int) -> AbstractContextManager[Any]:
+        return self._decoder.stack(caches, capacity)
 
     def extend(self, cache: Any, token_ids_BT: Ints, lengths_B: Ints) -> Extended[Any]:
         self.extended += int(lengths_B.sum())
