@@ -75,7 +75,7 @@ class Decoder(Protocol[C]):
         ...
 
     def stack(self, caches: Sequence[C], capacity: int) -> AbstractContextManager[C]:
-        """Give one cache of all rows, to be extended by at most `capacity` tokens; its memory is its own till the end."""
+        """Give one cache of all rows, to be extended by at most `capacity` tokens; its memory is its own meanwhile."""
         ...
 
     def extend(self, cache: C, token_ids_BT: Ints, lengths_B: Ints) -> Extended[C]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy.backends.cuda import Cuda, Gpu, Graph, probe
+from mmemb_deploy.backends.cuda import Cuda, CudaGraph, Gpu, probe
 from mmemb_deploy.backends.device import Shape, Workspace, run_engine
 from mmemb_deploy.backends.kv_cache.device import ResidentDecoder
 from mmemb_deploy.backends.protocol import Engine
@@ -105,7 +105,7 @@ class EngineGraph:
         self._engine = engine
         self._contexts: dict[int, Any] = {}  # by the index of their profile, as the other two
         self._bound: dict[int, tuple[dict[str, Shape], dict[str, int]]] = {}
-        self._recorded: dict[int, Graph] = {}
+        self._recorded: dict[int, CudaGraph] = {}
 
     @property
     def inputs(self) -> frozenset[str]:
