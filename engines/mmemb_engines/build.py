@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmemb_deploy.backends.cuda import Cuda, probe
 from mmemb_deploy.backends.tensorrt.api import LIBRARIES, TENSORRT, Library, Network, Watcher, load_library
-from mmemb_deploy.backends.tensorrt.engine import engines_for
+from mmemb_deploy.backends.tensorrt.backend import engines_for
 from mmemb_deploy.backends.tensorrt.files import (
     ENGINES,
     TIMINGS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmemb_deploy.backends.tensorrt.engine import TensorRT
+from mmemb_deploy.backends.tensorrt.backend import TensorRT
 from mmemb_deploy.backends.tensorrt.files import EngineSet, write_set
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.embedder import Embedder, row_encoder

@@ -36,7 +36,7 @@ def choose_backend(name: str, bundle: Bundle, threads: int | None) -> tuple[Back
         from mmemb_deploy.backends.onnxruntime_cuda import OnnxRuntimeCuda
 
         return OnnxRuntimeCuda(), why
-    from mmemb_deploy.backends.tensorrt.engine import TensorRT
+    from mmemb_deploy.backends.tensorrt.backend import TensorRT
 
     return TensorRT(name), why
 
@@ -73,7 +73,7 @@ def _best(bundle: Bundle) -> tuple[str, str]:
 def _find_engines(bundle: Bundle, library: str, gpu: Gpu) -> None:
     """Raise BackendError unless verified engines of a library are there for a GPU."""
     from mmemb_deploy.backends.tensorrt.api import load_library
-    from mmemb_deploy.backends.tensorrt.engine import engines_for
+    from mmemb_deploy.backends.tensorrt.backend import engines_for
     from mmemb_deploy.backends.tensorrt.files import verified_set
 
     verified_set(bundle, engines_for(load_library(library), gpu))

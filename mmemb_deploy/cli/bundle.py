@@ -139,7 +139,7 @@ def verify(
         against = None if reference is None else OpenBundle.open(reference)
         measured = parity.measure(embedder, parity.reference_of(opened, against), parity.bounds_of(opened))
     if as_json:
-        found = {"verified": True, "backend": embedder.backend, "notes": embedder.notes}
+        found: dict[str, Any] = {"verified": True, "backend": embedder.backend, "notes": embedder.notes}
         if measured is not None:
             found["certificate"] = measured.model_dump(mode="json")
         print(json.dumps(found))

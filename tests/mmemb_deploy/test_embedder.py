@@ -300,7 +300,22 @@ def test_an_input_above_the_token_limit_is_refused(tiny_embedder: Embedder) -> N
 )
 def test_a_wrong_option_is_named(tiny_embedder: Embedder, options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        tiny_embedder.encode(["one", "two"], **options)
+        tiny_embedder.encode_detailed(["one", "two"], **options)
+
+
+def test_the_former_way_to_ask_for_details_still_works(tiny_embedder: Embedder) -> None:
+    inputs = ["one", "three plus four"]
+    expected = tiny_embedder.encode_detailed(inputs, reasoning="always")
+    former: Any = tiny_embedder.encode
+    with pytest.warns(DeprecationWarning, match=r"return_details\) is deprecated: call encode_detailed"):
+        found = former(inputs, reasoning="always", return_details=True)
+    np.testing.assert_array_equal(found.embeddings, expected.embeddings)
+    rationales = [[detail and detail.rationale_ids for detail in each.details] for each in (found, expected)]
+    assert rationales[0] == rationales[1]
+    with pytest.warns(DeprecationWarning, match=r"errors\) is deprecated"):
+        assert [error.index for error in former(["one", ""], errors="return").errors] == [1]
+    with pytest.warns(DeprecationWarning, match=r"errors\) is deprecated"):
+        assert former(inputs, errors="raise").shape == (2, tiny_embedder.dim)
 
 
 def test_a_lone_input_is_refused(tiny_embedder: Embedder) -> None:

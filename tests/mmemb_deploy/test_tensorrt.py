@@ -20,7 +20,8 @@ import pytest
 from mmemb_deploy import Embedder
 from mmemb_deploy.backends.cuda import DRIVER, Cuda, Gpu, probe
 from mmemb_deploy.backends.tensorrt.api import Library, load_library
-from mmemb_deploy.backends.tensorrt.engine import EngineGraph, TensorRT, check_types, choose_profile, most_images
+from mmemb_deploy.backends.tensorrt.backend import TensorRT, check_types, most_images
+from mmemb_deploy.backends.tensorrt.engine import EngineGraph, choose_profile
 from mmemb_deploy.backends.tensorrt.files import ENGINES, Built, EngineSet, find_set, graph_hash, read_engine, write_set
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.certificate import Bounds, Certificate, Parity
