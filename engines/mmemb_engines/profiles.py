@@ -187,7 +187,7 @@ def most_patches(spec: VisionSpec) -> int:
 
     Both sides are rounded up to whole visual tokens at most, which costs most where one side is shortest.
     """
-    pixels = max(spec.max_pixels, spec.video_max_pixels / spec.temporal_patch_size)
+    pixels = max(spec.max_pixels, spec.frame_max_pixels)
     sides = math.sqrt(pixels / MAX_ASPECT_RATIO), math.sqrt(pixels * MAX_ASPECT_RATIO)
     bound = (sides[0] + spec.factor) * (sides[1] + spec.factor)
     return _merged(int(bound) // spec.patch_size**2, spec)

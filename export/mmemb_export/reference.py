@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from mmemb_deploy.inputs import prompts
 from mmemb_deploy.inputs.parse import Request
-from mmemb_deploy.inputs.preprocess import Floats, patches
+from mmemb_deploy.inputs.preprocess import Floats, patches, resize_image
 from mmemb_deploy.inputs.rows import Row
 from mmemb_training.checkpoint import Checkpoint
 
@@ -32,7 +33,7 @@ class Reference:
     """`Qwen3VLForConditionalGeneration` and `Qwen2VLImageProcessorPil`, as transformers ships them.
 
     Token ids come from the shared prompt code; a video's patches from `mmemb_deploy.inputs.preprocess`, since
-    transformers' video processor needs torchvision.
+    transformers' video processor needs torchvision, and from there images as well that qwen-vl-utils would resize.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -56,10 +57,14 @@ class Reference:
             "mm_token_type_ids": kinds_1S.int(),
         }
         if request.images:
-            processed = self._processor(images=list(request.images), return_tensors="pt")
+            images = list(request.images)
+            resize = self._vision.resize == "transformers"
+            if not resize:
+                images = [Image.fromarray(resize_image(image, self._vision).pixels_THWC[0]) for image in images]
+            processed = self._processor(images=images, do_resize=resize, return_tensors="pt")
             inputs |= {"pixel_values": processed["pixel_values"], "image_grid_thw": processed["image_grid_thw"]}
-        images = len(request.images)
-        frames = row.visuals[: -images or None] if layout.video_first else row.visuals[images:]
+        still = len(request.images)
+        frames = row.visuals[: -still or None] if layout.video_first else row.visuals[still:]
         if frames:
             inputs |= {
                 "pixel_values_videos": torch.from_numpy(

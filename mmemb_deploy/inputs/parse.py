@@ -57,6 +57,7 @@ class Request:
     images: tuple[Image.Image, ...]
     frames: tuple[Image.Image, ...]  # of one size
     timestamps: tuple[float, ...]  # seconds, one per frame, never falling
+    next_timestamp: float = 0.0  # of the frame that would follow
 
 
 def parse(item: object, limits: Limits = Limits()) -> Request:
@@ -69,7 +70,7 @@ def parse(item: object, limits: Limits = Limits()) -> Request:
     text = _text(parts.get("text", ""), limits)
     images = _images(parts, limits)
     video = _video(parts["video"], limits) if "video" in parts else ()
-    timestamps = _timestamps(parts, len(video))
+    timestamps, next_timestamp = _timestamps(parts, len(video))
     if not (text.strip() or images or video):
         raise InputError("there is nothing to embed: give a text that is not blank, an image or a video")
     return Request(
@@ -77,6 +78,7 @@ def parse(item: object, limits: Limits = Limits()) -> Request:
         tuple(load_image(image, name, limits.max_image_pixels) for name, image in images),
         _frames(video, limits),
         timestamps,
+        next_timestamp,
     )
 
 
@@ -162,7 +164,7 @@ def _frames(video: Sequence[object], limits: Limits) -> tuple[Image.Image, ...]:
     return frames
 
 
-def _timestamps(parts: Mapping[str, object], frames: int) -> tuple[float, ...]:
+def _timestamps(parts: Mapping[str, object], frames: int) -> tuple[tuple[float, ...], float]:
     given = [key for key in ("fps", "timestamps") if key in parts]
     if given and not frames:
         raise InputError(f"{given[0]!r} is given without a 'video'; add the video or leave it out")
@@ -172,7 +174,7 @@ def _timestamps(parts: Mapping[str, object], frames: int) -> tuple[float, ...]:
         fps = _number(parts.get("fps", DEFAULT_FPS), "'fps'")
         if fps <= 0:
             raise InputError(f"'fps' is {fps}; pass the frames per second, above 0")
-        return tuple(index / fps for index in range(frames))
+        return tuple(index / fps for index in range(frames)), frames / fps
     times = parts["timestamps"]
     if isinstance(times, np.ndarray):
         times = cast("object", times.tolist())
@@ -188,7 +190,7 @@ def _timestamps(parts: Mapping[str, object], frames: int) -> tuple[float, ...]:
                 f"'timestamps'[{index}] is {after} s, below {before} s before it; "
                 "pass times from 0 s that never fall, and the frames in that order"
             )
-    return seconds
+    return seconds, seconds[-1] + (seconds[-1] - seconds[-2] if frames > 1 else 1 / DEFAULT_FPS)
 
 
 def _number(value: object, name: str) -> float:

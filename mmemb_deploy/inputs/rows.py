@@ -71,7 +71,7 @@ class RowEncoder:
         """Resize, tokenise and lay out one request. Raises InputError for an image that cannot be resized."""
         images = [resize_image(image, self.vision) for image in request.images]
         frames = resize_video(request.frames, self.vision) if request.frames else []
-        times = patch_times(request.timestamps, self.vision) if request.frames else []
+        times = patch_times(request.timestamps, request.next_timestamp, self.vision) if request.frames else []
         ids = self.prompt.prompt(
             instruction,
             request.text,

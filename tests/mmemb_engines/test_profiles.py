@@ -12,7 +12,7 @@ from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import Manifest
 from mmemb_deploy.errors import InputError, OptionError
-from mmemb_deploy.inputs.preprocess import VisionSpec, resized_size, resized_video_size
+from mmemb_deploy.inputs.preprocess import Resize, VisionSpec, resized_size, resized_video_size
 from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_engines.profiles import boxes, demand_of_limits, demand_of_traffic, most_patches, profiles, read_traffic
 
@@ -36,7 +36,8 @@ def test_boxes_are_one_where_the_area_bounds_nothing() -> None:
 
 
 @pytest.mark.parametrize(("pixels", "patch"), [((1024, 1024), 8), ((65536, 1310720), 16), ((256, 65536), 4)])
-def test_no_image_or_frame_has_more_patches_than_the_bound(pixels: tuple[int, int], patch: int) -> None:
+@pytest.mark.parametrize("resize", ["transformers", "qwen-vl-utils"])
+def test_no_image_or_frame_has_more_patches_than_the_bound(pixels: tuple[int, int], patch: int, resize: Resize) -> None:
     spec = VisionSpec(
         patch_size=patch,
         merge_size=2,
@@ -50,6 +51,7 @@ def test_no_image_or_frame_has_more_patches_than_the_bound(pixels: tuple[int, in
         position_side=8,
         head_dim=24,
         rope_theta=1e4,
+        resize=resize,
     )
     sides = [1, 2, 7, 30, 31, 100, 199, 333, 640, 1999, 6000]
     sizes = [(high, wide) for high, wide in itertools.product(sides, sides) if max(high, wide) <= 200 * min(high, wide)]
