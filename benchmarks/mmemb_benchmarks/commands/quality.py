@@ -31,12 +31,12 @@ def digitchain(
     from rich.console import Console
 
     from mmemb_benchmarks.results import stamp
-    from mmemb_benchmarks.traffic import assemble, load_forgetful
+    from mmemb_benchmarks.workload import assemble, load_uncached
     from mmemb_deploy.evaluation.controls import run_digitchain
 
     check_output(output)
     notes = Console(stderr=True)
-    embedder = assemble(*load_forgetful(bundle, "auto", threads))
+    embedder = assemble(*load_uncached(bundle, "auto", threads))
     with notes.status("measuring") as status:
         result = run_digitchain(embedder, seed=seed, queries=queries, report=status.update)
     found = {"queries": queries, "seed": seed, **result}
@@ -75,19 +75,16 @@ def frontier(
     """Show what every threshold of the gate gives in quality and takes in time, beside a random and an oracle gate."""
     from rich.console import Console
 
-    from mmemb_benchmarks import frontier as frontiers
+    from mmemb_benchmarks.measure.frontier import measure_frontier
     from mmemb_benchmarks.results import stamp
-    from mmemb_benchmarks.traffic import assemble, choose_traffic, load_forgetful
+    from mmemb_benchmarks.workload import Workload, assemble, load_uncached
 
     check_output(output)
-    opened, engine = load_forgetful(bundle, backend, threads)
-    traffic = choose_traffic(opened, pairs=pairs, queries=queries, seed=seed)
-    embedder = assemble(opened, engine)
-    if embedder.manifest.gate is None:
-        raise OptionError(f"{embedder.manifest.model.name} does not reason: it has no gate to set")
-    routes = frontiers.measure_routes(embedder, traffic, Console(stderr=True).print)
-    found = {"source": traffic.source, **frontiers.frontier(routes, embedder.manifest.gate.threshold)}
-    finish(stamp("frontier", found, embedder), output=output, as_json=as_json, show=_show_frontier)
+    embedder = assemble(*load_uncached(bundle, backend, threads))
+    drawn = Workload.of(embedder, pairs=pairs, queries=queries, seed=seed)
+    Console(stderr=True).print(f"embedding {len(drawn.pairs)} queries by both routes")
+    found = measure_frontier(embedder, drawn)
+    finish(stamp("frontier", found.model_dump(), embedder), output=output, as_json=as_json, show=_show_frontier)
 
 
 def _show_frontier(result: Mapping[str, Any]) -> None:
@@ -125,13 +122,13 @@ def demo(
 
     from mmemb_benchmarks.demo import run_demo
     from mmemb_benchmarks.figure import draw
-    from mmemb_benchmarks.traffic import assemble, load_forgetful
+    from mmemb_benchmarks.workload import assemble, load_uncached
 
     if output.suffix != ".png" or not output.parent.is_dir():
         raise OptionError(f"--output is {output}: it must be a .png file in a folder that exists")
     notes = Console(stderr=True)
     with notes.status("embedding real digits"):
-        result = run_demo(assemble(*load_forgetful(bundle, "auto", None)), seed)
+        result = run_demo(assemble(*load_uncached(bundle, "auto", None)), seed)
         draw(result, output)
     summaries = {mode: outcome.summary() for mode, outcome in result.modes.items()}
     if as_json:

@@ -66,34 +66,37 @@ def latency(
 
     from rich.console import Console
 
-    from mmemb_benchmarks.ceiling import cpu_ceiling, decoder_work, gpu_ceiling
-    from mmemb_benchmarks.energy import EnergyMeter
-    from mmemb_benchmarks.latency import measure_latency, mode_options, summarise
+    from mmemb_benchmarks.measure.ceiling import cpu_ceiling, decoder_work, gpu_ceiling
+    from mmemb_benchmarks.measure.energy import EnergyMeter
+    from mmemb_benchmarks.measure.latency import measure_latency, mode_options
     from mmemb_benchmarks.results import cores, stamp
-    from mmemb_benchmarks.stages import Spent, timed_engine
-    from mmemb_benchmarks.traffic import assemble, choose_traffic, load_forgetful, prompt_tokens, threshold_of_rate
-    from mmemb_deploy.evaluation.pairs import Judge
+    from mmemb_benchmarks.timing import Spent, timed_engine
+    from mmemb_benchmarks.workload import Workload, assemble, load_uncached, threshold_of_rate
 
     check_output(output)
     notes = Console(stderr=True)  # no spinner: its thread would take turns with what is timed
-    opened, engine = load_forgetful(bundle, backend, threads)
-    traffic = choose_traffic(opened, requests=requests, pairs=pairs, workload=workload, queries=queries, seed=seed)
-    on_cpu = backend in ("auto", "onnxruntime")
-    meter = EnergyMeter() if (not on_cpu if energy is None else energy) else None
+    opened, engine = load_uncached(bundle, backend, threads)
     spent: Spent = defaultdict(float)
     embedder = assemble(opened, timed_engine(engine, spent))
-    work = {name: decoder_work(opened, name) for name in ("embedder", "generator")}
-    options = mode_options(threshold_of_rate(embedder, traffic, reasoning_rate), max_rationale_tokens)
+    drawn = Workload.of(embedder, requests=requests, pairs=pairs, kind=workload, queries=queries, seed=seed)
+    on_cpu = backend in ("auto", "onnxruntime")
+    meter = EnergyMeter() if (not on_cpu if energy is None else energy) else None
+    options = mode_options(threshold_of_rate(embedder, drawn, reasoning_rate), max_rationale_tokens)
     notes.print("measuring what the machine can do")
     precision = opened.manifest.graphs["embedder"].precision
-    ceiling = cpu_ceiling(precision, threads or cores()) if on_cpu else gpu_ceiling()
-    modes = measure_latency(
-        embedder, spent, traffic, options, rounds=rounds, batch_size=batch_size, meter=meter, report=notes.print
+    found = measure_latency(
+        embedder,
+        spent,
+        drawn,
+        options,
+        ceiling=cpu_ceiling(precision, threads or cores()) if on_cpu else gpu_ceiling(),
+        work={name: decoder_work(opened, name) for name in ("embedder", "generator")},
+        rounds=rounds,
+        batch_size=batch_size,
+        meter=meter,
+        report=notes.print,
     )
-    judge = Judge(embedder, traffic.pairs) if traffic.judged else None
-    found = summarise(modes, judge, ceiling, work, prompt_tokens(embedder, traffic))
-    found = {"source": traffic.source, "batch_size": batch_size, **found}
-    finish(stamp("latency", found, embedder), output=output, as_json=as_json, show=_show_latency)
+    finish(stamp("latency", found.model_dump(), embedder), output=output, as_json=as_json, show=_show_latency)
 
 
 def load(
@@ -121,20 +124,18 @@ def load(
     """Find the rate of random arrivals at which never, auto and always still answer in time."""
     from rich.console import Console
 
-    from mmemb_benchmarks.latency import mode_options
-    from mmemb_benchmarks.load import measure_load
+    from mmemb_benchmarks.measure.latency import mode_options
+    from mmemb_benchmarks.measure.load import measure_load
     from mmemb_benchmarks.results import stamp
-    from mmemb_benchmarks.traffic import assemble, choose_traffic, load_forgetful, threshold_of_rate
+    from mmemb_benchmarks.workload import Workload, assemble, load_uncached, threshold_of_rate
 
     check_output(output)
-    opened, engine = load_forgetful(bundle, backend, threads)
-    traffic = choose_traffic(opened, requests=requests, workload=workload, queries=queries, seed=seed)
-    embedder = assemble(opened, engine)
-    options = mode_options(threshold_of_rate(embedder, traffic, reasoning_rate), max_rationale_tokens)
+    embedder = assemble(*load_uncached(bundle, backend, threads))
+    drawn = Workload.of(embedder, requests=requests, kind=workload, queries=queries, seed=seed)
     found = measure_load(
         embedder,
-        traffic,
-        options,
+        drawn,
+        mode_options(threshold_of_rate(embedder, drawn, reasoning_rate), max_rationale_tokens),
         target_ms=p95_ms,
         seconds=seconds,
         trials=trials,
@@ -142,8 +143,7 @@ def load(
         seed=seed,
         report=Console(stderr=True).print,
     )
-    found = {"source": traffic.source, **found}
-    finish(stamp("load", found, embedder), output=output, as_json=as_json, show=_show_load)
+    finish(stamp("load", found.model_dump(), embedder), output=output, as_json=as_json, show=_show_load)
 
 
 def startup(
@@ -153,11 +153,12 @@ def startup(
     as_json: Json = False,
 ) -> None:
     """Measure what a fresh process pays: importing the package, and loading a bundle."""
+    from mmemb_benchmarks.measure.costs import measure_startup
     from mmemb_benchmarks.results import stamp
-    from mmemb_benchmarks.startup import measure_startup
+    from mmemb_deploy.bundle.folder import NANO
 
     check_output(output)
-    figures = measure_startup(bundle, runs)
+    figures = measure_startup(bundle or NANO, "auto", None, runs=runs)
     finish(stamp("startup", figures, None), output=output, as_json=as_json, show=_show_lines)
 
 
@@ -179,8 +180,8 @@ def runtime(
     """Measure what the runtime costs and saves beside its graphs: overhead, hand-off, prefix reuse, memory, loading."""
     from rich.console import Console
 
+    from mmemb_benchmarks.measure.costs import measure_loading, measure_runtime
     from mmemb_benchmarks.results import stamp
-    from mmemb_benchmarks.runtime_costs import measure_loading, measure_runtime, words
     from mmemb_deploy.bundle.folder import NANO
     from mmemb_deploy.embedder import Embedder
 
@@ -188,9 +189,9 @@ def runtime(
     folder = bundle or NANO
     notes = Console(stderr=True)  # no spinner: its thread would take turns with what is timed
     notes.print("loading")
-    found = measure_loading(folder, checkpoint, threads=threads, runs=3)
+    found = measure_loading(folder, "auto", threads, checkpoint, runs=3)
     embedder = Embedder.load(folder, threads=threads)
-    found |= measure_runtime(embedder, words(tokens, batch), written=written, rounds=rounds, report=notes.print)
+    found |= measure_runtime(embedder, tokens=tokens, batch=batch, written=written, rounds=rounds, report=notes.print)
     finish(stamp("runtime", found, embedder), output=output, as_json=as_json, show=_show_lines)
 
 

@@ -27,8 +27,8 @@ def suite(
     """Time every stage and every workload of a bundle by pytest-benchmark."""
     from mmemb_benchmarks.suite import run_suite
     from mmemb_benchmarks.suite.setting import Setting
-    from mmemb_benchmarks.traffic import load_forgetful
+    from mmemb_benchmarks.workload import load_uncached
 
     check_output(output)
-    setting = Setting(*load_forgetful(bundle, backend, threads), seconds, passes)
+    setting = Setting(*load_uncached(bundle, backend, threads), seconds, passes)
     raise typer.Exit(run_suite(setting, output, select))

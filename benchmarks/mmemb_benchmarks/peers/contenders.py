@@ -409,11 +409,11 @@ class Bundle:
     """A bundle of ours, whose reasoning path goes on from the cache that the prompt left: one pass."""
 
     def __init__(self, checkpoint: str, threads: int, device: str, *, folder: str) -> None:
-        from mmemb_benchmarks.traffic import assemble, load_forgetful
+        from mmemb_benchmarks.workload import assemble, load_uncached
 
         del checkpoint
         backend = "onnxruntime" if device == "cpu" else "onnxruntime-cuda"
-        embedder = assemble(*load_forgetful(Path(folder), backend, threads if device == "cpu" else None))
+        embedder = assemble(*load_uncached(Path(folder), backend, threads if device == "cpu" else None))
         self._fast_path, self._generator = embedder.pipeline.fast_path, embedder.pipeline.generator
         self._markers = list(embedder.manifest.markers.values())
         self._prefix = embedder.encoder.prompt.prefix_length(INSTRUCTION)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmemb_benchmarks.suite.setting import Setting
-from mmemb_benchmarks.workloads import WORKLOADS
+from mmemb_benchmarks.workload import KINDS
 from mmemb_deploy.options import EncodeOptions
 
 RATIONALE = 16  # tokens, at most
@@ -21,14 +21,14 @@ ROUTES: dict[str, EncodeOptions] = {
 }
 
 
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("workload", KINDS)
 @pytest.mark.parametrize("route", ["fast only", "reason only"])
 def bench_one(benchmark: Any, setting: Setting, workload: str, route: str) -> None:
     """Embed one input."""
     measure(benchmark, setting, [workload], route)
 
 
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("workload", KINDS)
 @pytest.mark.parametrize("route", ROUTES)
 def bench_batch(benchmark: Any, setting: Setting, workload: str, route: str) -> None:
     """Embed several inputs of one kind in one call; of mixed ones, a quarter reasons."""
@@ -38,7 +38,7 @@ def bench_batch(benchmark: Any, setting: Setting, workload: str, route: str) -> 
 @pytest.mark.parametrize("route", ROUTES)
 def bench_traffic(benchmark: Any, setting: Setting, route: str) -> None:
     """Embed inputs of all kinds in one call."""
-    measure(benchmark, setting, [*WORKLOADS, "short text", "long text"], route)
+    measure(benchmark, setting, [*KINDS, "short text", "long text"], route)
 
 
 def measure(benchmark: Any, setting: Setting, workloads: Sequence[str], route: str) -> None:

@@ -16,8 +16,7 @@ import pytest
 from pytest_benchmark.stats import Stats
 
 from mmemb_benchmarks.results import bundle_facts, command, machine
-from mmemb_benchmarks.traffic import assemble
-from mmemb_benchmarks.workloads import WORKLOADS, Maker
+from mmemb_benchmarks.workload import KINDS, Maker, assemble
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.inputs.prompts import PAD
@@ -53,7 +52,7 @@ class Setting:
 
     def content(self, workload: str) -> Any:
         """Return a new input of a workload."""
-        return WORKLOADS[workload](self.maker, self._rng)
+        return KINDS[workload](self.maker, self._rng)
 
     def batch(self, workload: str, rows: int) -> Batch:
         """Return new inputs of a workload, preprocessed and padded to the longest."""
