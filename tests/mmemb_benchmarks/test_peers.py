@@ -14,14 +14,14 @@ import pytest
 from mmemb_benchmarks.commands.peers import peers as command
 from mmemb_benchmarks.peers import BASELINE, PEERS, compare
 from mmemb_benchmarks.peers.environments import PeerError, interpreter
-from mmemb_benchmarks.peers.run import measure, prompts
+from mmemb_benchmarks.peers.run import PeersResult, measure, prompts
 from mmemb_benchmarks.peers.worker import Ids, Worker
 from mmemb_deploy import OptionError
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.embedder import row_encoder
 
 
-def run(checkpoint: Path, bundle: Path, *names: str) -> dict[str, Any]:
+def run(checkpoint: Path, bundle: Path, *names: str) -> PeersResult:
     return compare(
         checkpoint,
         [bundle],
@@ -39,12 +39,12 @@ def run(checkpoint: Path, bundle: Path, *names: str) -> dict[str, Any]:
 
 def test_peers_embed_the_same_prompts_alike_and_are_timed(tiny_checkpoint: Path, fused_bundle: Path) -> None:
     found = run(tiny_checkpoint, fused_bundle, "transformers eager", "transformers bfloat16")
-    assert list(found["peers"]) == [BASELINE, "transformers eager", "transformers bfloat16", fused_bundle.name]
-    assert not found["left_out"]
-    for peer in found["peers"].values():
-        assert set(peer["seconds"]) == set(peer["spread"]) == {"embed x2", "token x2", "think and embed x2"}
-        assert peer["environment"]
-    exact = found["peers"][fused_bundle.name]["cosine"], found["peers"]["transformers eager"]["cosine"]
+    assert list(found.peers) == [BASELINE, "transformers eager", "transformers bfloat16", fused_bundle.name]
+    assert not found.left_out
+    for peer in found.peers.values():
+        assert set(peer.seconds) == set(peer.spread) == {"embed x2", "token x2", "think and embed x2"}
+        assert peer.environment
+    exact = found.peers[fused_bundle.name].cosine, found.peers["transformers eager"].cosine
     assert exact == pytest.approx((1, 1), abs=1e-5)
 
 
@@ -55,14 +55,14 @@ def test_a_peer_whose_output_is_wrong_is_left_out_and_never_timed(
     wrong = replace(PEERS["transformers eager"], options={"checkpoint": str(other)})
     monkeypatch.setitem(PEERS, "transformers eager", wrong)
     found = run(tiny_checkpoint, fused_bundle, "transformers eager")
-    assert "its embedding is not the baseline's: cosine" in found["left_out"]["transformers eager"]
-    assert set(found["peers"]) == {BASELINE, fused_bundle.name}
+    assert "its embedding is not the baseline's: cosine" in found.left_out["transformers eager"]
+    assert set(found.peers) == {BASELINE, fused_bundle.name}
 
 
 def test_a_peer_that_fails_says_why_and_the_others_go_on(tiny_checkpoint: Path, fused_bundle: Path) -> None:
     found = run(tiny_checkpoint, fused_bundle, "llama.cpp float32")
-    assert found["left_out"] == {"llama.cpp float32": "ModuleNotFoundError: No module named 'llama_cpp'"}
-    assert set(found["peers"]) == {BASELINE, fused_bundle.name}
+    assert found.left_out == {"llama.cpp float32": "ModuleNotFoundError: No module named 'llama_cpp'"}
+    assert set(found.peers) == {BASELINE, fused_bundle.name}
 
 
 class Stand:

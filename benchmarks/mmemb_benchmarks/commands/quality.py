@@ -5,12 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmemb_benchmarks.commands.arguments import Backend, BundleOption, Json, Out, Seed, Threads, check_output, finish
+from mmemb_benchmarks.commands.shared import (
+    Backend,
+    BundleOption,
+    Json,
+    Out,
+    Seed,
+    Threads,
+    check_output,
+    finish,
+    table,
+)
 from mmemb_deploy.errors import OptionError
+
+if TYPE_CHECKING:
+    from mmemb_benchmarks.measure.frontier import FrontierResult
 
 
 def register(bench: typer.Typer) -> None:
@@ -45,19 +58,17 @@ def digitchain(
 
 def _show_digitchain(result: Mapping[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from mmemb_deploy.evaluation.controls import MODES
 
-    table = Table(title=f"hit@1, {result['queries']} queries a row, seed {result['seed']}")
-    for column in ("family", *MODES):
-        table.add_column(column.replace("_", " "), justify="left" if column == "family" else "right")
+    title = f"hit@1, {result['queries']} queries a row, seed {result['seed']}"
+    shown = table(title, "family", *(mode.replace("_", " ") for mode in MODES))
     for family, hits in result["families"].items():
-        table.add_row(family, *(f"{hits[mode]:.3f}" for mode in MODES))
-    table.add_section()
+        shown.add_row(family, *(f"{hits[mode]:.3f}" for mode in MODES))
+    shown.add_section()
     for key in result["mixed"]["never"]:
-        table.add_row(f"mixed: {key}", *(f"{result['mixed'][mode][key]:.3f}" for mode in MODES))
-    Console().print(table)
+        shown.add_row(f"mixed: {key}", *(f"{result['mixed'][mode][key]:.3f}" for mode in MODES))
+    Console().print(shown)
 
 
 def frontier(
@@ -84,30 +95,32 @@ def frontier(
     drawn = Workload.of(embedder, pairs=pairs, queries=queries, seed=seed)
     Console(stderr=True).print(f"embedding {len(drawn.pairs)} queries by both routes")
     found = measure_frontier(embedder, drawn)
-    finish(stamp("frontier", found.model_dump(), embedder), output=output, as_json=as_json, show=_show_frontier)
+    finish(stamp("frontier", found, embedder), output=output, as_json=as_json, show=_show_frontier)
 
 
-def _show_frontier(result: Mapping[str, Any]) -> None:
+def _show_frontier(result: FrontierResult) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=f"{result['pairs']} pairs; {result['source']}")
-    for column in ("gate", "threshold", "reasoning rate", "hit@1", "mean ms alone", "rationale tokens"):
-        table.add_column(column, justify="left" if column == "gate" else "right")
-    for gate in ("curve", "random", "oracle"):
-        for point in result[gate] if gate == "curve" else result[gate][::4]:
-            default = gate == "curve" and point["threshold"] == result["threshold"]
-            table.add_row(
-                "the bundle's default" if default else "learnt" if gate == "curve" else gate,
-                "-" if point["threshold"] is None else f"{point['threshold']:.2f}",
-                f"{point['reasoning_rate']:.1%}",
-                f"{point['hit_at_1']:.3f}",
-                f"{point['latency_ms']:.2f}",
-                f"{point['rationale_tokens']:.1f}",
+    from mmemb_benchmarks.results import digits
+
+    shown = table(
+        f"{result.pairs} pairs; {result.source}",
+        *("gate", "threshold", "reasoning rate", "hit@1", "mean ms alone", "rationale tokens"),
+    )
+    for gate, points in (("learnt", result.curve), ("random", result.random[::4]), ("oracle", result.oracle[::4])):
+        for point in points:
+            default = gate == "learnt" and point.threshold == result.threshold
+            shown.add_row(
+                "the bundle's default" if default else gate,
+                "-" if point.threshold is None else f"{point.threshold:.2f}",
+                f"{point.reasoning_rate:.1%}",
+                f"{point.hit_at_1:.3f}",
+                digits(point.latency_ms),
+                digits(point.rationale_tokens),
                 style="bold" if default else None,
             )
-        table.add_section()
-    Console().print(table)
+        shown.add_section()
+    Console().print(shown)
 
 
 def demo(
@@ -118,10 +131,10 @@ def demo(
 ) -> None:
     """Embed real digits and questions about them; show what was thought and found, and draw it."""
     from rich.console import Console
-    from rich.table import Table
 
     from mmemb_benchmarks.demo import run_demo
     from mmemb_benchmarks.figure import draw
+    from mmemb_benchmarks.results import digits
     from mmemb_benchmarks.workload import assemble, load_uncached
 
     if output.suffix != ".png" or not output.parent.is_dir():
@@ -135,12 +148,11 @@ def demo(
         print(json.dumps({"modes": summaries, "picture": str(output)}))
         return
     console = Console()
-    shown = Table(title="one query of every family, under auto")
-    for column in ("family", "asked", "route", "gate", "thought", "best matches"):
-        shown.add_column(column)
+    columns = "family", "asked", "route", "gate", "thought", "best matches"
+    shown = table("one query of every family, under auto", *columns, left=len(columns))
     for showcase in result.showcases:
         detail = showcase.detail
-        matches = [showcase.example.candidates[place] for place in showcase.ranking]
+        matches = [showcase.example.candidates[index] for index in showcase.ranking]
         found = ", ".join(match.content.get("text") or f"a drawn {match.value}" for match in matches)
         shown.add_row(
             showcase.example.family,
@@ -151,15 +163,16 @@ def demo(
             f"[{'green' if showcase.found else 'red'}]{found}",
         )
     console.print(shown)
-    modes = Table(title=f"{len(result.modes['auto'].hits_Q)} queries of mixed traffic")
-    for column in ("mode", "hit@1", "rationale tokens", "median ms alone", "reasoning rate"):
-        modes.add_column(column, justify="left" if column == "mode" else "right")
+    modes = table(
+        f"{len(result.modes['auto'].hits_Q)} queries of mixed traffic",
+        *("mode", "hit@1", "rationale tokens", "median ms alone", "reasoning rate"),
+    )
     for mode, summary in summaries.items():
         modes.add_row(
             mode,
             f"{summary['hit_at_1']:.3f}",
-            f"{summary['rationale_tokens']:.2f}",
-            f"{summary['p50_ms']:.2f}",
+            digits(summary["rationale_tokens"]),
+            digits(summary["p50_ms"]),
             f"{summary['reasoning_rate']:.0%}",
         )
     console.print(modes)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmemb_benchmarks.commands.arguments import (
+from mmemb_benchmarks.commands.shared import (
     Backend,
     BundleOption,
     Json,
@@ -18,7 +18,12 @@ from mmemb_benchmarks.commands.arguments import (
     Threads,
     check_output,
     finish,
+    table,
 )
+
+if TYPE_CHECKING:
+    from mmemb_benchmarks.measure.latency import LatencyResult
+    from mmemb_benchmarks.measure.load import LoadResult
 
 Requests = Annotated[
     Path | None, typer.Option(help="Inputs, as mmemb embed reads them; DigitChain's mixed traffic by default.")
@@ -96,7 +101,7 @@ def latency(
         meter=meter,
         report=notes.print,
     )
-    finish(stamp("latency", found.model_dump(), embedder), output=output, as_json=as_json, show=_show_latency)
+    finish(stamp("latency", found, embedder), output=output, as_json=as_json, show=_show_latency)
 
 
 def load(
@@ -143,7 +148,7 @@ def load(
         seed=seed,
         report=Console(stderr=True).print,
     )
-    finish(stamp("load", found.model_dump(), embedder), output=output, as_json=as_json, show=_show_load)
+    finish(stamp("load", found, embedder), output=output, as_json=as_json, show=_show_load)
 
 
 def startup(
@@ -195,61 +200,56 @@ def runtime(
     finish(stamp("runtime", found, embedder), output=output, as_json=as_json, show=_show_lines)
 
 
-def _show_lines(result: Mapping[str, Any]) -> None:
+def _show_lines(result: Mapping[str, float]) -> None:
+    from mmemb_benchmarks.results import digits
+
     for name, value in result.items():
-        print(f"{name:<44} {value:.4g}")
+        print(f"{name:<48} {digits(value)}")
 
 
-def _show_latency(result: Mapping[str, Any]) -> None:
+def _show_latency(result: LatencyResult) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    modes: dict[str, dict[str, Any]] = result["modes"]
-    console = Console()
-    table = Table(title=f"{result['requests']} requests alone, {result['rounds']} rounds; {result['source']}")
-    for column in ("", *modes):
-        table.add_column(column, justify="right" if column else "left")
-    rows = {
-        "p50, ms": "p50_ms",
-        "p95, ms": "p95_ms",
-        "p99, ms": "p99_ms",
-        "mean, ms": "mean_ms",
-        f"a second, in batches of {result['batch_size']}": "throughput_per_s",
-        "reasoning rate": "reasoning_rate",
-        "rationale tokens": "rationale_tokens",
-        "hit@1": "hit_at_1",
-        "joules a request": "joules_per_request",
+    from mmemb_benchmarks.results import digits
+
+    console, modes = Console(), result.modes.values()
+    shown = table(f"{result.requests} requests alone, {result.rounds} rounds; {result.source}", "", *result.modes)
+    rows: dict[str, list[float] | list[float | None]] = {
+        "p50, ms": [mode.p50_ms for mode in modes],
+        "p95, ms": [mode.p95_ms for mode in modes],
+        "p99, ms": [mode.p99_ms for mode in modes],
+        "mean, ms": [mode.mean_ms for mode in modes],
+        f"a second, in batches of {result.batch_size}": [mode.throughput_per_s for mode in modes],
+        "reasoning rate": [mode.reasoning_rate for mode in modes],
+        "rationale tokens": [mode.rationale_tokens for mode in modes],
+        "hit@1": [mode.hit_at_1 for mode in modes],
+        "joules a request": [mode.joules_per_request for mode in modes],
     }
-    for label, key in rows.items():
-        if modes["never"][key] is not None:
-            table.add_row(label, *(f"{mode[key]:.4g}" for mode in modes.values()))
-    table.add_section()
-    for stage in modes["never"]["stages_ms"]:
-        table.add_row(f"mean ms in {stage}", *(f"{mode['stages_ms'][stage]:.3f}" for mode in modes.values()))
-    console.print(table)
-    ceiling = result["ceiling"]
+    for label, values in rows.items():
+        if None not in values:
+            shown.add_row(label, *(digits(value) for value in values if value is not None))
+    shown.add_section()
+    for stage in result.modes["never"].stages_ms:
+        shown.add_row(f"mean ms in {stage}", *(digits(mode.stages_ms[stage]) for mode in modes))
+    console.print(shown)
+    ceiling = result.ceiling
     console.print(
-        f"this machine copies {ceiling['copy_gb_per_s']:.1f} GB/s and multiplies {ceiling['matmul_gflop_per_s']:.0f} "
-        f"GFLOP/s ({ceiling['matmul_type']}); alone, prefill reaches {ceiling['prefill_share']:.0%} of the latter, "
-        f"decoding {ceiling['decode_share']:.0%} of the former"
+        f"this machine copies {digits(ceiling.copy_gb_per_s)} GB/s and multiplies {digits(ceiling.matmul_gflop_per_s)} "
+        f"GFLOP/s ({ceiling.matmul_type}); alone, prefill reaches {ceiling.prefill_share:.0%} of the latter, "
+        f"decoding {ceiling.decode_share:.0%} of the former"
     )
 
 
-def _show_load(result: Mapping[str, Any]) -> None:
+def _show_load(result: LoadResult) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=f"requests a second with p95 below {result['target_p95_ms']:.1f} ms; {result['source']}")
-    for column in ("mode", "idle mean, ms", "sustained", "broke at", "times always"):
-        table.add_column(column, justify="left" if column == "mode" else "right")
-    for name, mode in result["modes"].items():
-        ratio = result["ratio"].get(f"{name} over always")
-        broke = mode["broke_per_s"]
-        table.add_row(
-            name,
-            f"{mode['idle_ms']:.2f}",
-            f"{mode['sustainable_per_s']:.1f}",
-            "-" if broke is None else f"{broke:.1f}",
-            "-" if ratio is None else f"{ratio:.2f}",
-        )
-    Console().print(table)
+    from mmemb_benchmarks.results import digits
+
+    shown = table(
+        f"requests a second with p95 below {digits(result.target_p95_ms)} ms; {result.source}",
+        *("mode", "idle mean, ms", "sustained", "broke at", "times always"),
+    )
+    for name, mode in result.modes.items():
+        figures = mode.idle_ms, mode.sustainable_per_s, mode.broke_per_s, result.ratio.get(f"{name} over always")
+        shown.add_row(name, *("-" if figure is None else digits(figure) for figure in figures))
+    Console().print(shown)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mmemb_benchmarks.commands.arguments import Backend, BundleOption, Threads, check_output
+from mmemb_benchmarks.commands.shared import Backend, BundleOption, Threads, check_output
 
 
 def register(bench: typer.Typer) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import AliasChoices, BaseModel, Field
 
 from mmemb_benchmarks.peers.contenders import INSTRUCTION
 from mmemb_benchmarks.peers.environments import PeerError, interpreter
@@ -49,6 +50,29 @@ class Peer:
     least_cosine: float = ROUNDED
     options: dict[str, Any] = field(default_factory=dict)
     device: str | None = None
+
+
+class PeerResult(BaseModel, frozen=True):
+    """What one contender took: medians over the rounds, and their extremes, in seconds by what it did."""
+
+    environment: dict[str, str]  # versions by package
+    cosine: float  # of its embeddings to the baseline's, the smallest
+    seconds: dict[str, float]
+    spread: dict[str, tuple[float, float]]
+
+
+class PeersResult(BaseModel, frozen=True):
+    """`mmemb bench peers`; `left_out` says why, by name."""
+
+    tokens: int  # of a prompt, and of them
+    prefix_tokens: int = Field(validation_alias=AliasChoices("prefix_tokens", "head_tokens"))
+    written: int
+    rounds: int
+    threads: int
+    device: str
+    baseline: str
+    peers: dict[str, PeerResult]
+    left_out: dict[str, str]
 
 
 PEERS = {
@@ -88,7 +112,7 @@ def compare(
     rounds: int,
     threads: int,
     report: Callable[[str], None],
-) -> dict[str, Any]:
+) -> PeersResult:
     """Measure a checkpoint by the baseline and by `names`, and its bundles; return what `mmemb bench peers` prints.
 
     `environments` is where peers are installed; with None all run by this interpreter. A peer that cannot be installed
@@ -135,25 +159,25 @@ def compare(
             left_out=left_out,
             report=report,
         )
-    return {
-        "tokens": tokens,
-        "head_tokens": encoder.prompt.prefix_length(INSTRUCTION),
-        "written": written,
-        "rounds": rounds,
-        "threads": threads,
-        "device": device,
-        "baseline": BASELINE,
-        "peers": {
-            name: {
-                "environment": _versions(peers[name].requirements, environments is None),
-                "cosine": cosines[name],
-                "seconds": {what: statistics.median(each) for what, each in found.items()},
-                "spread": {what: [min(each), max(each)] for what, each in found.items()},
-            }
+    return PeersResult(
+        tokens=tokens,
+        prefix_tokens=encoder.prompt.prefix_length(INSTRUCTION),
+        written=written,
+        rounds=rounds,
+        threads=threads,
+        device=device,
+        baseline=BASELINE,
+        peers={
+            name: PeerResult(
+                environment=_versions(peers[name].requirements, environments is None),
+                cosine=cosines[name],
+                seconds={what: statistics.median(each) for what, each in found.items()},
+                spread={what: (min(each), max(each)) for what, each in found.items()},
+            )
             for name, found in times.items()
         },
-        "left_out": left_out,
-    }
+        left_out=left_out,
+    )
 
 
 def prompts(encoder: RowEncoder, rows: int, tokens: int, seed: int) -> Ids:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmemb_benchmarks.report.page import render
-from mmemb_benchmarks.report.sources import read_results
+from mmemb_benchmarks.results import read_results
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.files import write_whole
 

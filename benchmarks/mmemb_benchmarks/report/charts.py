@@ -12,7 +12,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from mmemb_benchmarks.report.sources import Frontier, Latency, Load, Peers
+from mmemb_benchmarks.measure.frontier import FrontierResult
+from mmemb_benchmarks.measure.latency import LatencyResult
+from mmemb_benchmarks.measure.load import LoadResult
+from mmemb_benchmarks.peers.run import PeersResult
+from mmemb_benchmarks.results import digits
 
 WIDTH = 4.8  # inches
 MODES = "never", "auto", "always"
@@ -65,11 +69,6 @@ DARK = Theme(
 Draw = Callable[[Any, Theme], None]
 
 
-def digits(value: float) -> str:
-    """Return three significant digits, or all before the point."""
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
 @dataclass(frozen=True)
 class Chart:
     """A drawing: its name, what it shows in words, its height in inches, and how its axes are filled."""
@@ -111,7 +110,7 @@ class Chart:
             return saved.getvalue()
 
 
-def latency_chart(name: str, latency: Latency) -> Chart:
+def latency_chart(name: str, latency: LatencyResult) -> Chart:
     """Draw the median of every mode as a bar, and its 95th percentile as a mark."""
 
     def draw(axes: Any, theme: Theme) -> None:
@@ -138,7 +137,7 @@ def latency_chart(name: str, latency: Latency) -> Chart:
     return Chart(f"{name}-latency", f"Median latency of a request alone: {told}", 1.9, draw)
 
 
-def stages_chart(name: str, latency: Latency) -> Chart:
+def stages_chart(name: str, latency: LatencyResult) -> Chart:
     """Draw where each mode's mean time goes."""
 
     def draw(axes: Any, theme: Theme) -> None:
@@ -161,7 +160,7 @@ def stages_chart(name: str, latency: Latency) -> Chart:
     return Chart(f"{name}-stages", f"Mean milliseconds by stage: {told}", 2.4, draw)
 
 
-def frontier_chart(name: str, frontier: Frontier) -> Chart:
+def frontier_chart(name: str, frontier: FrontierResult) -> Chart:
     """Draw quality over latency as the gate's threshold falls, between lots and hindsight."""
 
     def draw(axes: Any, theme: Theme) -> None:
@@ -202,7 +201,7 @@ def frontier_chart(name: str, frontier: Frontier) -> Chart:
     return Chart(f"{name}-frontier", f"hit@1 against mean latency over the gate's threshold: {told}", 3.2, draw)
 
 
-def load_chart(name: str, load: Load) -> Chart:
+def load_chart(name: str, load: LoadResult) -> Chart:
     """Draw the 95th percentile over the rate of arrivals, the better where one was tried twice, and the target."""
 
     def draw(axes: Any, theme: Theme) -> None:
@@ -237,7 +236,7 @@ def load_chart(name: str, load: Load) -> Chart:
     return Chart(f"{name}-load", alt, 3.0, draw)
 
 
-def peers_chart(name: str, peers: Peers, what: str) -> Chart:
+def peers_chart(name: str, peers: PeersResult, what: str) -> Chart:
     """Draw how many times faster than the baseline each peer does one thing."""
     base = peers.peers[peers.baseline].seconds[what]
     ratios = {peer: base / found.seconds[what] for peer, found in peers.peers.items() if what in found.seconds}

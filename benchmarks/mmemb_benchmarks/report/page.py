@@ -9,16 +9,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mmemb_benchmarks.measure.frontier import FrontierResult
+from mmemb_benchmarks.measure.latency import LatencyResult
+from mmemb_benchmarks.measure.load import LoadResult
+from mmemb_benchmarks.peers.run import PeersResult
 from mmemb_benchmarks.report import charts
-from mmemb_benchmarks.report.sources import (
-    Benchmark,
-    FrontierResult,
-    LatencyResult,
-    LoadResult,
-    PeersResult,
-    Result,
-    SuiteResult,
-)
+from mmemb_benchmarks.results import Benchmark, Stamped, digits
 
 FIGURES = "embed x1", "embed x8", "token x1", "token x8", "think and embed x1", "think and embed x8"
 
@@ -29,20 +25,20 @@ class Subject:
 
     title: str
     slug: str
-    latency: LatencyResult | None = None
-    frontier: FrontierResult | None = None
-    load: LoadResult | None = None
-    peers: PeersResult | None = None
-    suite: SuiteResult | None = None
+    latency: Stamped[LatencyResult] | None = None
+    frontier: Stamped[FrontierResult] | None = None
+    load: Stamped[LoadResult] | None = None
+    peers: Stamped[PeersResult] | None = None
+    suite: Stamped[list[Benchmark]] | None = None
 
     @property
-    def results(self) -> list[Result]:
+    def results(self) -> list[Stamped[Any]]:
         """The results that are there."""
         found = (self.latency, self.frontier, self.load, self.peers, self.suite)
         return [result for result in found if result is not None]
 
 
-def render(results: Sequence[Result]) -> tuple[str, dict[str, bytes]]:
+def render(results: Sequence[Stamped[Any]]) -> tuple[str, dict[str, bytes]]:
     """Return the page, and its charts as PNG by file name."""
     subjects = _subjects(results)
     drawn = {subject.slug: list(_charts(subject)) for subject in subjects}
@@ -53,7 +49,7 @@ def render(results: Sequence[Result]) -> tuple[str, dict[str, bytes]]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["digits"] = charts.digits
+    environment.filters["digits"] = digits
     page = environment.get_template("page.html.j2").render(
         subjects=subjects,
         charts={slug: {chart.name.removeprefix(f"{slug}-"): chart for chart in each} for slug, each in drawn.items()},
@@ -67,11 +63,11 @@ def render(results: Sequence[Result]) -> tuple[str, dict[str, bytes]]:
     return page, {f"{chart.name}.png": chart.png() for each in drawn.values() for chart in each}
 
 
-def _subjects(results: Iterable[Result]) -> list[Subject]:
+def _subjects(results: Iterable[Stamped[Any]]) -> list[Subject]:
     grouped: dict[str, dict[str, Any]] = {}
     for result in results:
         title = result.bundle and f"{result.bundle.name}, {result.bundle.precision}, {result.bundle.backend}"
-        if isinstance(result, PeersResult):
+        if isinstance(result.result, PeersResult):
             title = f"the same weights elsewhere: {result.result.tokens} tokens, {result.result.threads} threads"
         grouped.setdefault(title or "a bundle", {})[result.kind] = result
     ordered = sorted(grouped.items(), key=lambda item: -len(item[1]))
@@ -97,7 +93,7 @@ def _suite_rows(benchmarks: Sequence[Benchmark]) -> list[tuple[str, str, str, st
     return [
         (
             benchmark.name.removeprefix("bench_").replace("[", ": ").rstrip("]"),
-            _milliseconds(benchmark.stats.median),
+            _milliseconds(benchmark.median),
             _milliseconds(benchmark.extra_info["p95"]) if "p95" in benchmark.extra_info else "-",
             ", ".join(f"{value:g} {name.replace('_', ' ')}" for name, value in facts.items()),
         )
@@ -107,7 +103,7 @@ def _suite_rows(benchmarks: Sequence[Benchmark]) -> list[tuple[str, str, str, st
 
 
 def _milliseconds(seconds: float) -> str:
-    return charts.digits(1000 * seconds)
+    return digits(1000 * seconds)
 
 
 def _in_both_themes(chart: charts.Chart) -> dict[str, str]:

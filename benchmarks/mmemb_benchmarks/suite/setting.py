@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from pytest_benchmark.stats import Stats
 
-from mmemb_benchmarks.results import bundle_facts, command, machine
+from mmemb_benchmarks.results import BundleFacts, Machine, command
 from mmemb_benchmarks.workload import KINDS, Maker, assemble
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle.folder import Bundle
@@ -83,11 +83,11 @@ class Setting:
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
         """Say what the results of all commands say of the machine."""
         machine_info.clear()
-        machine_info.update(machine())
+        machine_info.update(Machine.here().model_dump())
 
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
         """Add the bundle, the command and each benchmark's 95th percentile; pool the rounds of the passes so far."""
-        output_json |= {"bundle": bundle_facts(self.embedder), "command": command()}
+        output_json |= {"bundle": BundleFacts.of(self.embedder).model_dump(), "command": command()}
         for benchmark in output_json["benchmarks"]:
             times = self.times[benchmark["fullname"]]
             times += benchmark["stats"]["data"]

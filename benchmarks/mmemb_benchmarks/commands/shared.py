@@ -1,15 +1,21 @@
-"""Options that several commands share, and how each of them ends."""
+"""What several commands share: their options, how they end, and how their tables look."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from mmemb_deploy.errors import OptionError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mmemb_benchmarks.results import Stamped
+
+R = TypeVar("R")
 
 BundleOption = Annotated[Path | None, typer.Option(help="Bundle folder; the embedded nano bundle by default.")]
 Backend = Annotated[str, typer.Option(help="The engine that runs the bundle, as in Embedder.load.")]
@@ -26,15 +32,23 @@ def check_output(output: Path | None) -> None:
         raise OptionError(f"--out is {output}: {output.parent} is not a folder; create it first")
 
 
-def finish(
-    stamped: Mapping[str, Any], *, output: Path | None, as_json: bool, show: Callable[[Mapping[str, Any]], None]
-) -> None:
+def finish(stamped: Stamped[R], *, output: Path | None, as_json: bool, show: Callable[[R], None]) -> None:
     """Write a result where `output` says, then print it as JSON or show what is in it."""
     from mmemb_benchmarks.results import write
 
     if output is not None:
         write(stamped, output)
     if as_json:
-        print(json.dumps(stamped))
+        print(stamped.model_dump_json())
     else:
-        show(stamped["result"])
+        show(stamped.result)
+
+
+def table(title: str, *columns: str, left: int = 1, **style: Any) -> Table:
+    """Return an empty table, its first `left` columns of words, the others of figures; `style` is rich's."""
+    from rich.table import Table
+
+    made = Table(title=title, **style)
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index < left else "right")
+    return made
