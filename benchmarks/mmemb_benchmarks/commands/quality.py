@@ -132,8 +132,7 @@ def demo(
     """Embed real digits and questions about them; show what was thought and found, and draw it."""
     from rich.console import Console
 
-    from mmemb_benchmarks.demo import run_demo
-    from mmemb_benchmarks.figure import draw
+    from mmemb_benchmarks.demo import draw, run_demo
     from mmemb_benchmarks.results import digits
     from mmemb_benchmarks.workload import assemble, load_uncached
 
@@ -141,16 +140,16 @@ def demo(
         raise OptionError(f"--output is {output}: it must be a .png file in a folder that exists")
     notes = Console(stderr=True)
     with notes.status("embedding real digits"):
-        result = run_demo(assemble(*load_uncached(bundle, "auto", None)), seed)
-        draw(result, output)
-    summaries = {mode: outcome.summary() for mode, outcome in result.modes.items()}
+        showcases, outcomes = run_demo(assemble(*load_uncached(bundle, "auto", None)), seed)
+        draw(showcases, outcomes, output)
+    summaries = {mode: outcome.summary() for mode, outcome in outcomes.items()}
     if as_json:
         print(json.dumps({"modes": summaries, "picture": str(output)}))
         return
     console = Console()
     columns = "family", "asked", "route", "gate", "thought", "best matches"
     shown = table("one query of every family, under auto", *columns, left=len(columns))
-    for showcase in result.showcases:
+    for showcase in showcases:
         detail = showcase.detail
         matches = [showcase.example.candidates[index] for index in showcase.ranking]
         found = ", ".join(match.content.get("text") or f"a drawn {match.value}" for match in matches)
@@ -159,12 +158,12 @@ def demo(
             showcase.question,
             detail.route.value,
             f"{detail.gate_score:.3f}",
-            (detail.rationale or "-").replace(";", "; "),
+            showcase.thought or "-",
             f"[{'green' if showcase.found else 'red'}]{found}",
         )
     console.print(shown)
     modes = table(
-        f"{len(result.modes['auto'].hits_Q)} queries of mixed traffic",
+        f"{len(outcomes['auto'].hits_Q)} queries of mixed traffic",
         *("mode", "hit@1", "rationale tokens", "median ms alone", "reasoning rate"),
     )
     for mode, summary in summaries.items():

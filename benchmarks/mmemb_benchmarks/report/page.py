@@ -15,6 +15,7 @@ from mmemb_benchmarks.measure.load import LoadResult
 from mmemb_benchmarks.peers.run import PeersResult
 from mmemb_benchmarks.report import charts
 from mmemb_benchmarks.results import Benchmark, Stamped, digits
+from mmemb_deploy.evaluation.theme import DARK, LIGHT
 
 FIGURES = "embed x1", "embed x8", "token x1", "token x8", "think and embed x1", "think and embed x8"
 
@@ -57,7 +58,8 @@ def render(results: Sequence[Stamped[Any]]) -> tuple[str, dict[str, bytes]]:
         machines=sorted({result.machine.device for result in results}),
         figures=FIGURES,
         suite_rows=_suite_rows,
-        in_both_themes=_in_both_themes,
+        light=LIGHT,
+        dark=DARK,
         modes=charts.MODES,
     )
     return page, {f"{chart.name}.png": chart.png() for each in drawn.values() for chart in each}
@@ -104,7 +106,3 @@ def _suite_rows(benchmarks: Sequence[Benchmark]) -> list[tuple[str, str, str, st
 
 def _milliseconds(seconds: float) -> str:
     return digits(1000 * seconds)
-
-
-def _in_both_themes(chart: charts.Chart) -> dict[str, str]:
-    return {"light": chart.svg(charts.LIGHT), "dark": chart.svg(charts.DARK), "alt": chart.alt}
