@@ -13,6 +13,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from mmemb_benchmarks.measure.frontier import FrontierResult
@@ -97,6 +98,17 @@ class Benchmark(BaseModel, frozen=True):
     q1: float = Field(validation_alias=AliasPath("stats", "q1"))
     q3: float = Field(validation_alias=AliasPath("stats", "q3"))
     extra_info: dict[str, float]
+
+    @property
+    def row(self) -> tuple[str, str, str, str]:
+        """The benchmark's name, median and 95th percentile in milliseconds, and what it ran on, as tables show them."""
+        facts = {name: value for name, value in self.extra_info.items() if name != "p95"}
+        return (
+            self.name.removeprefix("bench_").replace("[", ": ").rstrip("]"),
+            digits(1000 * self.median),
+            digits(1000 * self.extra_info["p95"]) if "p95" in self.extra_info else "-",
+            ", ".join(f"{digits(value)} {name.replace('_', ' ')}" for name, value in facts.items()),
+        )
 
 
 KINDS: dict[str, Any] = {  # of results that are read again
@@ -188,7 +200,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def digits(value: float) -> str:
     """Return a figure as every table shows it: three significant digits, or all before the point, never an exponent."""
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    if abs(value) >= 999.5:
+        return f"{value:.0f}"
+    return np.format_float_positional(value, 3, unique=False, fractional=False, trim="-")
 
 
 def cores() -> int:

@@ -7,6 +7,7 @@ have the pixels that its vision tower takes at most, up to LARGEST_SIDE squared.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ PAGE = 1 / math.sqrt(2)  # width over height, as of A4
 FRAMES, FPS = 4, 2.0
 IMAGES = 3
 SHORT, LONG = 16, 256  # tokens of a text
+TRIES = 16  # draws of a text
 LETTERS = list("abcdefghijklmnopqrstuvwxyz      ")
 
 
@@ -49,9 +51,23 @@ class Maker:
         return self.encoder.row(parse(content, self.manifest.limits), asked)
 
     def text(self, tokens: int, rng: np.random.Generator) -> str:
-        """Return random letters of about so many tokens."""
-        prompt = self.encoder.prompt
-        return prompt.decode(prompt.tokenize("".join(rng.choice(LETTERS, size=4 * tokens)))[:tokens])
+        """Return random letters, the first no space, of exactly so many tokens.
+
+        Raises OptionError where the tokenizer makes no such text of TRIES draws.
+        """
+
+        def count(length: int) -> int:
+            return len(self.encoder.prompt.tokenize(letters[:length]))
+
+        for _ in range(TRIES):
+            letters = str(rng.choice(LETTERS[:26]))
+            while count(len(letters)) < tokens:
+                letters += "".join(rng.choice(LETTERS, size=4 * tokens))
+            # where the tokens reach the number; a letter more adds at most one, or else the next draw is tried
+            length = bisect_left(range(len(letters)), tokens, key=count)
+            if count(length) == tokens:
+                return letters[:length]
+        raise OptionError(f"tokens is {tokens}: no random letters are cut into so many by this bundle's tokenizer")
 
     def image(self, rng: np.random.Generator, ratio: float = 1.0) -> Image.Image:
         """Return a picture of coarse shapes and fine noise, its width `ratio` times its height."""

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import onnxruntime
+import pytest
 
 from mmemb_benchmarks.measure.costs import measure_loading, measure_runtime, measure_startup
 from mmemb_benchmarks.timing import graph_seconds
+from mmemb_benchmarks.workload import Maker
 from mmemb_deploy import Embedder
 from mmemb_deploy.bundle.folder import NANO
 
@@ -19,6 +21,15 @@ def test_time_in_graphs_is_part_of_the_whole_and_the_session_is_as_it_was(fused_
     assert 0 < found["overhead never"] < 1
     assert 0 < found["overhead always"] < 1
     assert found["tokens of a prompt over those after its prefix"] > 1
+
+
+@pytest.mark.parametrize("bundle", [None, "fused_bundle"])
+def test_the_texts_have_as_many_tokens_as_were_asked_for(bundle: str | None, request: pytest.FixtureRequest) -> None:
+    embedder = Embedder.load(bundle and request.getfixturevalue(bundle), threads=1)
+    found = measure_runtime(embedder, tokens=40, batch=1, written=1, rounds=1, report=lambda _: None)
+    row = Maker(embedder.encoder, embedder.manifest).row("a")
+    length = row.length - 1 + 40
+    assert found["tokens of a prompt over those after its prefix"] == length / (length - row.prefix)
 
 
 def test_no_time_in_graphs_is_missed(fused_bundle: Path) -> None:

@@ -1,19 +1,22 @@
 """Latency, frontier and load compare the modes on the same requests and count what they did. No time is asserted."""
 
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
 
-from mmemb_benchmarks.measure.ceiling import Ceiling, cpu_ceiling, decoder_work
+from mmemb_benchmarks.measure.ceiling import Ceiling, cpu_ceiling, decoder_work, gpu_ceiling
 from mmemb_benchmarks.measure.frontier import frontier, measure_frontier
 from mmemb_benchmarks.measure.latency import measure_latency, mode_options
 from mmemb_benchmarks.measure.load import Search, Trial, measure_load, run_trial
 from mmemb_benchmarks.timing import STAGES, Spent, timed_engine
-from mmemb_benchmarks.workload import Workload, assemble, load_uncached, prompt_tokens, threshold_of_rate
+from mmemb_benchmarks.workload import Workload, assemble, load_uncached
 from mmemb_deploy import Embedder, OptionError
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.evaluation.pairs import encode_queries
@@ -90,31 +93,6 @@ def test_a_repeated_image_is_encoded_every_time(traffic: Workload) -> None:
         assert spent["vision"] > 0
 
 
-def test_a_rate_becomes_the_threshold_that_sends_so_many_to_reasoning(nano: Embedder, traffic: Workload) -> None:
-    threshold = threshold_of_rate(nano, traffic, 0.5)
-    assert threshold is not None
-    details = encode_queries(nano, traffic.pairs, threshold=threshold, max_rationale_tokens=1).details
-    assert np.mean([detail.route is Route.REASON for detail in details]) == pytest.approx(0.5, abs=0.1)
-    assert threshold_of_rate(nano, traffic, None) is None
-
-
-def test_requests_of_a_file_are_not_judged(nano: Embedder, tmp_path: Path) -> None:
-    lines = tmp_path / "requests.jsonl"
-    lines.write_text('"a text"\n{"text": "another"}\n')
-    traffic = Workload.of(nano, requests=lines, queries=1, seed=0)
-    assert [pair.query for pair in traffic.pairs] == ["a text", {"text": "another"}]
-    assert not traffic.judged
-    with pytest.raises(OptionError, match="--requests and --pairs"):
-        Workload.of(nano, requests=lines, pairs=lines, queries=1, seed=0)
-
-
-def test_requests_of_a_workload_are_of_its_kind(nano: Embedder) -> None:
-    traffic = Workload.of(nano, kind="long text", queries=3, seed=0)
-    assert [length > 200 for length in prompt_tokens(nano, traffic)] == [True] * 3
-    with pytest.raises(OptionError, match="long text"):
-        Workload.of(nano, kind="long texts", queries=3, seed=0)
-
-
 def test_work_counts_every_linear_weight_once(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
     text = json.loads((tiny_checkpoint / "config.json").read_text())["text_config"]
     hidden, inner, size = text["hidden_size"], text["intermediate_size"], text["head_dim"]
@@ -134,6 +112,28 @@ def test_a_ceiling_is_measured_in_the_type_that_multiplies(precision: str, produ
     found = cpu_ceiling(precision, 1)
     assert found.matmul_type == product
     assert found.copy_gb_per_s > 0 < found.matmul_gflop_per_s
+
+
+def test_a_gpu_keeps_nothing_of_its_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch keeps would lie beside the engine that is measured next."""
+    alive: WeakSet[Any] = WeakSet()
+    kept: list[int] = []
+
+    class Tensor:
+        def __init__(self, *_: int, **__: Any) -> None:
+            alive.add(self)
+
+        def __matmul__(self, other: "Tensor") -> "Tensor":
+            return Tensor()
+
+        def copy_(self, _: "Tensor") -> "Tensor":
+            return self
+
+    cuda = SimpleNamespace(synchronize=lambda: None, empty_cache=lambda: kept.append(len(alive)))
+    torch = SimpleNamespace(randn=Tensor, empty=Tensor, bfloat16=None, uint8=None, cuda=cuda)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert gpu_ceiling().matmul_type == "bfloat16"
+    assert kept == [0]
 
 
 def outcome(hits: list[float], milliseconds: list[float], tokens: list[float]) -> Outcome:

@@ -76,6 +76,17 @@ def test_a_bundle_that_does_not_reason_skips_what_reasons(setting: Setting, tmp_
     assert [benchmark["name"] for benchmark in found["benchmarks"]] == ["bench_one[fast only-short text]"]
 
 
+def test_the_command_shows_the_pooled_medians_and_where_the_results_lie(
+    fused_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "gate.json"
+    suite(bundle=fused_bundle, threads=1, seconds=0, passes=2, select="bench_gate and 8", output=output)
+    told = capfd.readouterr()
+    assert f"results: {output}" in told.out
+    assert "gate: 8" in told.out
+    assert "Wrote benchmark data" not in told.out + told.err
+
+
 def test_a_selection_of_nothing_is_refused(setting: Setting, tmp_path: Path) -> None:
     with pytest.warns(match="no benchmarks"), pytest.raises(OptionError, match="--select is 'nonsense'"):
         run_suite(setting, tmp_path / "none.json", "nonsense")

@@ -20,6 +20,7 @@ from mmemb_benchmarks.commands.shared import (
     finish,
     table,
 )
+from mmemb_benchmarks.measure import FEWEST_REQUESTS, PRECISION, TARGET
 
 if TYPE_CHECKING:
     from mmemb_benchmarks.measure.latency import LatencyResult
@@ -113,12 +114,15 @@ def load(
     seed: Seed = 0,
     p95_ms: Annotated[
         float | None,
-        typer.Option(min=0.001, help="What the 95th percentile must not exceed; 10 x the slowest mode's idle mean."),
+        typer.Option(min=0.001, help=f"What p95 must not exceed; {TARGET} x the slowest mode's idle mean by default."),
     ] = None,
     reasoning_rate: Rate = None,
     max_rationale_tokens: Written = None,
     seconds: Annotated[
-        float, typer.Option(min=0.1, help="Length of a trial; at least 60 requests, and 20 x the target.")
+        float,
+        typer.Option(
+            min=0.1, help=f"Length of a trial; at least {FEWEST_REQUESTS} requests, and {1 / PRECISION:.0f} x --p95-ms."
+        ),
     ] = 5.0,
     trials: Annotated[int, typer.Option(min=1, help="Trials of each mode, at most.")] = 12,
     batch_size: BatchSize = 32,
@@ -172,11 +176,9 @@ def runtime(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Checkpoint folder, which transformers loads in float32 to compare.")
     ] = None,
-    tokens: Annotated[
-        int, typer.Option(min=1, help="Characters of a text: its tokens, where a token is a byte.")
-    ] = 256,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a text.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Texts of a call.")] = 8,
-    written: Annotated[int, typer.Option(min=1, help="Words of a rationale, at most.")] = 32,
+    written: Annotated[int, typer.Option(min=1, help="Tokens of a rationale, at most.")] = 32,
     rounds: Rounds = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of one operator.")] = 2,
     output: Out = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mmemb_benchmarks.commands.shared import Backend, BundleOption, Threads, check_output
+from mmemb_benchmarks.commands.shared import Backend, BundleOption, Threads, check_output, table
 
 
 def register(bench: typer.Typer) -> None:
@@ -25,10 +25,20 @@ def suite(
     output: Annotated[Path, typer.Option("--out", help="Where pytest-benchmark's JSON goes.")] = Path("suite.json"),
 ) -> None:
     """Time every stage and every workload of a bundle by pytest-benchmark."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from mmemb_benchmarks.results import read_result
     from mmemb_benchmarks.suite import run_suite
     from mmemb_benchmarks.suite.setting import Setting
     from mmemb_benchmarks.workload import load_uncached
 
     check_output(output)
-    setting = Setting(*load_uncached(bundle, backend, threads), seconds, passes)
-    raise typer.Exit(run_suite(setting, output, select))
+    status = run_suite(Setting(*load_uncached(bundle, backend, threads), seconds, passes), output, select)
+    if status:
+        raise typer.Exit(status)
+    shown = table(f"{passes} passes", "benchmark", "median, ms", "p95, ms", "on")
+    for benchmark in read_result(output).result:
+        shown.add_row(*map(escape, benchmark.row))
+    Console().print(shown)
+    print(f"results: {output}")

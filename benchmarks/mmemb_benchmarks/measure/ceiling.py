@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from operator import matmul
 from typing import Any
 
 import numpy as np
@@ -68,17 +69,23 @@ def gpu_ceiling() -> Ceiling:
         import torch
     except ModuleNotFoundError as error:
         raise MissingExtraError("torch", "train") from error
-    side = 4 * SIDE
-    left, right = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    source, target = (torch.empty(16 * COPIED, dtype=torch.uint8, device="cuda") for _ in range(2))
+    side, copied = 4 * SIDE, 16 * COPIED
 
-    def synchronised(run: Callable[[], Any]) -> None:
-        run()
-        torch.cuda.synchronize()
+    def seconds(make: Callable[[], Any], run: Callable[[Any, Any], Any]) -> float:
+        first, second = make(), make()
 
-    multiply = _median_seconds(partial(synchronised, lambda: left @ right))
-    copy = _median_seconds(partial(synchronised, lambda: target.copy_(source)))
-    return _ceiling(16 * COPIED, copy, side, multiply, "bfloat16")
+        def synchronised() -> None:
+            run(first, second)
+            torch.cuda.synchronize()
+
+        return _median_seconds(synchronised)
+
+    multiply = seconds(lambda: torch.randn(side, side, device="cuda", dtype=torch.bfloat16), matmul)
+    copy = seconds(
+        lambda: torch.empty(copied, dtype=torch.uint8, device="cuda"), lambda target, source: target.copy_(source)
+    )
+    torch.cuda.empty_cache()  # or torch would keep 8 GiB beside the engine that is measured next
+    return _ceiling(copied, copy, side, multiply, "bfloat16")
 
 
 def _ceiling(copied: int, copy_seconds: float, side: int, product_seconds: float, product: str) -> Ceiling:

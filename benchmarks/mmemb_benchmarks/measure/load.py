@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from pydantic import BaseModel
 
-from mmemb_benchmarks.measure import FEWEST_REQUESTS, PRECISION
+from mmemb_benchmarks.measure import FEWEST_REQUESTS, PRECISION, TARGET
 from mmemb_benchmarks.timing import timed
 from mmemb_benchmarks.workload import Workload
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.evaluation.pairs import encode_alone, encode_queries
 from mmemb_deploy.options import EncodeOptions
 
-TARGET = 10  # times the idle mean of the slowest mode, where no target is given: less, and the machine's stalls decide
 HOPELESS = 5  # times the target: a request that is late by so much ends the trial
 FIRST_SHARE = 0.5  # of the rate that full batches reach, tried first
 

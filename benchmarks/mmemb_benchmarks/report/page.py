@@ -57,7 +57,6 @@ def render(results: Sequence[Stamped[Any]]) -> tuple[str, dict[str, bytes]]:
         dates=sorted({result.date for result in results}),
         machines=sorted({result.machine.device for result in results}),
         figures=FIGURES,
-        suite_rows=_suite_rows,
         light=LIGHT,
         dark=DARK,
         modes=charts.MODES,
@@ -88,21 +87,3 @@ def _charts(subject: Subject) -> Iterable[charts.Chart]:
         peers = subject.peers.result
         there = peers.peers[peers.baseline].seconds
         yield from (charts.peers_chart(subject.slug, peers, what) for what in FIGURES if what in there)
-
-
-def _suite_rows(benchmarks: Sequence[Benchmark]) -> list[tuple[str, str, str, str]]:
-    """Return name, median, 95th percentile and what it ran on, of every benchmark."""
-    return [
-        (
-            benchmark.name.removeprefix("bench_").replace("[", ": ").rstrip("]"),
-            _milliseconds(benchmark.median),
-            _milliseconds(benchmark.extra_info["p95"]) if "p95" in benchmark.extra_info else "-",
-            ", ".join(f"{value:g} {name.replace('_', ' ')}" for name, value in facts.items()),
-        )
-        for benchmark in benchmarks
-        for facts in [{name: value for name, value in benchmark.extra_info.items() if name != "p95"}]
-    ]
-
-
-def _milliseconds(seconds: float) -> str:
-    return digits(1000 * seconds)
