@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmemb_benchmarks.commands.suite import suite
+from mmemb_benchmarks.commands.speed import suite
 from mmemb_benchmarks.suite import run_suite
 from mmemb_benchmarks.suite.setting import FEWEST, Setting
 from mmemb_benchmarks.workload import KINDS, load_uncached

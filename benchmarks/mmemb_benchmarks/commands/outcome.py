@@ -13,12 +13,6 @@ from mmemb_benchmarks.commands.shared import Json, table
 Result = Annotated[Path, typer.Argument(help="JSON of `mmemb bench suite`, `latency` or `peers`.")]
 
 
-def register(bench: typer.Typer) -> None:
-    """Add the commands."""
-    for command in (report, compare):
-        bench.command(command.__name__)(command)
-
-
 def report(
     sources: Annotated[list[Path], typer.Argument(help="Results of mmemb bench, or folders of them.")],
     folder: Annotated[Path, typer.Option("--out", help="Folder for index.html and the charts.")] = Path("report"),

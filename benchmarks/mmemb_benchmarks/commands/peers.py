@@ -13,11 +13,6 @@ if TYPE_CHECKING:
     from mmemb_benchmarks.peers.run import PeersResult
 
 
-def register(bench: typer.Typer) -> None:
-    """Add the command."""
-    bench.command("peers")(peers)
-
-
 def peers(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, which the peers run.")],
     bundles: Annotated[list[Path], typer.Argument(help="Bundles that were exported from it.")],

@@ -11,9 +11,11 @@ import typer
 
 from mmemb_benchmarks.commands.shared import (
     Backend,
-    BundleOption,
+    Bundle,
     Json,
     Out,
+    Pairs,
+    Queries,
     Seed,
     Threads,
     check_output,
@@ -26,14 +28,9 @@ if TYPE_CHECKING:
     from mmemb_benchmarks.measure.frontier import FrontierResult
 
 
-def register(bench: typer.Typer) -> None:
-    """Add the commands of `mmemb bench`."""
-    for command in (digitchain, frontier):
-        bench.command(command.__name__)(command)
-
-
 def digitchain(
-    bundle: BundleOption = None,
+    bundle: Bundle = None,
+    backend: Backend = "auto",
     seed: Seed = 0,
     queries: Annotated[int, typer.Option(min=1, help="Queries of each family, and of the mixed traffic.")] = 200,
     threads: Threads = None,
@@ -49,7 +46,7 @@ def digitchain(
 
     check_output(output)
     notes = Console(stderr=True)
-    embedder = assemble(*load_uncached(bundle, "auto", threads))
+    embedder = assemble(*load_uncached(bundle, backend, threads))
     with notes.status("measuring") as status:
         result = run_digitchain(embedder, seed=seed, queries=queries, report=status.update)
     found = {"queries": queries, "seed": seed, **result}
@@ -72,12 +69,10 @@ def _show_digitchain(result: Mapping[str, Any]) -> None:
 
 
 def frontier(
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder; the embedded nano bundle by default.")] = None,
+    bundle: Bundle = None,
     backend: Backend = "auto",
-    pairs: Annotated[
-        Path | None, typer.Option(help="Pairs, as mmemb calibrate reads them; DigitChain's mixed traffic by default.")
-    ] = None,
-    queries: Annotated[int, typer.Option(min=1, help="Queries of DigitChain, where no pairs are given.")] = 400,
+    pairs: Pairs = None,
+    queries: Queries = 400,
     seed: Seed = 0,
     threads: Threads = None,
     output: Out = None,
@@ -124,9 +119,11 @@ def _show_frontier(result: FrontierResult) -> None:
 
 
 def demo(
-    bundle: BundleOption = None,
-    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
+    bundle: Bundle = None,
+    backend: Backend = "auto",
     seed: Seed = 7,
+    threads: Threads = None,
+    output: Annotated[Path, typer.Option("--out", help="Where the picture goes, a .png file.")] = Path("demo.png"),
     as_json: Json = False,
 ) -> None:
     """Embed real digits and questions about them; show what was thought and found, and draw it."""
@@ -137,10 +134,10 @@ def demo(
     from mmemb_benchmarks.workload import assemble, load_uncached
 
     if output.suffix != ".png" or not output.parent.is_dir():
-        raise OptionError(f"--output is {output}: it must be a .png file in a folder that exists")
+        raise OptionError(f"--out is {output}: it must be a .png file in a folder that exists")
     notes = Console(stderr=True)
     with notes.status("embedding real digits"):
-        showcases, outcomes = run_demo(assemble(*load_uncached(bundle, "auto", None)), seed)
+        showcases, outcomes = run_demo(assemble(*load_uncached(bundle, backend, threads)), seed)
         draw(showcases, outcomes, output)
     summaries = {mode: outcome.summary() for mode, outcome in outcomes.items()}
     if as_json:

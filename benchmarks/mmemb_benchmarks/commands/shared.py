@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
 from mmemb_deploy.errors import OptionError
 
@@ -17,13 +19,38 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-BundleOption = Annotated[Path | None, typer.Option(help="Bundle folder; the embedded nano bundle by default.")]
+Bundle = Annotated[Path | None, typer.Argument(help="Bundle folder; the embedded nano bundle by default.")]
 Backend = Annotated[str, typer.Option(help="The engine that runs the bundle, as in Embedder.load.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one operator on a CPU; all cores by default.")]
+Requests = Annotated[
+    Path | None, typer.Option(help="Inputs, as mmemb embed reads them; DigitChain's mixed traffic by default.")
+]
+Pairs = Annotated[
+    Path | None, typer.Option(help="Pairs, as mmemb calibrate reads them: hits are counted; DigitChain's by default.")
+]
+Kind = Annotated[
+    str | None, typer.Option("--workload", help="Inputs of one kind, such as 'long text', 'image' or 'document page'.")
+]
+Queries = Annotated[int, typer.Option(min=1, help="Inputs to draw, where no file is given.")]
 Seed = Annotated[int, typer.Option(min=0, help="Which examples are drawn.")]
+Rate = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Share of the requests that auto sends to reasoning; the bundle's gate decides."),
+]
+Written = Annotated[int | None, typer.Option(min=1, help="Tokens of a rationale, at most.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Inputs that run together.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds that count, after one that warms up.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for scripts.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Also write the JSON object to this file.")]
+
+
+class OldNames(TyperCommand):
+    """A command that still takes what it took: `--bundle BUNDLE` for its argument, `--output` for `--out`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Translate the words of a command line before they are parsed."""
+        words = (re.sub(r"^--output(?==|$)", "--out", word).removeprefix("--bundle=") for word in args)
+        return super().parse_args(ctx, [word for word in words if word != "--bundle"])
 
 
 def check_output(output: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""The commands that measure time: `latency`, `load`, `startup` and `runtime`."""
+"""The commands that measure time: `latency`, `load`, `suite`, `startup` and `runtime`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ import typer
 
 from mmemb_benchmarks.commands.shared import (
     Backend,
-    BundleOption,
+    BatchSize,
+    Bundle,
     Json,
+    Kind,
     Out,
+    Pairs,
+    Queries,
+    Rate,
+    Requests,
     Rounds,
     Seed,
     Threads,
+    Written,
     check_output,
     finish,
     table,
@@ -26,34 +33,13 @@ if TYPE_CHECKING:
     from mmemb_benchmarks.measure.latency import LatencyResult
     from mmemb_benchmarks.measure.load import LoadResult
 
-Requests = Annotated[
-    Path | None, typer.Option(help="Inputs, as mmemb embed reads them; DigitChain's mixed traffic by default.")
-]
-Pairs = Annotated[Path | None, typer.Option(help="Pairs, as mmemb calibrate reads them: their hits are counted too.")]
-Workload = Annotated[
-    str | None, typer.Option(help="Inputs of one kind, such as 'long text', 'image' or 'document page'.")
-]
-Queries = Annotated[int, typer.Option(min=1, help="Inputs to draw, where no file is given.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Requests that run together.")]
-Rate = Annotated[
-    float | None,
-    typer.Option(min=0, max=1, help="Share of the requests that auto sends to reasoning; the bundle's gate decides."),
-]
-Written = Annotated[int | None, typer.Option(min=1, help="Tokens of a rationale, at most.")]
-
-
-def register(bench: typer.Typer) -> None:
-    """Add the commands."""
-    for command in (latency, load, startup, runtime):
-        bench.command(command.__name__)(command)
-
 
 def latency(
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder; the embedded nano bundle by default.")] = None,
+    bundle: Bundle = None,
     backend: Backend = "auto",
     requests: Requests = None,
     pairs: Pairs = None,
-    workload: Workload = None,
+    kind: Kind = None,
     queries: Queries = 200,
     seed: Seed = 0,
     reasoning_rate: Rate = None,
@@ -84,7 +70,7 @@ def latency(
     opened, engine = load_uncached(bundle, backend, threads)
     spent: Spent = defaultdict(float)
     embedder = assemble(opened, timed_engine(engine, spent))
-    drawn = Workload.of(embedder, requests=requests, pairs=pairs, kind=workload, queries=queries, seed=seed)
+    drawn = Workload.of(embedder, requests=requests, pairs=pairs, kind=kind, queries=queries, seed=seed)
     on_cpu = backend in ("auto", "onnxruntime")
     meter = EnergyMeter() if (not on_cpu if energy is None else energy) else None
     options = mode_options(threshold_of_rate(embedder, drawn, reasoning_rate), max_rationale_tokens)
@@ -106,10 +92,10 @@ def latency(
 
 
 def load(
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder; the embedded nano bundle by default.")] = None,
+    bundle: Bundle = None,
     backend: Backend = "auto",
     requests: Requests = None,
-    workload: Workload = None,
+    kind: Kind = None,
     queries: Queries = 400,
     seed: Seed = 0,
     p95_ms: Annotated[
@@ -140,7 +126,7 @@ def load(
 
     check_output(output)
     embedder = assemble(*load_uncached(bundle, backend, threads))
-    drawn = Workload.of(embedder, requests=requests, kind=workload, queries=queries, seed=seed)
+    drawn = Workload.of(embedder, requests=requests, kind=kind, queries=queries, seed=seed)
     found = measure_load(
         embedder,
         drawn,
@@ -155,9 +141,40 @@ def load(
     finish(stamp("load", found, embedder), output=output, as_json=as_json, show=_show_load)
 
 
+def suite(
+    bundle: Bundle = None,
+    backend: Backend = "auto",
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=0, help="What the rounds of one benchmark should take together.")] = 1.0,
+    passes: Annotated[int, typer.Option(min=1, help="Times that the suite runs, with a share of the rounds each.")] = 3,
+    select: Annotated[str, typer.Option(help="Which benchmarks run, as of pytest -k.")] = "bench",
+    output: Annotated[Path, typer.Option("--out", help="Where pytest-benchmark's JSON goes.")] = Path("suite.json"),
+) -> None:
+    """Time every stage and every workload of a bundle by pytest-benchmark."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from mmemb_benchmarks.results import read_result
+    from mmemb_benchmarks.suite import run_suite
+    from mmemb_benchmarks.suite.setting import Setting
+    from mmemb_benchmarks.workload import load_uncached
+
+    check_output(output)
+    status = run_suite(Setting(*load_uncached(bundle, backend, threads), seconds, passes), output, select)
+    if status:
+        raise typer.Exit(status)
+    shown = table(f"{passes} passes", "benchmark", "median, ms", "p95, ms", "on")
+    for benchmark in read_result(output).result:
+        shown.add_row(*map(escape, benchmark.row))
+    Console().print(shown)
+    print(f"results: {output}")
+
+
 def startup(
-    bundle: BundleOption = None,
+    bundle: Bundle = None,
+    backend: Backend = "auto",
     runs: Annotated[int, typer.Option(min=1, help="Fresh processes per figure.")] = 7,
+    threads: Threads = None,
     output: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -167,12 +184,13 @@ def startup(
     from mmemb_deploy.bundle.folder import NANO
 
     check_output(output)
-    figures = measure_startup(bundle or NANO, "auto", None, runs=runs)
-    finish(stamp("startup", figures, None), output=output, as_json=as_json, show=_show_lines)
+    found = measure_startup(bundle or NANO, backend, threads, runs=runs)
+    finish(stamp("startup", found, None), output=output, as_json=as_json, show=_show_lines)
 
 
 def runtime(
-    bundle: BundleOption = None,
+    bundle: Bundle = None,
+    backend: Backend = "auto",
     checkpoint: Annotated[
         Path | None, typer.Option(help="Checkpoint folder, which transformers loads in float32 to compare.")
     ] = None,
@@ -180,7 +198,7 @@ def runtime(
     batch: Annotated[int, typer.Option(min=1, help="Texts of a call.")] = 8,
     written: Annotated[int, typer.Option(min=1, help="Tokens of a rationale, at most.")] = 32,
     rounds: Rounds = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of one operator.")] = 2,
+    threads: Threads = None,
     output: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -191,13 +209,15 @@ def runtime(
     from mmemb_benchmarks.results import stamp
     from mmemb_deploy.bundle.folder import NANO
     from mmemb_deploy.embedder import Embedder
+    from mmemb_deploy.errors import check_known
 
     check_output(output)
+    check_known("backend whose graphs are timed", backend, ("auto", "onnxruntime", "onnxruntime-cuda"))
     folder = bundle or NANO
     notes = Console(stderr=True)  # no spinner: its thread would take turns with what is timed
     notes.print("loading")
-    found = measure_loading(folder, "auto", threads, checkpoint, runs=3)
-    embedder = Embedder.load(folder, threads=threads)
+    found = measure_loading(folder, backend, threads, checkpoint, runs=3)
+    embedder = Embedder.load(folder, backend=backend, threads=threads)
     found |= measure_runtime(embedder, tokens=tokens, batch=batch, written=written, rounds=rounds, report=notes.print)
     finish(stamp("runtime", found, embedder), output=output, as_json=as_json, show=_show_lines)
 

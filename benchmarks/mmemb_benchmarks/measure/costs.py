@@ -16,6 +16,7 @@ import numpy as np
 
 from mmemb_benchmarks.timing import graph_seconds, run_fresh, timed
 from mmemb_benchmarks.workload import Maker
+from mmemb_deploy.backends.choose import choose_backend
 from mmemb_deploy.bundle.manifest import read_manifest
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.options import EncodeOptions
@@ -45,8 +46,10 @@ with torch.inference_mode():
 def measure_startup(bundle: Path, backend: str, threads: int | None, *, runs: int) -> dict[str, float]:
     """Return median seconds of `import mmemb_deploy`, of the import of `Embedder`, and of `Embedder.load` after it.
 
-    A first process of each warms the file cache.
+    A first process of each warms the file cache. Raises BundleError without a bundle, OptionError for a backend.
     """
+    read_manifest(bundle)
+    choose_backend(backend, threads)
     programs = {
         "import package": ("", "import mmemb_deploy"),
         "import Embedder": ("", IMPORT),
@@ -61,7 +64,11 @@ def measure_startup(bundle: Path, backend: str, threads: int | None, *, runs: in
 def measure_loading(
     bundle: Path, backend: str, threads: int | None, checkpoint: Path | None, *, runs: int
 ) -> dict[str, float]:
-    """Return seconds from import to a first answer and peak bytes, in fresh processes, and the bytes of the weights."""
+    """Return seconds from import to a first answer and peak bytes, in fresh processes, and the bytes of the weights.
+
+    Raises BundleError without a bundle, OptionError for a backend.
+    """
+    choose_backend(backend, threads)
     load = f"{IMPORT}\nembedder = {_load(bundle, backend, threads)}\n"
     modes = ("never",) if read_manifest(bundle).gate is None else ("never", "always")
     programs = {

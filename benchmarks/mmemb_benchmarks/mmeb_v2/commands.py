@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from mmemb_benchmarks.commands.shared import Backend, BatchSize, Bundle, Json, Threads
+
 
 def register(app: typer.Typer) -> None:
     """Add the group `mmemb eval`."""
@@ -24,7 +26,8 @@ def _group() -> None:
 
 def mmeb_v2(
     data: Annotated[Path, typer.Option(help="Root of image-tasks/, video-tasks/ and visdoc-tasks/.")],
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder; the embedded nano bundle by default.")] = None,
+    bundle: Bundle = None,
+    backend: Backend = "auto",
     tasks: Annotated[
         list[str] | None,
         typer.Option(help="A task, a group (video) or a sub-group (video/QA); again for more. All that lie in --data."),
@@ -38,11 +41,9 @@ def mmeb_v2(
         int | None, typer.Option(min=1, help="Only so many queries of each task: a trial, not a score.")
     ] = None,
     hub: Annotated[bool, typer.Option("--hub", help="Download annotations that are absent. Media are not.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Inputs that run together.")] = 32,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of one operator; all cores by default.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object as the last line, for scripts.")
-    ] = False,
+    batch_size: BatchSize = 32,
+    threads: Threads = None,
+    as_json: Json = False,
 ) -> None:
     """Score MMEB-V2's 78 tasks without, with and by choice of reasoning, with the public metrics and files."""
     from rich.console import Console
@@ -63,7 +64,7 @@ def mmeb_v2(
     chosen = chosen_tasks(tasks, options)
     notes = Console(stderr=True)
     try:
-        run_tasks(Embedder.load(bundle, threads=threads), chosen, options, notes)
+        run_tasks(Embedder.load(bundle, backend=backend, threads=threads), chosen, options, notes)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None
