@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmemb_benchmarks.measure.latency import LatencyResult
-from mmemb_benchmarks.peers.run import PeersResult
+from mmemb_benchmarks.peers.contest import PeersResult
 from mmemb_benchmarks.results import Stamped
 from mmemb_deploy.errors import OptionError
 

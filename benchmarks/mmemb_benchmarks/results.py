@@ -19,7 +19,7 @@ from pydantic import AliasPath, BaseModel, Field, ValidationError
 from mmemb_benchmarks.measure.frontier import FrontierResult
 from mmemb_benchmarks.measure.latency import LatencyResult
 from mmemb_benchmarks.measure.load import LoadResult
-from mmemb_benchmarks.peers.run import PeersResult
+from mmemb_benchmarks.peers.contest import PeersResult
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.files import write_whole

@@ -10,7 +10,7 @@ import typer
 from mmemb_benchmarks.commands.shared import Json, Out, Rounds, check_output, finish, table
 
 if TYPE_CHECKING:
-    from mmemb_benchmarks.peers.run import PeersResult
+    from mmemb_benchmarks.peers.contest import PeersResult
 
 
 def peers(
@@ -36,8 +36,8 @@ def peers(
     """Run the same weights elsewhere, each peer in its own environment, parity first, then times in turns."""
     from rich.console import Console
 
-    from mmemb_benchmarks.peers import compare, peers_on
-    from mmemb_benchmarks.peers.environments import default_folder
+    from mmemb_benchmarks.peers.contest import contest, peers_on
+    from mmemb_benchmarks.peers.process import default_folder
     from mmemb_benchmarks.results import stamp
     from mmemb_deploy.errors import check_known
 
@@ -48,7 +48,7 @@ def peers(
         check_known(f"peer on {device}", name, [*known, "all"])
     names = known if "all" in (peer or []) else peer or []
     folder = None if here else environments or default_folder()
-    found = compare(
+    found = contest(
         checkpoint,
         bundles,
         names=names,

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from mmemb_benchmarks.measure.frontier import FrontierResult
 from mmemb_benchmarks.measure.latency import LatencyResult
 from mmemb_benchmarks.measure.load import LoadResult
-from mmemb_benchmarks.peers.run import PeersResult
+from mmemb_benchmarks.peers.contest import PeersResult
 from mmemb_benchmarks.results import digits
 from mmemb_benchmarks.timing import STAGES
 from mmemb_deploy.evaluation.theme import LIGHT, Theme, drawing

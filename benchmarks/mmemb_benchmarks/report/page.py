@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mmemb_benchmarks.measure.frontier import FrontierResult
 from mmemb_benchmarks.measure.latency import LatencyResult
 from mmemb_benchmarks.measure.load import LoadResult
-from mmemb_benchmarks.peers.run import PeersResult
+from mmemb_benchmarks.peers.contest import PeersResult
 from mmemb_benchmarks.report import charts
 from mmemb_benchmarks.results import Benchmark, Stamped, digits
 from mmemb_deploy.evaluation.theme import DARK, LIGHT
