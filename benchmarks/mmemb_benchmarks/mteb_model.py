@@ -99,8 +99,8 @@ class MtebModel:
         with counting(len(cast("Sized", inputs.dataset)), shown=kwargs.get("show_progress_bar", False)) as done:
             for batch in inputs:
                 contents = _contents(cast("dict[str, Any]", batch), self.frames)
-                full = [place for place, content in enumerate(contents) if content]
-                result = encode([contents[place] for place in full], return_details=True, **options)
+                full = [index for index, content in enumerate(contents) if content]
+                result = encode([contents[index] for index in full], return_details=True, **options)
                 embeddings_ND = np.zeros((len(contents), self.embedder.dim), result.embeddings.dtype)
                 embeddings_ND[full] = result.embeddings
                 pieces.append(embeddings_ND)
@@ -170,6 +170,6 @@ def _contents(batch: dict[str, Any], frames: int) -> list[dict[str, Any]]:
 def _video(decoder: Any, count: int) -> dict[str, Any]:
     """Read evenly spread frames, with their times, from a torchcodec VideoDecoder."""
     total: int = decoder.metadata.num_frames
-    places = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
-    batch = decoder.get_frames_at(places)
+    indices = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+    batch = decoder.get_frames_at(indices)
     return {"video": batch.data.permute(0, 2, 3, 1).numpy(), "timestamps": batch.pts_seconds.tolist()}

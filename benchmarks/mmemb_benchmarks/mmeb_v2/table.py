@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmemb_benchmarks.mmeb_v2.job import Figures, read_score, score_path
+from mmemb_benchmarks.mmeb_v2.evaluate import Figures, read_score, score_path
 from mmemb_benchmarks.mmeb_v2.metrics import CORRECTED
 from mmemb_benchmarks.mmeb_v2.tasks import NDCG, SUBGROUPS, TASKS, Task
 
