@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mmemb_benchmarks.report import write_report
+from mmemb_benchmarks.report.page import write_report
 from mmemb_deploy import OptionError
 
 

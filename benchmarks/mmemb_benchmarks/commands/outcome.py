@@ -18,7 +18,7 @@ def report(
     folder: Annotated[Path, typer.Option("--out", help="Folder for index.html and the charts.")] = Path("report"),
 ) -> None:
     """Make one self-contained page, with its charts as PNGs beside it."""
-    from mmemb_benchmarks.report import write_report
+    from mmemb_benchmarks.report.page import write_report
 
     page, passed_over = write_report(sources, folder)
     for path in passed_over:

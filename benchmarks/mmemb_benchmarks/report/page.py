@@ -1,10 +1,11 @@
-"""The page: what the results say, in the order in which a reader asks."""
+"""The page: what the results say, in the order in which a reader asks, and its charts as PNGs beside it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,9 +15,12 @@ from mmemb_benchmarks.measure.latency import LatencyResult
 from mmemb_benchmarks.measure.load import LoadResult
 from mmemb_benchmarks.peers.contest import PeersResult
 from mmemb_benchmarks.report import charts
-from mmemb_benchmarks.results import Benchmark, Stamped, digits
+from mmemb_benchmarks.results import Benchmark, Stamped, digits, read_results
+from mmemb_deploy.errors import OptionError
 from mmemb_deploy.evaluation.theme import DARK, LIGHT
+from mmemb_deploy.files import write_whole
 
+PAGE = "index.html"
 FIGURES = "embed x1", "embed x8", "token x1", "token x8", "think and embed x1", "think and embed x8"
 
 
@@ -37,6 +41,22 @@ class Subject:
         """The results that are there."""
         found = (self.latency, self.frontier, self.load, self.peers, self.suite)
         return [result for result in found if result is not None]
+
+
+def write_report(sources: Sequence[Path], folder: Path) -> tuple[Path, list[Path]]:
+    """Write `index.html` and its charts into a folder, which is made; return the page and the files passed over.
+
+    Nothing is written, and OptionError raised, where a source cannot be read or none is there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"--out is {folder}: it is a file; name a folder")
+    results, passed_over = read_results(sources)
+    page, charts = render(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in charts.items():
+        write_whole(folder / name, content)
+    write_whole(folder / PAGE, page)
+    return folder / PAGE, passed_over
 
 
 def render(results: Sequence[Stamped[Any]]) -> tuple[str, dict[str, bytes]]:
