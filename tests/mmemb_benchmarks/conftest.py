@@ -1,6 +1,7 @@
 """Results of every kind, as `mmemb bench` writes them."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -119,12 +120,22 @@ SUITE = {
 }
 
 
+@pytest.fixture(scope="session")
+def make_results() -> Callable[[], dict[str, Any]]:
+    """Make one whole result of every kind, as its file holds it, to be changed at will."""
+
+    def make() -> dict[str, Any]:
+        stamped: dict[str, Any] = {
+            kind: {**STAMP, "kind": kind, "result": result}
+            for kind, result in (("latency", LATENCY), ("frontier", FRONTIER), ("load", LOAD), ("peers", PEERS))
+        }
+        stamped["peers"]["bundle"] = None
+        return copy.deepcopy({**stamped, "suite": SUITE})
+
+    return make
+
+
 @pytest.fixture
-def results_by_kind() -> dict[str, Any]:
-    """One whole result of every kind, as its file holds it, to be changed at will."""
-    stamped: dict[str, Any] = {
-        kind: {**STAMP, "kind": kind, "result": result}
-        for kind, result in (("latency", LATENCY), ("frontier", FRONTIER), ("load", LOAD), ("peers", PEERS))
-    }
-    stamped["peers"]["bundle"] = None
-    return copy.deepcopy({**stamped, "suite": SUITE})
+def results_by_kind(make_results: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """One whole result of every kind."""
+    return make_results()

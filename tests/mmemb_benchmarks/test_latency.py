@@ -11,6 +11,8 @@ from weakref import WeakSet
 import numpy as np
 import pytest
 
+from mmemb_benchmarks.measure import ceiling as ceilings
+from mmemb_benchmarks.measure import load as loads
 from mmemb_benchmarks.measure.ceiling import Ceiling, cpu_ceiling, decoder_work, gpu_ceiling
 from mmemb_benchmarks.measure.frontier import frontier, measure_frontier
 from mmemb_benchmarks.measure.latency import measure_latency, mode_options
@@ -108,7 +110,11 @@ def test_work_counts_every_linear_weight_once(tiny_bundle: Path, tiny_checkpoint
 
 
 @pytest.mark.parametrize(("precision", "product"), [("float32", "float32"), ("int4", "int8"), ("bfloat16", "float32")])
-def test_a_ceiling_is_measured_in_the_type_that_multiplies(precision: str, product: str) -> None:
+def test_a_ceiling_is_measured_in_the_type_that_multiplies(
+    precision: str, product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ceilings, "SIDE", 64)
+    monkeypatch.setattr(ceilings, "COPIED", 2**16)
     found = cpu_ceiling(precision, 1)
     assert found.matmul_type == product
     assert found.copy_gb_per_s > 0 < found.matmul_gflop_per_s
@@ -220,7 +226,7 @@ def options(mode: str) -> EncodeOptions:
 
 def test_a_request_waits_from_its_arrival(nano: Embedder, traffic: Workload) -> None:
     """At a rate that nothing can serve, requests queue, batches fill, and the target breaks."""
-    arguments: dict[str, Any] = {"seconds": 0.01, "batch_size": 16, "seed": 0}
+    arguments: dict[str, Any] = {"seconds": 1e-4, "batch_size": 16, "seed": 0}
     flooded = run_trial(nano, traffic, options("never"), rate=1e6, target_ms=1e-3, **arguments)
     assert not flooded.held
     assert flooded.p95_ms > 1e-3
@@ -229,11 +235,14 @@ def test_a_request_waits_from_its_arrival(nano: Embedder, traffic: Workload) -> 
     assert calm.mean_batch > 10
 
 
-def test_load_reports_each_mode_and_what_it_sustains(nano: Embedder, traffic: Workload) -> None:
+def test_load_reports_each_mode_and_what_it_sustains(
+    nano: Embedder, traffic: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loads, "TARGET", 1)  # a trial takes 20 times as long
     found = measure_load(
         nano,
         traffic,
-        mode_options(None, 4),
+        mode_options(None, 1),
         target_ms=None,
         seconds=0.01,
         trials=1,

@@ -46,7 +46,7 @@ with torch.inference_mode():
 def measure_startup(bundle: Path, backend: str, threads: int | None, *, runs: int) -> dict[str, float]:
     """Return median seconds of `import mmemb_deploy`, of the import of `Embedder`, and of `Embedder.load` after it.
 
-    A first process of each warms the file cache. Raises BundleError without a bundle, OptionError for a backend.
+    A first process warms the file cache. Raises BundleError without a bundle, OptionError for a backend.
     """
     read_manifest(bundle)
     choose_backend(backend, threads)
@@ -55,8 +55,9 @@ def measure_startup(bundle: Path, backend: str, threads: int | None, *, runs: in
         "import Embedder": ("", IMPORT),
         "Embedder.load": (IMPORT, _load(bundle, backend, threads)),
     }
+    _fresh(programs["Embedder.load"][1], 1, first=IMPORT)
     return {
-        name: statistics.median(seconds for seconds, _ in _fresh(code, runs + 1, first=first)[1:])
+        name: statistics.median(seconds for seconds, _ in _fresh(code, runs, first=first))
         for name, (first, code) in programs.items()
     }
 
