@@ -32,7 +32,7 @@ class Task:
     name: str
     group: str
     subgroup: str
-    scope: Literal["row", "corpus"]
+    scope: Literal["row", "corpus"] = "corpus"
     """Whether a query ranks the candidates of its own row, or the whole corpus."""
 
     reader: str
@@ -111,7 +111,7 @@ def _video(
         annotations=f"video-tasks/{hub.partition('/')[2]}",
         media=tuple(media),
         instruction=instruction,
-        **{"scope": "corpus", **facts},
+        **facts,
     )
 
 
@@ -121,7 +121,6 @@ def _visdoc(subgroup: str, name: str, hub: str, folder: str | None = None) -> Ta
         name=name,
         group="visdoc",
         subgroup=subgroup,
-        scope="corpus",
         reader="visrag" if visrag else "vidore",
         hub=hub,
         annotations=f"visdoc-tasks/{hub.partition('/')[2]}",

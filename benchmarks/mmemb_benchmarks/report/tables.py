@@ -39,11 +39,11 @@ FAMILIES = {
     "chain-5": "chain of 5",
     "text": "the same in words",
 }
-MIXED = {  # figures of the mixed traffic, and their decimals
-    "hit_at_1": ("hit@1", 3),
-    "rationale_tokens": ("rationale tokens", 1),
-    "reasoning_rate": ("reasoning rate", 2),
-    "p50_ms": ("median ms, one query alone", 1),
+MIXED = {  # of the mixed traffic
+    "hit_at_1": ("hit@1", ".3f"),
+    "rationale_tokens": ("rationale tokens", ".1f"),
+    "reasoning_rate": ("reasoning rate", ".2f"),
+    "p50_ms": ("median ms, one query alone", ".1f"),
 }
 SELECTION = {
     "none (all candidates)": "none dropped (all candidates)",
@@ -57,21 +57,28 @@ DECISIONS = {
     "auto": "the decision after GRPO (auto)",
     "oracle_gate": "oracle",
 }
-SHOWN_BUNDLES = {"small-int8": "0.2B int8"}
-PEERS = (  # label, the peers side by side in one row, the decimals of their ratios
-    ("transformers, eager / compiled", ("transformers eager", "transformers compile"), 2),
-    ("transformers, bfloat16 / compiled", ("transformers bfloat16", "transformers bfloat16 compile"), 1),
-    ("sentence-transformers", ("sentence-transformers",), 2),
-    ("OpenVINO, 8-bit weights / GenAI's pipeline", ("OpenVINO 8-bit", "OpenVINO GenAI 8-bit"), 1),
-    ("vLLM for CPUs, bfloat16", ("vLLM for CPUs bfloat16",), 1),
-    ("llama.cpp, float32 / 8-bit", ("llama.cpp float32", "llama.cpp 8-bit"), 1),
-    ("fused float32", ("small-fp32",), 1),
-    ("**fused int8**", ("small-int8",), 1),
+MODELS = {"small-int8": "0.2B int8"}
+CALLS = {"embed": "embed", "think and embed": "think, embed"}
+PEERS = (  # label, the peers side by side in one row, the form of their ratios
+    ("transformers, eager / compiled", ("transformers eager", "transformers compile"), ".2f"),
+    ("transformers, bfloat16 / compiled", ("transformers bfloat16", "transformers bfloat16 compile"), ".1f"),
+    ("sentence-transformers", ("sentence-transformers",), ".2f"),
+    ("OpenVINO, 8-bit weights / GenAI's pipeline", ("OpenVINO 8-bit", "OpenVINO GenAI 8-bit"), ".1f"),
+    ("vLLM for CPUs, bfloat16", ("vLLM for CPUs bfloat16",), ".1f"),
+    ("llama.cpp, float32 / 8-bit", ("llama.cpp float32", "llama.cpp 8-bit"), ".1f"),
+    ("fused float32", ("small-fp32",), ".1f"),
+    ("**fused int8**", ("small-int8",), ".1f"),
 )
+BY_TOKEN = {  # what each call is called, and the form of the baseline's seconds
+    "prefill x1": ("embed 1", ".2f"),
+    "prefill x8": ("embed 8", ".2f"),
+    "token x1": ("token, 1 row", ".3f"),
+    "token x8": ("token, 8 rows", ".3f"),
+}
 BUNDLES = {"int8-int4": "fused int8, generator int4", "int8": "fused int8", "fp32": "fused float32"}  # by their endings
 SIZES = {"small": "0.2B", "qwen3-vl-2b": "2B"}
 QUANTISED = {"int8": "int8 Q/DQ", "fp8": "fp8 Q/DQ", "int4": "int4 blocks"}
-SHOWN_TARGET = "sm89"
+TARGET = "sm89"
 NUMBERS = "none", "one", "two", "three", "four", "five", "six"
 FINEST = 11  # decimals of a cosine; beyond them it is the rounding of sums
 
@@ -136,54 +143,41 @@ def _caption(result: dict[str, Any], *commands: str) -> str:
     return "; ".join([result["date"], result["device"], *told])
 
 
+def _side_by_side(figures: Iterable[float], form: str) -> str:
+    return " / ".join(format(figure, form) for figure in figures)
+
+
 def _digitchain(path: Path) -> Table:
     result = _read(path)
     runs = result["runs"]
 
-    def cell(mode: str, figures: Sequence[float], decimals: int) -> str:
-        shown = f"{mean(figures):.{decimals}f}"
-        return f"**{shown}**" if mode == "auto" else shown
+    def row(label: str, form: str, figures: Sequence[dict[str, float]]) -> tuple[str, ...]:
+        means = {mode: format(mean(each[mode] for each in figures), form) for mode in CONTROLS}
+        return label, *(f"**{shown}**" if mode == "auto" else shown for mode, shown in means.items())
 
-    rows = [
-        (label, *(cell(mode, [run["families"][family][mode] for run in runs], 3) for mode in CONTROLS))
-        for family, label in FAMILIES.items()
-    ]
-    rows += [
-        (
-            f"mixed traffic: {label}",
-            *(cell(mode, [run["mixed"][mode][key] for run in runs], decimals) for mode in CONTROLS),
-        )
-        for key, (label, decimals) in MIXED.items()
-    ]
+    rows = [row(label, ".3f", [run["families"][family] for run in runs]) for family, label in FAMILIES.items()]
+    for key, (label, form) in MIXED.items():
+        figures = [{mode: found[key] for mode, found in run["mixed"].items()} for run in runs]
+        rows.append(row(f"mixed traffic: {label}", form, figures))
     seeds = ", ".join(str(run["seed"]) for run in runs)
     return Table(f"{_caption(result)}; means of seeds {seeds}", ("", *CONTROLS.values()), rows)
 
 
 def _selection(path: Path) -> Table:
     result = _read(path)
-    head = "rationales learnt", "auto", "its tokens", "its rate", "always", "never"
     rows: list[tuple[str, ...]] = []
     for key, label in SELECTION.items():
         found = result["selection"][key]
-        auto, always, never = (f"{found[mode]['hit_at_1']:.3f}" for mode in ("auto", "always", "never"))
-        chosen = f"**{auto}**" if label.startswith("**") else auto
-        tokens, rate = found["auto"]["rationale_tokens"], found["auto"]["reasoning_rate"]
-        rows.append((label, chosen, f"{tokens:.1f}", f"{rate:.2f}", always, never))
-    return Table(_caption(result), head, rows)
+        hit, rate, tokens = _outcome([found["auto"]])
+        others = (f"{found[mode]['hit_at_1']:.3f}" for mode in ("always", "never"))
+        rows.append((label, f"**{hit}**" if label.startswith("**") else hit, tokens, rate, *others))
+    return Table(_caption(result), ("rationales learnt", "auto", "its tokens", "its rate", "always", "never"), rows)
 
 
 def _decision(path: Path) -> Table:
     result = _read(path)
     found = result["control"]["rows"]
-    both = [found["never"], found["always"]]
-    rows = [
-        (
-            "never / always",
-            " / ".join(f"{each['hit_at_1']:.3f}" for each in both),
-            " / ".join(f"{each['reasoning_rate']:.0f}" for each in both),
-            " / ".join(f"{each['rationale_tokens']:.3g}" for each in both),
-        )
-    ]
+    rows = [("never / always", *_outcome([found["never"], found["always"]], ".0f", ".3g"))]
     rows += [(label, *_outcome([found[key]])) for key, label in DECISIONS.items()]
     return Table(_caption(result), ("who decides, over the controlled model", "hit@1", "rate", "tokens"), rows)
 
@@ -191,36 +185,76 @@ def _decision(path: Path) -> Table:
 def _reward(path: Path) -> Table:
     result = _read(path)
     found = {key: each["auto"] for key, each in result["reward"].items()}
-    costs = [key for key in found if key.startswith("cost ")]
+    costs = {float(key.removeprefix("cost ")): each for key, each in found.items() if key.startswith("cost ")}
     rows = [
         ("stage 3, no reinforcement", *_outcome([found["stage 3 (no reinforcement)"]])),
-        (
-            "cost " + " / ".join(f"{float(key.removeprefix('cost ')):g}" for key in costs),
-            *_outcome([found[key] for key in costs]),
-        ),
+        (f"cost {_side_by_side(costs, 'g')}", *_outcome(list(costs.values()))),
         ("without paired groups", *_outcome([found["without paired groups"]])),
     ]
     return Table(_caption(result), ("reward; the policy's own decision", "hit@1", "rate", "tokens"), rows)
 
 
-def _outcome(found: Sequence[dict[str, float]]) -> tuple[str, str, str]:
+def _outcome(found: Sequence[dict[str, float]], rate: str = ".2f", tokens: str = ".1f") -> tuple[str, str, str]:
     """Return hit@1, reasoning rate and rationale tokens, of several side by side."""
-    return (
-        " / ".join(f"{each['hit_at_1']:.3f}" for each in found),
-        " / ".join(f"{each['reasoning_rate']:.2f}" for each in found),
-        " / ".join(f"{each['rationale_tokens']:.1f}" for each in found),
-    )
+    forms = {"hit_at_1": ".3f", "reasoning_rate": rate, "rationale_tokens": tokens}
+    hits, rates, written = (_side_by_side((each[key] for each in found), form) for key, form in forms.items())
+    return hits, rates, written
 
 
 def _reasoning(*paths: Path) -> Table:
     results = [read_result(path) for path in paths]
-    rows = [
-        row
-        for latency, load in zip(results[::2], results[1::2], strict=True)
-        for row in _reasoning_rows(latency, load.result)
-    ]
+    pairs = zip(results[::2], results[1::2], strict=True)
+    rows = [row for latency, load in pairs for row in _reasoning_rows(latency, load.result)]
     head = f"{results[0].machine.cores} CPU cores, one query alone", *MODES, "auto against always"
     return Table(_caption_of(results), head, rows)
+
+
+def _reasoning_rows(stamped: Stamped[LatencyResult], load: LoadResult) -> list[tuple[str, ...]]:
+    latency = stamped.result
+    name = "a bundle" if stamped.bundle is None else MODELS.get(stamped.bundle.name, stamped.bundle.name)
+    never, auto, always = modes = [latency.modes[mode] for mode in MODES]
+    form = ".0f" if never.p50_ms >= 100 else ".1f" if never.p50_ms >= 10 else ".2f"
+    batched = [mode.throughput_per_s for mode in modes]
+    sustained = [load.modes[mode].sustainable_per_s for mode in MODES]
+    hits = [mode.hit_at_1 for mode in modes if mode.hit_at_1 is not None]
+    percentiles = (_side_by_side((mode.p50_ms, mode.p95_ms, mode.p99_ms), form) for mode in modes)
+    stages = (_side_by_side((mode.stages_ms["prefill"], mode.stages_ms["decode"]), form) for mode in modes)
+    done = (f"{mode.reasoning_rate:.2f} / {mode.rationale_tokens:.1f}" for mode in modes)
+    means = (format(mode.mean_ms, form) for mode in modes)
+    rows = [("hit@1", *(f"{hit:.3f}" for hit in hits), f"{hits[1] - hits[2]:.3f}")] if hits else []
+    rows += [
+        ("reasoning rate / rationale tokens", *done, ""),
+        ("p50 / p95 / p99, ms", *percentiles, f"{auto.p50_ms / always.p50_ms:.2f}x at p50"),
+        ("mean, ms", *means, f"{auto.mean_ms / always.mean_ms:.2f}x"),
+        ("of it prefill / decode", *stages, ""),
+        (f"a second, in batches of {latency.batch_size}", *_rates(batched)),
+        (f"a second of random arrivals, p95 below {load.target_p95_ms:.0f} ms", *_rates(sustained)),
+    ]
+    return [(f"{name}: {label}", *cells) for label, *cells in rows]
+
+
+def _rates(figures: Sequence[float]) -> list[str]:
+    """Return what the modes do in a second, and auto over always."""
+    ratio = f"{figures[1] / figures[2]:.2f}x" if figures[2] else "-"
+    return [*(format(figure, ".0f" if figure >= 100 else ".1f") for figure in figures), ratio]
+
+
+def _headline(*paths: Path) -> Table:
+    results = [read_result(path) for path in paths]
+    found, load = results[0].result, results[1].result
+    modes = [found.modes[mode] for mode in MODES]
+    batched = _rates([mode.throughput_per_s for mode in modes])
+    sustained = _rates([load.modes[mode].sustainable_per_s for mode in MODES])
+    rows = [
+        ("hit@1", *("-" if mode.hit_at_1 is None else f"{mode.hit_at_1:.3f}" for mode in modes)),
+        ("reasoning rate", *(f"{mode.reasoning_rate:.2f}" for mode in modes)),
+        ("rationale tokens", *(f"{mode.rationale_tokens:.1f}" for mode in modes)),
+        ("mean ms alone", *(f"{mode.mean_ms:.2f}" for mode in modes)),
+        ("median ms alone", *(f"{mode.p50_ms:.2f}" for mode in modes)),
+        (f"requests a second, in batches of {found.batch_size}", *batched[:3]),
+        (f"random arrivals a second, p95 below {load.target_p95_ms:.0f} ms", *sustained[:3]),
+    ]
+    return Table(_caption_of(results), ("nano", *MODES), rows)
 
 
 def _caption_of(results: Sequence[Stamped[Any]]) -> str:
@@ -229,84 +263,8 @@ def _caption_of(results: Sequence[Stamped[Any]]) -> str:
     return _caption({"date": dates, "device": devices}, *(result.command for result in results))
 
 
-def _reasoning_rows(stamped: Stamped[LatencyResult], load: LoadResult) -> list[tuple[str, ...]]:
-    latency = stamped.result
-    name = stamped.bundle.name if stamped.bundle else "a bundle"
-    name = SHOWN_BUNDLES.get(name, name)
-    never, auto, always = modes = [latency.modes[mode] for mode in MODES]
-    decimals = 0 if never.p50_ms >= 100 else 1 if never.p50_ms >= 10 else 2
-    throughputs = [mode.throughput_per_s for mode in modes]
-    sustained = [load.modes[mode].sustainable_per_s for mode in MODES]
-
-    def side_by_side(figures: Iterable[float]) -> str:
-        return " / ".join(f"{figure:.{decimals}f}" for figure in figures)
-
-    rows: list[tuple[str, ...]] = []
-    if never.hit_at_1 is not None and auto.hit_at_1 is not None and always.hit_at_1 is not None:
-        hits = never.hit_at_1, auto.hit_at_1, always.hit_at_1
-        rows.append(("hit@1", *(f"{hit:.3f}" for hit in hits), f"{auto.hit_at_1 - always.hit_at_1:.3f}"))
-    rows += [
-        (
-            "reasoning rate / rationale tokens",
-            *(f"{mode.reasoning_rate:.2f} / {mode.rationale_tokens:.1f}" for mode in modes),
-            "",
-        ),
-        (
-            "p50 / p95 / p99, ms",
-            *(side_by_side((mode.p50_ms, mode.p95_ms, mode.p99_ms)) for mode in modes),
-            f"{auto.p50_ms / always.p50_ms:.2f}x at p50",
-        ),
-        ("mean, ms", *(side_by_side([mode.mean_ms]) for mode in modes), f"{auto.mean_ms / always.mean_ms:.2f}x"),
-        (
-            "of it prefill / decode",
-            *(side_by_side((mode.stages_ms["prefill"], mode.stages_ms["decode"])) for mode in modes),
-            "",
-        ),
-        (f"a second, in batches of {latency.batch_size}", *_rates(throughputs), _ratio(throughputs)),
-        (f"a second of random arrivals, p95 below {load.target_p95_ms:.0f} ms", *_rates(sustained), _ratio(sustained)),
-    ]
-    return [(f"{name}: {row[0]}", *row[1:]) for row in rows]
-
-
-def _rates(figures: Sequence[float]) -> list[str]:
-    return [f"{figure:.{0 if figure >= 100 else 1}f}" for figure in figures]
-
-
-def _ratio(figures: Sequence[float]) -> str:
-    """Return auto over always."""
-    return f"{figures[1] / figures[2]:.2f}x" if figures[2] else "-"
-
-
-def _headline(*paths: Path) -> Table:
-    results = [read_result(path) for path in paths]
-    found: LatencyResult = results[0].result
-    load: LoadResult = results[1].result
-    modes = [found.modes[mode] for mode in MODES]
-    rows = [
-        ("hit@1", *("-" if mode.hit_at_1 is None else f"{mode.hit_at_1:.3f}" for mode in modes)),
-        ("reasoning rate", *(f"{mode.reasoning_rate:.2f}" for mode in modes)),
-        ("rationale tokens", *(f"{mode.rationale_tokens:.1f}" for mode in modes)),
-        ("mean ms alone", *(f"{mode.mean_ms:.2f}" for mode in modes)),
-        ("median ms alone", *(f"{mode.p50_ms:.2f}" for mode in modes)),
-        (f"requests a second, in batches of {found.batch_size}", *_rates([mode.throughput_per_s for mode in modes])),
-        (
-            f"random arrivals a second, p95 below {load.target_p95_ms:.0f} ms",
-            *_rates([load.modes[mode].sustainable_per_s for mode in MODES]),
-        ),
-    ]
-    return Table(_caption_of(results), ("nano", *MODES), rows)
-
-
 def _precisions(path: Path) -> Table:
     result = _read(path)
-    head = (
-        "nano on DigitChain, fused",
-        "ONNX, MB",
-        "min cosine, direct / reasoned",
-        "rationale tokens that agree",
-        "gate flips",
-        f"mixed hit@1, {' / '.join(MODES)}",
-    )
     rows: list[tuple[str, ...]] = []
     for name, bundle in result["bundles"].items():
         certificate = bundle["certificate"]
@@ -319,10 +277,11 @@ def _precisions(path: Path) -> Table:
                 " / ".join(map(_cosine, cosines)),
                 f"{certificate['token_agreement']:.2%}",
                 str(sum(each["gate_flips"] for each in direct)),
-                " / ".join(f"{bundle['mixed'][mode]['hit_at_1']:.3f}" for mode in MODES),
+                _side_by_side((bundle["mixed"][mode]["hit_at_1"] for mode in MODES), ".3f"),
             )
         )
-    return Table(_caption(result), head, rows)
+    head = "nano on DigitChain, fused", "ONNX, MB", "min cosine, direct / reasoned", "rationale tokens that agree"
+    return Table(_caption(result), (*head, "gate flips", f"mixed hit@1, {' / '.join(MODES)}"), rows)
 
 
 def _cosine(value: float) -> str:
@@ -337,48 +296,31 @@ def _peers(path: Path) -> Table:
     """Put the runs with peers side by side: a figure of several runs is a range."""
     result = _read(path)
     runs = [run for run in result["runs"] if "spread" in run]
-    columns = {
-        "embed x1": "embed 1",
-        "embed x8": "embed 8",
-        "think and embed x1": "think, embed 1",
-        "think and embed x8": "think, embed 8",
-    }
+    columns = {f"{call} x{rows}": f"{short} {rows}" for call, short in CALLS.items() for rows in (1, 8)}
+    bases = [run["seconds"]["transformers"] for run in runs]
 
-    def ratios(peer: str, what: str, decimals: int) -> str:
-        found = [
-            run["seconds"]["transformers"][what] / run["seconds"][peer][what]
-            for run in runs
-            if what in run["seconds"].get(peer, ())
-        ]
-        return _range([f"{ratio:.{decimals}f}x" for ratio in sorted(found)])
+    def ratio(peer: str, what: str, form: str) -> str:
+        seconds = [run["seconds"].get(peer, {}).get(what) for run in runs]
+        return _range([base[what] / each for base, each in zip(bases, seconds, strict=True) if each], form, "x")
 
-    size = SIZES[runs[0]["shape"]]
-    seconds = {what: sorted(run["seconds"]["transformers"][what] for run in runs) for what in columns}
-    base = (_range([f"{each:.{2 if each < 1 else 1}f}" for each in seconds[what]]) for what in columns)
-    rows = [(f"{size}: transformers, seconds", *base)]
-    for label, names, decimals in PEERS:
-        cells = ([ratios(name, what, decimals) for name in names] for what in columns)
-        rows.append((label, *("-" if set(each) == {"-"} else " / ".join(each) for each in cells)))
+    first = (_range([base[what] for base in bases], ".2f" if bases[0][what] < 1 else ".1f") for what in columns)
+    rows = [(f"{SIZES[runs[0]['shape']]}: transformers, seconds", *first)]
+    for label, names, form in PEERS:
+        cells = (" / ".join(filter(None, (ratio(name, what, form) for name in names))) for what in columns)
+        rows.append((label, *(cell or "-" for cell in cells)))
     head = f"times faster than transformers (float32, SDPA), {runs[0]['threads']} cores", *columns.values()
     return Table(_caption(result, *(run["command"] for run in runs)), head, rows)
 
 
-def _range(shown: Sequence[str]) -> str:
-    """Return figures, the smallest first, as one or as a range."""
-    if not shown:
-        return "-"
-    return shown[0] if shown[0] == shown[-1] else f"{shown[0]} to {shown[-1]}"
+def _range(figures: Sequence[float], form: str, unit: str = "") -> str:
+    """Return the smallest and the largest of some figures, one where they look alike, nothing of none."""
+    shown = [format(figure, form) + unit for figure in sorted(figures)]
+    return " to ".join(dict.fromkeys((shown[0], shown[-1]))) if shown else ""
 
 
 def _peers_by_token(path: Path) -> Table:
     result = _read(path)
     runs = [run for run in result["runs"] if "spread" not in run]
-    columns = {
-        "prefill x1": ("embed 1", 2),
-        "prefill x8": ("embed 8", 2),
-        "token x1": ("token, 1 row", 3),
-        "token x8": ("token, 8 rows", 3),
-    }
     rows: list[tuple[str, ...]] = []
     seen: set[str] = set()
     for run in runs:
@@ -386,35 +328,35 @@ def _peers_by_token(path: Path) -> Table:
         base = seconds["transformers"]
         again = ", another run" if shape in seen else ""
         seen.add(shape)
-        figures = (f"{base[what]:.{decimals}f}" for what, (_, decimals) in columns.items())
-        rows.append((f"{SIZES[shape]}{again}: transformers, seconds", *figures))
-        for ending, label in BUNDLES.items():
-            name = next((peer for peer in seconds if peer.partition("-")[2] == ending), None)
-            if name is not None:
-                rows.append((label, *(f"{base[what] / seconds[name][what]:.1f}x" for what in columns)))
-    head = "another run", *(label for label, _ in columns.values())
+        shown = (format(base[what], form) for what, (_, form) in BY_TOKEN.items())
+        rows.append((f"{SIZES[shape]}{again}: transformers, seconds", *shown))
+        by_ending = {name.partition("-")[2]: found for name, found in seconds.items()}
+        rows += [
+            (label, *(f"{base[what] / by_ending[ending][what]:.1f}x" for what in BY_TOKEN))
+            for ending, label in BUNDLES.items()
+            if ending in by_ending
+        ]
+    head = "another run", *(label for label, _ in BY_TOKEN.values())
     return Table(_caption(result, *(run["command"] for run in runs)), head, rows)
 
 
 def _tensorrt(path: Path) -> Table:
     result = _read(path)
     graphs: list[dict[str, Any]] = result["graphs"]
-    names, bundles, targets = (
-        list(dict.fromkeys(each[key] for each in graphs)) for key in ("graph", "bundle", "target")
-    )
+    names, bundles, targets = ({str(each[key]): None for each in graphs} for key in ("graph", "bundle", "target"))
     every = f"all {NUMBERS[len(targets)]}"
-    at = {(each["graph"], each["bundle"]): each for each in graphs if each["target"] == SHOWN_TARGET}
 
-    def cell(found: dict[str, Any]) -> str:
-        return f"{found['seconds']:.1f} / {found['size'] / 2**20:.1f}" if found["built"] else "-"
+    def cell(name: str, bundle: str) -> str:
+        (of,) = (each for each in graphs if (each["graph"], each["bundle"], each["target"]) == (name, bundle, TARGET))
+        return f"{of['seconds']:.1f} / {of['size'] / 2**20:.1f}" if of["built"] else "-"
 
     def built(bundle: str) -> str:
         failed = {each["target"] for each in graphs if each["bundle"] == bundle and not each["built"]}
         return ", ".join(target for target in targets if target not in failed) if failed else every
 
-    rows = [(name, *(cell(at[name, bundle]) for bundle in bundles)) for name in names]
+    rows = [(name, *(cell(name, bundle) for bundle in bundles)) for name in names]
     rows.append(("parsed and built for", *map(built, bundles)))
-    head = f"nano, seconds to build / MiB for {SHOWN_TARGET}", *(QUANTISED.get(bundle, bundle) for bundle in bundles)
+    head = f"nano, seconds to build / MiB for {TARGET}", *(QUANTISED.get(bundle, bundle) for bundle in bundles)
     return Table(f"{_caption(result)}; {result['library']}; {every}: {', '.join(targets)}", head, rows)
 
 
