@@ -56,7 +56,7 @@ def test_modes_are_measured_on_the_same_requests_and_judged(traffic: Workload) -
         work={name: decoder_work(opened, name) for name in ("embedder", "generator")},
         rounds=2,
         batch_size=8,
-        meter=None,
+        joules=None,
         report=silent,
     )
     never, auto, always = (found.modes[name] for name in MODES)

@@ -59,7 +59,7 @@ def latency(
     from rich.console import Console
 
     from mmemb_benchmarks.measure.ceiling import cpu_ceiling, decoder_work, gpu_ceiling
-    from mmemb_benchmarks.measure.energy import EnergyMeter
+    from mmemb_benchmarks.measure.energy import gpu_joules
     from mmemb_benchmarks.measure.latency import measure_latency, mode_options
     from mmemb_benchmarks.results import cores, stamp
     from mmemb_benchmarks.timing import Spent, timed_engine
@@ -72,7 +72,7 @@ def latency(
     embedder = assemble(opened, timed_engine(engine, spent))
     drawn = Workload.of(embedder, requests=requests, pairs=pairs, kind=kind, queries=queries, seed=seed)
     on_cpu = backend in ("auto", "onnxruntime")
-    meter = EnergyMeter() if (not on_cpu if energy is None else energy) else None
+    joules = gpu_joules() if (not on_cpu if energy is None else energy) else None
     options = mode_options(threshold_of_rate(embedder, drawn, reasoning_rate), max_rationale_tokens)
     notes.print("measuring what the machine can do")
     precision = opened.manifest.graphs["embedder"].precision
@@ -85,7 +85,7 @@ def latency(
         work={name: decoder_work(opened, name) for name in ("embedder", "generator")},
         rounds=rounds,
         batch_size=batch_size,
-        meter=meter,
+        joules=joules,
         report=notes.print,
     )
     finish(stamp("latency", found, embedder), output=output, as_json=as_json, show=_show_latency)

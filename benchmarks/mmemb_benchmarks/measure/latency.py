@@ -12,7 +12,6 @@ import numpy as np
 from pydantic import BaseModel
 
 from mmemb_benchmarks.measure.ceiling import Ceiling, Reached, Work
-from mmemb_benchmarks.measure.energy import EnergyMeter
 from mmemb_benchmarks.timing import STAGES, Spent, timed
 from mmemb_benchmarks.workload import Workload, prompt_tokens
 from mmemb_deploy.embedder import Embedder
@@ -36,7 +35,7 @@ class ModeLatency(BaseModel, frozen=True):
     reasoning_rate: float
     rationale_tokens: float
     hit_at_1: float | None  # None where nothing says which embedding is right
-    joules_per_request: float | None  # of the GPU, in batches; None without a meter
+    joules_per_request: float | None  # of the GPU, in batches; None without one
     stages_ms: dict[str, float]
 
 
@@ -70,13 +69,13 @@ def measure_latency(
     work: Mapping[str, Work],
     rounds: int,
     batch_size: int,
-    meter: EnergyMeter | None,
+    joules: Callable[[], float] | None,
     report: Callable[[str], None],
 ) -> LatencyResult:
     """Embed every request alone and then all in batches, in every mode, `rounds` times; the modes take turns.
 
-    `embedder` runs on an engine whose stages add to `spent`; `work` is that of its graphs. A first, shorter round warms
-    up and is dropped.
+    `embedder` runs on an engine whose stages add to `spent`; `work` is that of its graphs; `joules` tells what a GPU
+    has used. A first, shorter round warms up and is dropped.
     """
     pairs, names = workload.pairs, list(options)
     milliseconds_RQ = {mode: np.empty((rounds, len(pairs))) for mode in names}
@@ -98,12 +97,12 @@ def measure_latency(
         first = turn % len(names)
         for mode in (*names[first:], *names[:first]):
             report(f"round {turn + 1} of {rounds}: in batches, {mode}")
-            before = 0.0 if meter is None else meter.joules()
+            before = joules() if joules else 0.0
             settings: EncodeOptions = {**options[mode], "batch_size": batch_size}
             encoded[mode], seconds = timed(encode_queries, embedder, pairs, **settings)
             whole_R[mode].append(seconds)
-            if meter is not None:
-                joules_R[mode].append(meter.joules() - before)
+            if joules:
+                joules_R[mode].append(joules() - before)
     judge = Judge(embedder, pairs) if workload.judged else None
     modes: dict[str, ModeLatency] = {}
     for mode in names:
