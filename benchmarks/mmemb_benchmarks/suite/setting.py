@@ -6,7 +6,6 @@ The runtime's arrays are in host memory when a call returns, so that a call is c
 from __future__ import annotations
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 from pytest_benchmark.stats import Stats
 
 from mmemb_benchmarks.results import BundleFacts, Machine, command
+from mmemb_benchmarks.timing import timed
 from mmemb_benchmarks.workload import KINDS, Maker, assemble
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle.folder import Bundle
@@ -50,20 +50,18 @@ class Setting:
         )
         self._rng = np.random.default_rng(0)
 
-    def content(self, workload: str) -> Any:
-        """Return a new input of a workload."""
-        return KINDS[workload](self.maker, self._rng)
+    def content(self, kind: str) -> Any:
+        """Return a new input of a kind."""
+        return KINDS[kind](self.maker, self._rng)
 
-    def batch(self, workload: str, rows: int) -> Batch:
-        """Return new inputs of a workload, preprocessed and padded to the longest."""
-        return collate([self.maker.row(self.content(workload)) for _ in range(rows)], self.manifest.markers[PAD])
+    def batch(self, kind: str, rows: int) -> Batch:
+        """Return new inputs of a kind, preprocessed and padded to the longest."""
+        return collate([self.maker.row(self.content(kind)) for _ in range(rows)], self.manifest.markers[PAD])
 
     def measure(self, benchmark: Any, run: Callable[[Any], Any], make: Callable[[], Any], **facts: float) -> None:
         """Time `run` on what `make` gives anew for each round; `facts` are saved beside the times."""
-        given = make()
-        began = time.perf_counter()
-        run(given)
-        rounds = np.clip(self._seconds / (time.perf_counter() - began), FEWEST, MOST)
+        _, seconds = timed(run, make())
+        rounds = np.clip(self._seconds / seconds, FEWEST, MOST)
         benchmark.extra_info.update(facts)
         benchmark.pedantic(
             run, setup=lambda: ((make(),), {}), rounds=math.ceil(rounds / self.passes), warmup_rounds=WARM_UP
