@@ -86,8 +86,8 @@ class Maker:
             draw.text((line, top), words, fill="black", font_size=line)
         return page
 
-    def _size(self, ratio: float, least: int) -> tuple[int, int]:
-        pixels = max(min(self.manifest.vision.max_pixels, LARGEST_SIDE**2), least**2)
+    def _size(self, ratio: float, min_side: int) -> tuple[int, int]:
+        pixels = max(min(self.manifest.vision.max_pixels, LARGEST_SIDE**2), min_side**2)
         return round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
 
 

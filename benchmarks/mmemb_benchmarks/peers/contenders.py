@@ -25,7 +25,7 @@ from typing import Any
 
 Ids = list[list[int]]
 
-INSTRUCTION = ""  # of the prompts, whose head is then the system message alone
+INSTRUCTION = ""  # of the prompts, whose prefix is then the system message alone
 
 
 class Transformers:

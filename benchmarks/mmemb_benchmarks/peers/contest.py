@@ -28,7 +28,7 @@ from mmemb_deploy.embedder import row_encoder
 BASELINE = "transformers"
 SETTLE = 0.3  # seconds after which the threads of OpenMP and ONNX Runtime have stopped spinning
 FEW = 4  # tokens: a call that writes more takes longer by its decoding alone
-EXACT, ROUNDED = 0.9999, 0.99  # least cosine to the baseline, in float32 and in anything coarser
+EXACT, ROUNDED = 0.9999, 0.99  # minimum cosine to the baseline, in float32 and in anything coarser
 
 TORCH = ("torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "pillow==13.0.0")
 GENAI = ("openvino==2026.4.1", "openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0")
@@ -45,7 +45,7 @@ class Peer:
 
     contender: str
     requirements: tuple[str, ...]
-    least_cosine: float = ROUNDED
+    min_cosine: float = ROUNDED
     options: dict[str, Any] = field(default_factory=dict)
     device: str | None = None
 
@@ -142,12 +142,12 @@ def contest(
                     raise
                 left_out[name] = str(error)
                 continue
-            if cosines[name] >= peer.least_cosine:
+            if cosines[name] >= peer.min_cosine:
                 running[name] = process
             else:
                 process.close()
                 left_out[name] = (
-                    f"its embedding is not the baseline's: cosine {cosines[name]:.6f}, below {peer.least_cosine}"
+                    f"its embedding is not the baseline's: cosine {cosines[name]:.6f}, below {peer.min_cosine}"
                 )
         times = measure(
             running,
