@@ -67,7 +67,7 @@ def latency_chart(name: str, latency: LatencyResult) -> Chart:
             axes.plot([times.p95_ms] * 2, [line - 0.16, line + 0.16], color=colour, linewidth=2)
             shown = f"{digits(times.p50_ms)} / {digits(times.p95_ms)}"
             axes.text(times.p95_ms + 0.02 * widest, line, shown, va="center")
-        axes.set_xlim(0, 1.3 * widest)
+        axes.set_xlim(0, 1.35 * widest)
         _label_bars(axes, MODES, "ms alone: bar the median, mark the 95th percentile")
 
     told = "; ".join(
@@ -168,7 +168,8 @@ def peers_chart(name: str, peers: PeersResult, what: str) -> Chart:
         for line, (peer, ratio) in enumerate(ordered.items()):
             axes.barh(line, ratio, height=0.6, color=theme.modes["never" if peer == peers.baseline else "auto"])
             axes.text(ratio + 0.02 * widest, line, f"{ratio:.2f}x", va="center")
-        axes.set_xlim(0, 1.2 * widest)
+        axes.set_xlim(0, 1.3 * widest)
+        axes.margins(y=0.02)
         axes.set_yticks(range(len(ordered)), list(ordered))
         axes.set_xticks([])
 
@@ -180,6 +181,7 @@ def peers_chart(name: str, peers: PeersResult, what: str) -> Chart:
 def _label_bars(axes: Any, names: Sequence[str], label: str) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
+    axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel(label)
 
 
