@@ -17,19 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import AliasChoices, BaseModel, Field
 
-from mmemb_benchmarks.peers.contenders import INSTRUCTION
-from mmemb_benchmarks.peers.environments import PeerError, interpreter
-from mmemb_benchmarks.peers.worker import Ids, Worker
+from mmemb_benchmarks.peers.contenders import INSTRUCTION, Ids
+from mmemb_benchmarks.peers.process import PeerError, PeerProcess, interpreter
+from mmemb_benchmarks.workload import Maker
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.embedder import row_encoder
-from mmemb_deploy.inputs.parse import parse
-from mmemb_deploy.inputs.rows import RowEncoder
 
 BASELINE = "transformers"
 SETTLE = 0.3  # seconds after which the threads of OpenMP and ONNX Runtime have stopped spinning
 FEW = 4  # tokens: a call that writes more takes longer by its decoding alone
-EXACT, ROUNDED = 0.9999, 0.99  # least cosine to the baseline, in float32 and in anything coarser
+EXACT, ROUNDED = 0.9999, 0.99  # minimum cosine to the baseline, in float32 and in anything coarser
 
 TORCH = ("torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "pillow==13.0.0")
 GENAI = ("openvino==2026.4.1", "openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0")
@@ -46,9 +45,32 @@ class Peer:
 
     contender: str
     requirements: tuple[str, ...]
-    least_cosine: float = ROUNDED
+    min_cosine: float = ROUNDED
     options: dict[str, Any] = field(default_factory=dict)
     device: str | None = None
+
+
+class PeerResult(BaseModel, frozen=True):
+    """What one contender took: medians over the rounds, and their extremes, in seconds by what it did."""
+
+    environment: dict[str, str]  # versions by package
+    cosine: float  # of its embeddings to the baseline's, the smallest
+    seconds: dict[str, float]
+    spread: dict[str, tuple[float, float]]
+
+
+class PeersResult(BaseModel, frozen=True):
+    """`mmemb bench peers`; `left_out` says why, by name."""
+
+    tokens: int  # of a prompt, and of them
+    prefix_tokens: int = Field(validation_alias=AliasChoices("prefix_tokens", "head_tokens"))
+    written: int
+    rounds: int
+    threads: int
+    device: str
+    baseline: str
+    peers: dict[str, PeerResult]
+    left_out: dict[str, str]
 
 
 PEERS = {
@@ -75,7 +97,7 @@ def peers_on(device: str) -> list[str]:
     return [name for name, peer in PEERS.items() if peer.device in (None, device)]
 
 
-def compare(
+def contest(
     checkpoint: Path,
     bundles: Sequence[Path],
     *,
@@ -88,7 +110,7 @@ def compare(
     rounds: int,
     threads: int,
     report: Callable[[str], None],
-) -> dict[str, Any]:
+) -> PeersResult:
     """Measure a checkpoint by the baseline and by `names`, and its bundles; return what `mmemb bench peers` prints.
 
     `environments` is where peers are installed; with None all run by this interpreter. A peer that cannot be installed
@@ -96,81 +118,77 @@ def compare(
     where that happens to the baseline.
     """
     opened = {folder.name: Bundle.open(folder) for folder in bundles}
-    encoder = row_encoder(next(iter(opened.values())))
+    first = next(iter(opened.values()))
+    maker = Maker(row_encoder(first), first.manifest)
     peers = {name: PEERS[name] for name in dict.fromkeys([BASELINE, *names])} | {
         name: _of_bundle(bundle) for name, bundle in opened.items()
     }
     load = {"checkpoint": str(checkpoint), "threads": threads, "device": device}
     left_out: dict[str, str] = {}
-    workers: dict[str, Worker] = {}
+    running: dict[str, PeerProcess] = {}
     cosines: dict[str, float] = {}
-    with ExitStack() as running:
+    with ExitStack() as started:
         for name, peer in peers.items():
             report(f"loading {name}")
             try:
                 python = Path(sys.executable)
                 if environments is not None and peer.requirements:
                     python = interpreter(peer.requirements, environments)
-                worker = Worker(python, peer.contender, {**load, **peer.options})
-                running.callback(worker.close)
-                cosines[name] = _cosine(worker, workers.get(BASELINE, worker), prompts(encoder, 2, tokens, seed=0))
+                process = PeerProcess(python, peer.contender, {**load, **peer.options})
+                started.callback(process.close)
+                cosines[name] = _cosine(process, running.get(BASELINE, process), prompts(maker, 2, tokens, seed=0))
             except PeerError as error:
                 if name == BASELINE:
                     raise
                 left_out[name] = str(error)
                 continue
-            if cosines[name] >= peer.least_cosine:
-                workers[name] = worker
+            if cosines[name] >= peer.min_cosine:
+                running[name] = process
             else:
-                worker.close()
+                process.close()
                 left_out[name] = (
-                    f"its embedding is not the baseline's: cosine {cosines[name]:.6f}, below {peer.least_cosine}"
+                    f"its embedding is not the baseline's: cosine {cosines[name]:.6f}, below {peer.min_cosine}"
                 )
         times = measure(
-            workers,
-            lambda rows, step: prompts(encoder, rows, tokens, seed=step),
+            running,
+            lambda rows, step: prompts(maker, rows, tokens, seed=step),
             batches=batches,
             written=written,
             rounds=rounds,
             left_out=left_out,
             report=report,
         )
-    return {
-        "tokens": tokens,
-        "head_tokens": encoder.prompt.prefix_length(INSTRUCTION),
-        "written": written,
-        "rounds": rounds,
-        "threads": threads,
-        "device": device,
-        "baseline": BASELINE,
-        "peers": {
-            name: {
-                "environment": _versions(peers[name].requirements, environments is None),
-                "cosine": cosines[name],
-                "seconds": {what: statistics.median(each) for what, each in found.items()},
-                "spread": {what: [min(each), max(each)] for what, each in found.items()},
-            }
+    return PeersResult(
+        tokens=tokens,
+        prefix_tokens=maker.encoder.prompt.prefix_length(INSTRUCTION),
+        written=written,
+        rounds=rounds,
+        threads=threads,
+        device=device,
+        baseline=BASELINE,
+        peers={
+            name: PeerResult(
+                environment=_versions(peers[name].requirements, environments is None),
+                cosine=cosines[name],
+                seconds={what: statistics.median(each) for what, each in found.items()},
+                spread={what: (min(each), max(each)) for what, each in found.items()},
+            )
             for name, found in times.items()
         },
-        "left_out": left_out,
-    }
+        left_out=left_out,
+    )
 
 
-def prompts(encoder: RowEncoder, rows: int, tokens: int, seed: int) -> Ids:
+def prompts(maker: Maker, rows: int, tokens: int, seed: int) -> Ids:
     """Return the prompts of different texts, exactly so many tokens each, instruction and markers included."""
     rng = np.random.default_rng(seed)
-    empty = encoder.row(parse("a"), INSTRUCTION).length - 1
-    made = []
-    for _ in range(rows):
-        text = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), size=4 * tokens))
-        words = encoder.prompt.tokenize(text)[: tokens - empty]
-        row = encoder.row(parse(encoder.prompt.decode(words)), INSTRUCTION)
-        made.append(row.token_ids_S.tolist())
-    return made
+    empty = maker.row("a", INSTRUCTION).length - len(maker.encoder.prompt.tokenize("a"))
+    texts = [maker.text(tokens - empty, rng) for _ in range(rows)]
+    return [maker.row(text, INSTRUCTION).token_ids_S.tolist() for text in texts]
 
 
 def measure(
-    workers: dict[str, Worker],
+    running: dict[str, PeerProcess],
     make: Callable[[int, int], Ids],
     *,
     batches: Sequence[int],
@@ -183,18 +201,18 @@ def measure(
 
     A peer that fails loses its times, and is added to `left_out`.
     """
-    times: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
-    named = list(workers.items())
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in running}
+    named = list(running.items())
     for step in range(rounds + 1):
         for batch in batches:
             ids = make(batch, step)
-            for name, worker in [*named[step % len(named) :], *named[: step % len(named)]]:
+            for name, process in [*named[step % len(named) :], *named[: step % len(named)]]:
                 if name not in times:
                     continue
                 report(f"round {step} of {rounds}, batch {batch}: {name}")
                 time.sleep(SETTLE)
                 try:
-                    found = _run(worker, ids, batch, written)
+                    found = _run(process, ids, batch, written)
                 except PeerError as error:
                     if name == BASELINE:
                         raise
@@ -207,13 +225,13 @@ def measure(
     return times
 
 
-def _run(worker: Worker, ids: Ids, batch: int, written: int) -> dict[str, float]:
+def _run(process: PeerProcess, ids: Ids, batch: int, written: int) -> dict[str, float]:
     """Return the seconds of one turn."""
-    found = {f"embed x{batch}": worker.run("embed", ids)[1]}
-    if "write" in worker.calls:
-        short, long = (worker.run("write", ids, count)[1] for count in (FEW, written))
+    found = {f"embed x{batch}": process.run("embed", ids)[1]}
+    if "write" in process.calls:
+        short, long = (process.run("write", ids, count)[1] for count in (FEW, written))
         found[f"token x{batch}"] = (long - short) / (written - FEW)
-        found[f"think and embed x{batch}"] = worker.run("think_and_embed", ids, written)[1]
+        found[f"think and embed x{batch}"] = process.run("think_and_embed", ids, written)[1]
     return found
 
 
@@ -222,9 +240,9 @@ def _of_bundle(bundle: Bundle) -> Peer:
     return Peer("bundle", (), EXACT if exact else ROUNDED, {"folder": str(bundle.folder)})
 
 
-def _cosine(worker: Worker, baseline: Worker, ids: Ids) -> float:
+def _cosine(process: PeerProcess, baseline: PeerProcess, ids: Ids) -> float:
     """Return the smallest cosine of two contenders' embeddings."""
-    ours_BD, theirs_BD = (np.array(each.run("embed", ids)[0], np.float64) for each in (worker, baseline))
+    ours_BD, theirs_BD = (np.array(each.run("embed", ids)[0], np.float64) for each in (process, baseline))
     return float((ours_BD * theirs_BD).sum(axis=1).min())
 
 

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from operator import matmul
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
-from mmemb_benchmarks.startup import timed
+from mmemb_benchmarks.timing import timed
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.errors import MissingExtraError
 
@@ -30,13 +32,19 @@ PRODUCTS = {  # ONNX operator, types of its inputs and of its output
 PRODUCT_OF = {"float32": "float32", "int8": "int8", "int4": "int8", "bfloat16": "float32", "float16": "float32"}
 
 
-@dataclass(frozen=True)
-class Ceiling:
-    """Bytes read and written a second by copying, and operations a second of a matrix product of type `product`."""
+class Ceiling(BaseModel, frozen=True):
+    """What is read and written a second by copying, and multiplied by a large matrix product."""
 
-    copy_bytes: float
-    operations: float
-    product: str
+    copy_gb_per_s: float
+    matmul_gflop_per_s: float
+    matmul_type: str
+
+
+class Reached(Ceiling, frozen=True):
+    """A ceiling, and the shares of it that prefill (of the product) and decoding (of the copy) reach."""
+
+    prefill_share: float
+    decode_share: float
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,8 @@ class Work:
 def cpu_ceiling(precision: str, threads: int) -> Ceiling:
     """Measure a CPU with so many threads."""
     product = PRODUCT_OF.get(precision, "float32")
-    return Ceiling(_copy_rate(threads), 2 * SIDE**3 / _median_seconds(_cpu_product(product, threads)), product)
+    multiply = _median_seconds(_cpu_product(product, threads))
+    return _ceiling(COPIED, _cpu_copy_seconds(threads), SIDE, multiply, product)
 
 
 def gpu_ceiling() -> Ceiling:
@@ -60,17 +69,31 @@ def gpu_ceiling() -> Ceiling:
         import torch
     except ModuleNotFoundError as error:
         raise MissingExtraError("torch", "train") from error
-    side = 4 * SIDE
-    left, right = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    source, target = (torch.empty(16 * COPIED, dtype=torch.uint8, device="cuda") for _ in range(2))
+    side, copied = 4 * SIDE, 16 * COPIED
 
-    def synchronised(run: Callable[[], Any]) -> None:
-        run()
-        torch.cuda.synchronize()
+    def seconds(make: Callable[[], Any], run: Callable[[Any, Any], Any]) -> float:
+        first, second = make(), make()
 
-    multiply = _median_seconds(partial(synchronised, lambda: left @ right))
-    copy = _median_seconds(partial(synchronised, lambda: target.copy_(source)))
-    return Ceiling(2 * source.numel() / copy, 2 * side**3 / multiply, "bfloat16")
+        def synchronised() -> None:
+            run(first, second)
+            torch.cuda.synchronize()
+
+        return _median_seconds(synchronised)
+
+    multiply = seconds(lambda: torch.randn(side, side, device="cuda", dtype=torch.bfloat16), matmul)
+    copy = seconds(
+        lambda: torch.empty(copied, dtype=torch.uint8, device="cuda"), lambda target, source: target.copy_(source)
+    )
+    torch.cuda.empty_cache()  # or torch would keep 8 GiB beside the engine that is measured next
+    return _ceiling(copied, copy, side, multiply, "bfloat16")
+
+
+def _ceiling(copied: int, copy_seconds: float, side: int, product_seconds: float, product: str) -> Ceiling:
+    return Ceiling(
+        copy_gb_per_s=2 * copied / copy_seconds / 1e9,
+        matmul_gflop_per_s=2 * side**3 / product_seconds / 1e9,
+        matmul_type=product,
+    )
 
 
 def decoder_work(bundle: Bundle, name: str) -> Work:
@@ -133,12 +156,11 @@ def _cpu_product(product: str, threads: int) -> Callable[[], Any]:
     return partial(session.run, None, arrays)
 
 
-def _copy_rate(threads: int) -> float:
+def _cpu_copy_seconds(threads: int) -> float:
     source, target = np.ones(COPIED, np.uint8), np.empty(COPIED, np.uint8)
     parts = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
     with ThreadPoolExecutor(threads) as pool:
-        seconds = _median_seconds(lambda: list(pool.map(lambda part: np.copyto(*part), parts)))
-    return 2 * COPIED / seconds
+        return _median_seconds(lambda: list(pool.map(lambda part: np.copyto(*part), parts)))
 
 
 def _median_seconds(run: Callable[[], Any]) -> float:

@@ -8,27 +8,24 @@ from its arrival.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
+from pydantic import BaseModel
 
-from mmemb_benchmarks.startup import timed
-from mmemb_benchmarks.traffic import Traffic
+from mmemb_benchmarks.measure import FEWEST_REQUESTS, PRECISION, TARGET
+from mmemb_benchmarks.timing import timed
+from mmemb_benchmarks.workload import Workload
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.evaluation.pairs import encode_queries
+from mmemb_deploy.evaluation.pairs import encode_alone, encode_queries
 from mmemb_deploy.options import EncodeOptions
 
-TARGET = 10  # times the idle mean of the slowest mode, where no target is given: less, and the machine's stalls decide
-FEWEST = 60  # requests of a trial, so that its p95 means something
 HOPELESS = 5  # times the target: a request that is late by so much ends the trial
-PRECISION = 0.05  # of a sustainable rate, at which the search for it ends
 FIRST_SHARE = 0.5  # of the rate that full batches reach, tried first
 
 
-@dataclass(frozen=True)
-class Trial:
+class Trial(BaseModel, frozen=True):
     """One rate: latencies in milliseconds, what was completed a second, the mean batch, whether p95 and p50 held."""
 
     rate_per_s: float
@@ -39,6 +36,26 @@ class Trial:
     mean_batch: float
     held: bool
     half_held: bool
+
+
+class ModeLoad(BaseModel, frozen=True):
+    """What one mode sustains: the highest rate that held, 0 for none, and the lowest that broke, None for none."""
+
+    idle_ms: float
+    sustainable_per_s: float
+    broke_per_s: float | None
+    trials: list[Trial]  # the rates rising
+
+
+class LoadResult(BaseModel, frozen=True):
+    """`mmemb bench load`."""
+
+    source: str
+    target_p95_ms: float
+    seconds: float
+    batch_size: int
+    modes: dict[str, ModeLoad]
+    ratio: dict[str, float | None]
 
 
 @dataclass
@@ -81,7 +98,7 @@ class Search:
 
 def run_trial(
     embedder: Embedder,
-    traffic: Traffic,
+    workload: Workload,
     options: EncodeOptions,
     *,
     rate: float,
@@ -90,14 +107,14 @@ def run_trial(
     target_ms: float,
     seed: int,
 ) -> Trial:
-    """Serve arrivals at a mean `rate` a second, for so long and at least FEWEST of them.
+    """Serve arrivals at a mean `rate` a second, for so long and at least FEWEST_REQUESTS of them.
 
     Trials of one seed get the same requests in the same order, only closer together as the rate rises.
     """
-    count = max(FEWEST, round(rate * seconds))
+    count = max(FEWEST_REQUESTS, round(rate * seconds))
     gaps, kinds = (np.random.default_rng([seed, part]) for part in range(2))
     arrivals = np.cumsum(gaps.exponential(1 / rate, count))
-    drawn = kinds.integers(len(traffic.pairs), size=count)
+    drawn = kinds.integers(len(workload.pairs), size=count)
     late = np.empty(count)
     settings: EncodeOptions = {**options, "batch_size": batch_size}
     served = batches = 0
@@ -108,23 +125,29 @@ def run_trial(
         if ready == served:
             time.sleep(arrivals[served] - now)
             continue
-        batch = [traffic.pairs[place] for place in drawn[served:ready]]
-        encode_queries(embedder, batch, **settings)
+        encode_queries(embedder, [workload.pairs[index] for index in drawn[served:ready]], **settings)
         now = time.perf_counter() - began
         late[served:ready] = 1000 * (now - arrivals[served:ready])
         served, batches = ready, batches + 1
         if late[served - 1] > HOPELESS * target_ms:
             break
     p50, p95, p99 = np.percentile(late[:served], (50, 95, 99))
-    done_per_s = served / (time.perf_counter() - began)
-    held = served == count and p95 <= target_ms
-    return Trial(rate, p50, p95, p99, done_per_s, served / batches, bool(held), bool(p50 <= target_ms))
+    return Trial(
+        rate_per_s=rate,
+        p50_ms=p50,
+        p95_ms=p95,
+        p99_ms=p99,
+        completed_per_s=served / (time.perf_counter() - began),
+        mean_batch=served / batches,
+        held=bool(served == count and p95 <= target_ms),
+        half_held=bool(p50 <= target_ms),
+    )
 
 
 def measure_load(
     embedder: Embedder,
-    traffic: Traffic,
-    options: dict[str, EncodeOptions],
+    workload: Workload,
+    options: Mapping[str, EncodeOptions],
     *,
     target_ms: float | None,
     seconds: float,
@@ -132,16 +155,20 @@ def measure_load(
     batch_size: int,
     seed: int,
     report: Callable[[str], None],
-) -> dict[str, Any]:
+) -> LoadResult:
     """Narrow down, in at most `trials` trials a mode, the rate whose 95th percentile just stays below the target.
 
     The modes take turns. Without a target it is TARGET times the mean latency, idle, of the mode that takes longest.
     A trial lasts so many seconds, or as long as the queue needs to outgrow the target at a rate too high by PRECISION.
     """
-    idle = {mode: _idle_ms(embedder, traffic, settings) for mode, settings in options.items()}
+    some = workload.pairs[:: max(1, len(workload.pairs) // 20)]
+    alone: dict[str, list[float]] = {mode: [] for mode in options}
+    for mode, _, _, took in encode_alone(embedder, some, options, warm_up=2):
+        alone[mode].append(1000 * took)
+    idle = {mode: float(np.mean(each)) for mode, each in alone.items()}
     target = TARGET * max(idle.values()) if target_ms is None else target_ms
     seconds = max(seconds, target / 1000 / PRECISION)
-    searches = {mode: Search(_capacity(embedder, traffic, settings, batch_size)) for mode, settings in options.items()}
+    searches = {mode: Search(_capacity(embedder, workload, settings, batch_size)) for mode, settings in options.items()}
     for turn in range(trials):
         for mode, search in searches.items():
             if search.done:
@@ -151,7 +178,7 @@ def measure_load(
             search.add(
                 run_trial(
                     embedder,
-                    traffic,
+                    workload,
                     options[mode],
                     rate=rate,
                     seconds=seconds,
@@ -160,37 +187,31 @@ def measure_load(
                     seed=seed,
                 )
             )
-    sustained = {mode: search.held for mode, search in searches.items()}
-    return {
-        "target_p95_ms": target,
-        "seconds": seconds,
-        "batch_size": batch_size,
-        "modes": {
-            mode: {
-                "idle_ms": idle[mode],
-                "sustainable_per_s": search.held,
-                "broke_per_s": None if search.broke == float("inf") else search.broke,
-                "trials": [asdict(trial) for trial in sorted(search.trials, key=lambda trial: trial.rate_per_s)],
-            }
+    always = searches["always"].held
+    return LoadResult(
+        source=workload.source,
+        target_p95_ms=target,
+        seconds=seconds,
+        batch_size=batch_size,
+        modes={
+            mode: ModeLoad(
+                idle_ms=idle[mode],
+                sustainable_per_s=search.held,
+                broke_per_s=None if search.broke == float("inf") else search.broke,
+                trials=sorted(search.trials, key=lambda trial: trial.rate_per_s),
+            )
             for mode, search in searches.items()
         },
-        "ratio": {
-            f"{mode} over always": sustained[mode] / sustained["always"] if sustained["always"] else None
-            for mode in options
+        ratio={
+            f"{mode} over always": search.held / always if always else None
+            for mode, search in searches.items()
             if mode != "always"
         },
-    }
+    )
 
 
-def _idle_ms(embedder: Embedder, traffic: Traffic, options: EncodeOptions) -> float:
-    """Return the mean milliseconds of a request alone, over some that differ."""
-    some = traffic.pairs[:: max(1, len(traffic.pairs) // 20)]
-    took = [timed(encode_queries, embedder, [pair], **options)[1] for pair in (*some[:2], *some)]
-    return 1000 * float(np.mean(took[2:]))
-
-
-def _capacity(embedder: Embedder, traffic: Traffic, options: EncodeOptions, batch_size: int) -> float:
+def _capacity(embedder: Embedder, workload: Workload, options: EncodeOptions, batch_size: int) -> float:
     """Return requests a second of full batches."""
-    some = traffic.pairs[: 4 * batch_size]
+    some = workload.pairs[: 4 * batch_size]
     settings: EncodeOptions = {**options, "batch_size": batch_size}
     return len(some) / timed(encode_queries, embedder, some, **settings)[1]

@@ -14,13 +14,11 @@ Axes: Q queries of a part, N candidates, D embedding size.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +26,10 @@ from numpy.typing import NDArray
 from mmemb_benchmarks.mmeb_v2.data import Candidate, Key, Query, TaskData
 from mmemb_benchmarks.mmeb_v2.metrics import Ranked, scores
 from mmemb_benchmarks.mmeb_v2.tasks import Task
+from mmemb_benchmarks.results import BundleFacts
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.errors import InputError, OptionError, check_known
-from mmemb_deploy.files import write_whole
+from mmemb_deploy.errors import InputError, check_known
+from mmemb_deploy.files import claim, whole, write_whole
 from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.results import Detail
@@ -44,28 +43,11 @@ ROUTE_COLUMNS = ("route", "gate_score", "rationale", "rationale_tokens")  # that
 
 Columns = dict[str, NDArray[Any]]
 Figures = dict[str, float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """A task's candidates, embedded; names and rows in one order."""
-
-    names: Sequence[Key]
-    embeddings_ND: Floats
-
-    @cached_property
-    def _rows(self) -> dict[Key, int]:
-        return {name: row for row, name in enumerate(self.names)}
-
-    def ranking(self, query_D: Floats, candidates: Sequence[Key] | None) -> list[Key]:
-        """Return the PREDICTIONS best of some candidates, or of all, by cosine; equals keep their order."""
-        names = self.names if candidates is None else candidates
-        rows_ND = self.embeddings_ND if candidates is None else self.embeddings_ND[[self._rows[key] for key in names]]
-        return [names[place] for place in np.argsort(-(rows_ND @ query_D), kind="stable")[:PREDICTIONS]]
-
-
-@dataclass(frozen=True)
-class TaskJob:
+class Evaluation:
     """An embedder on one task. `out` is the folder of all tasks, `done` hears how many more inputs are embedded."""
 
     embedder: Embedder
@@ -83,23 +65,31 @@ class TaskJob:
         """
         for mode in modes:
             check_known("mode", mode, MODES)
-        self._claim()
+        bundle, data = BundleFacts.of(self.embedder), self.data
+        claim(self.out, {"model": bundle.name, "manifest": bundle.hash}, name="bundle.json")
+        claim(self.parts, {"data": data.fingerprint, "queries": len(data.queries), "frames": data.frames})
         scored = {mode: score_path(self.out, mode, self.task) for mode in modes}
         if not all(path.is_file() for path in scored.values()):
-            corpus = Corpus(list(self.data.corpus), np.concatenate(list(self._corpus())))
+            documents = self._embedded("corpus", list(data.corpus.items()), self._embed_documents)
+            corpus_ND = np.concatenate([part["embedding"] for _, part in documents])
             for mode, path in scored.items():
                 if not path.is_file():
-                    self._score(mode, corpus, path)
+                    self._score(mode, corpus_ND, path)
         return {mode: read_score(path) for mode, path in scored.items()}
 
-    def _score(self, mode: str, corpus: Corpus, target: Path) -> None:
-        """Write the three public files of a mode."""
+    def _score(self, mode: str, corpus_ND: Floats, target: Path) -> None:
+        """Rank by cosine, of equals the first before, and write the three public files of a mode."""
+        names = list(self.data.corpus)
+        row_of = {name: row for row, name in enumerate(names)}
         ranked: list[Ranked] = []
         infos: list[dict[str, Any]] = []
-        for queries, part in self._queries(mode):
+        embed = self._embed_queries(mode)
+        for queries, part in self._embedded(mode, self.data.queries, embed):
             for query, query_D in zip(queries, part["embedding"], strict=True):
-                candidates = None if self.task.scope == "corpus" else query.candidates
-                ranked.append(Ranked(corpus.ranking(query_D, candidates), query.labels, query.grades))
+                asked: Sequence[Key] = names if self.task.scope == "corpus" else query.candidates
+                rows_ND = corpus_ND if asked is names else corpus_ND[[row_of[name] for name in asked]]
+                best = np.argsort(-(rows_ND @ query_D), kind="stable")[:PREDICTIONS]
+                ranked.append(Ranked([asked[index] for index in best], query.labels, query.grades))
             infos += _infos(queries, part)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(_beside(target, "_info.jsonl"), _lines(infos))
@@ -111,72 +101,62 @@ class TaskJob:
         """Where finished embeddings lie."""
         return self.out / "embeddings" / self.task.name
 
-    def _claim(self) -> None:
-        """Take the task's folder, unless another job left its work there."""
-        manifest, data = self.embedder.manifest, self.data
-        digest = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
-        claim(self.out / "bundle.json", {"model": manifest.model.name, "manifest": digest})
-        claim(self.parts / "job.json", {"data": data.fingerprint, "queries": len(data.queries), "frames": data.frames})
-
-    def _corpus(self) -> Iterator[Floats]:
-        items = list(self.data.corpus.items())
+    def _embedded(
+        self, kind: str, items: Sequence[T], embed: Callable[[Sequence[T], int], Columns]
+    ) -> Iterator[tuple[Sequence[T], Columns]]:
+        """Yield the items part by part, each with what was embedded of it, now or by an earlier run."""
         for start in range(0, len(items), CHUNK):
             chunk = items[start : start + CHUNK]
-            path = self.parts / f"corpus-{start:09d}.npz"
+            path = self.parts / f"{kind}-{start:09d}.npz"
             if not path.exists():
-                _write_npz(path, {"embedding": self._embed_documents(chunk)})
+                with whole(path) as new, new.open("wb") as file:
+                    np.savez(file, allow_pickle=False, **embed(chunk, start))
             self.done(len(chunk))
-            yield _read_npz(path)["embedding"]
+            with np.load(path, allow_pickle=False) as archive:
+                yield chunk, {name: archive[name] for name in archive.files}
 
-    def _queries(self, mode: str) -> Iterator[tuple[Sequence[Query], Columns]]:
-        queries = self.data.queries
-        for start in range(0, len(queries), CHUNK):
-            chunk = queries[start : start + CHUNK]
-            path = self.parts / f"{mode}-{start:09d}.npz"
-            if not path.exists():
-                _write_npz(path, self._embed_queries(chunk, mode, start))
-            self.done(len(chunk))
-            yield chunk, _read_npz(path)
-
-    def _embed_documents(self, items: Sequence[tuple[Key, Candidate]]) -> Floats:
+    def _embed_documents(self, items: Sequence[tuple[Key, Candidate]], _: int) -> Columns:
         embeddings_ND = np.empty((len(items), self.embedder.dim), np.float32)
-        for instruction, places in _by_instruction([candidate for _, candidate in items]):
+        for instruction, indices in _by_instruction([candidate for _, candidate in items]):
             options: EncodeOptions = {"batch_size": self.batch_size}
             if instruction is not None:  # or the bundle's own instruction for documents holds
                 options["instruction"] = instruction
             try:
-                embeddings_ND[places] = self.embedder.encode_document(
-                    [items[place][1].content for place in places], **options
+                embeddings_ND[indices] = self.embedder.encode_document(
+                    [items[index][1].content for index in indices], **options
                 )
             except InputError as error:
-                key = items[places[error.index or 0]][0]
+                key = items[indices[error.index or 0]][0]
                 raise InputError(f"{self.task.name}, candidate {key!r}: {error.message}") from error
-        return embeddings_ND
+        return {"embedding": embeddings_ND}
 
-    def _embed_queries(self, queries: Sequence[Query], mode: str, start: int) -> Columns:
-        embeddings_QD = np.empty((len(queries), self.embedder.dim), np.float32)
-        details: dict[int, Detail] = {}
-        for instruction, places in _by_instruction(queries):
-            try:
-                result = self.embedder.encode_detailed(
-                    [queries[place].content for place in places],
-                    instruction=instruction,
-                    reasoning=mode,
-                    batch_size=self.batch_size,
-                )
-            except InputError as error:
-                place = start + places[error.index or 0]
-                raise InputError(f"{self.task.name}, query {place}: {error.message}") from error
-            embeddings_QD[places] = result.embeddings
-            details |= {place: detail for place, detail in zip(places, result.details, strict=True) if detail}
-        ordered = [details[place] for place in range(len(queries))]
-        return {
-            "embedding": embeddings_QD,
-            "route": np.array([detail.route.value for detail in ordered]),
-            "gate_score": np.array([detail.gate_score for detail in ordered], np.float32),
-            "rationale": np.array([detail.rationale or "" for detail in ordered]),
-            "rationale_tokens": np.array([detail.rationale_tokens for detail in ordered], np.int64),
-        }
+    def _embed_queries(self, mode: str) -> Callable[[Sequence[Query], int], Columns]:
+        def embed(queries: Sequence[Query], start: int) -> Columns:
+            embeddings_QD = np.empty((len(queries), self.embedder.dim), np.float32)
+            details: dict[int, Detail] = {}
+            for instruction, indices in _by_instruction(queries):
+                try:
+                    result = self.embedder.encode_detailed(
+                        [queries[index].content for index in indices],
+                        instruction=instruction,
+                        reasoning=mode,
+                        batch_size=self.batch_size,
+                    )
+                except InputError as error:
+                    number = start + indices[error.index or 0]
+                    raise InputError(f"{self.task.name}, query {number}: {error.message}") from error
+                embeddings_QD[indices] = result.embeddings
+                details |= {index: detail for index, detail in zip(indices, result.details, strict=True) if detail}
+            ordered = [details[index] for index in range(len(queries))]
+            return {
+                "embedding": embeddings_QD,
+                "route": np.array([detail.route.value for detail in ordered]),
+                "gate_score": np.array([detail.gate_score for detail in ordered], np.float32),
+                "rationale": np.array([detail.rationale or "" for detail in ordered]),
+                "rationale_tokens": np.array([detail.rationale_tokens for detail in ordered], np.int64),
+            }
+
+        return embed
 
     def _counts(self, infos: Sequence[dict[str, Any]]) -> Figures:
         """Return what the score file says beside the public figures: numbers only, or public tools stumble."""
@@ -206,26 +186,14 @@ def read_score(path: Path) -> Figures:
     return figures
 
 
-def claim(path: Path, facts: dict[str, Any]) -> None:
-    """Write down whose work a folder holds; raises OptionError where it already holds another's."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(facts) + "\n")
-    elif (held := json.loads(path.read_text())) != facts:
-        differing = ", ".join(name for name, value in facts.items() if held.get(name) != value)
-        raise OptionError(
-            f"{path.parent} holds the results of another run, with other {differing}: pass another --out, or delete it"
-        )
-
-
 def _beside(target: Path, ending: str) -> Path:
     return target.with_name(target.name.removesuffix("_score.json") + ending)
 
 
 def _infos(queries: Sequence[Query], part: Columns) -> Iterator[dict[str, Any]]:
     """Yield the public info of queries, and how each was embedded."""
-    for place, query in enumerate(queries):
-        route = {name: part[name][place].item() for name in ROUTE_COLUMNS}
+    for index, query in enumerate(queries):
+        route = {name: part[name][index].item() for name in ROUTE_COLUMNS}
         if np.isnan(route["gate_score"]):  # JSON has no such number
             route["gate_score"] = None
         yield query.as_info() | route
@@ -238,18 +206,6 @@ def _lines(objects: Iterable[dict[str, Any]]) -> str:
 def _by_instruction(items: Sequence[Query | Candidate]) -> Iterable[tuple[str | None, list[int]]]:
     """Group items by what they are embedded for, since one call of `encode` embeds for one thing."""
     groups: dict[str | None, list[int]] = {}
-    for place, item in enumerate(items):
-        groups.setdefault(item.instruction, []).append(place)
+    for index, item in enumerate(items):
+        groups.setdefault(item.instruction, []).append(index)
     return groups.items()
-
-
-def _write_npz(path: Path, columns: Columns) -> None:
-    fresh = path.with_name(f".{path.name}.new")
-    with fresh.open("wb") as file:
-        np.savez(file, allow_pickle=False, **columns)
-    fresh.replace(path)
-
-
-def _read_npz(path: Path) -> Columns:
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
