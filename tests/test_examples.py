@@ -95,9 +95,9 @@ def test_a_folder_is_indexed_once_and_searched_by_words_and_by_a_picture(run: Ru
     load_digits: Any = import_module("sklearn.datasets").load_digits  # which ships no types
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for index, drawing in enumerate(load_digits().images[:20]):
+    for number, drawing in enumerate(load_digits().images[:20]):
         picture = Image.fromarray((drawing * 255 / 16).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
-        picture.save(folder / f"{index:02}.png")
+        picture.save(folder / f"{number:02}.png")
     by_words = run("search_folder", folder, "seven")
     assert {row.split()[1] for row in by_words[:2]} == {"07.png", "17.png"}
     index = (tmp_path / "pictures.npz").read_bytes()
