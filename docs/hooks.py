@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from textwrap import dedent
 from typing import Any
 
 from griffe import Attribute, Class, Extension
@@ -67,17 +68,24 @@ class FieldTables(Extension):
     """Lists the fields of a class as one table, where each is described by its docstring or else by its comment."""
 
     def on_class_members(self, *, cls: Class, **_: Any) -> None:
-        """Move what is said of the fields into the class's docstring."""
-        fields = [each for each in cls.attributes.values() if each.annotation and "property" not in each.labels]
+        """Move what is said of the fields into the class's docstring, and show its example as code."""
         if cls.docstring is None:
             return
-        cls.docstring.value = EXAMPLE.sub(r"```python\n\1```\n", cls.docstring.value)
-        if not fields:
-            return
-        table = [f"    {field.name}: {_described(field)}" for field in fields]
-        cls.docstring.value += "\n\nAttributes:\n" + "\n".join(table)
+        said = EXAMPLE.sub(_as_code, cls.docstring.value)
+        fields = [each for each in cls.members.values() if isinstance(each, Attribute) and _is_field(each)]
+        if fields:
+            said += "\n\nAttributes:\n" + "\n".join(f"    {field.name}: {_described(field)}" for field in fields)
+        cls.docstring.value = said
         for field in fields:
             field.docstring = None
+
+
+def _as_code(example: re.Match[str]) -> str:
+    return f"```python\n{dedent(example[1]).rstrip()}\n```\n"
+
+
+def _is_field(attribute: Attribute) -> bool:
+    return attribute.annotation is not None and "property" not in attribute.labels and attribute.name[0] != "_"
 
 
 def _described(field: Attribute) -> str:
