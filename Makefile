@@ -1,4 +1,4 @@
-# The commands of a working day. CI runs `check`, `demo` and `test` exactly as they are here.
+# The commands of a working day. CI runs `check`, `docs`, `demo` and `test` exactly as they are here.
 
 PYTHON ?= python3
 VENV ?= .venv
