@@ -18,7 +18,7 @@ export ORT_DISABLE_TELEMETRY := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo docs test check bench nano ablation clean
+.PHONY: help demo docs tables test check bench nano ablation clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +28,9 @@ demo: $(DEMO) ## install without torch, run the embedded nano bundle, draw demo.
 
 docs: $(DOCS) ## build the documentation into build/docs, which opens without a server
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/mkdocs.yml
+
+tables: $(DEV) ## write the tables of benchmarks/results into the README and the pages
+	$(BIN)/python docs/tables.py
 
 test: $(DEV) ## install everything, run the tests
 	$(BIN)/python -m pytest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
@@ -11,21 +10,16 @@ from griffe import Attribute, Class, Extension
 from mkdocs.exceptions import PluginError
 
 FROM_ELSEWHERE = re.compile(r"""<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//[^"'> ]+""")
-TABLE = re.compile(r"^{{ table ([\w-]+) }}$", re.MULTILINE)
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 EXAMPLE = re.compile(r"^Example:\n((?: {4}.*(?:\n|$))+)", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace `{{ command line }}`, `{{ errors }}` and `{{ bounds }}` by what the code says of itself.
-
-    `{{ table NAME }}` becomes a table of the committed results, and under it what it was measured with.
-    """
+    """Replace `{{ command line }}`, `{{ errors }}` and `{{ bounds }}` by what the code says of itself."""
     for name, made in {"command line": command_line, "errors": error_tree, "bounds": bounds}.items():
         placeholder = f"{{{{ {name} }}}}"
         if placeholder in markdown:
             markdown = markdown.replace(placeholder, made())
-    return TABLE.sub(_table, markdown)
+    return markdown
 
 
 def on_post_page(output: str, *, page: Any, **_: Any) -> str:
@@ -33,15 +27,6 @@ def on_post_page(output: str, *, page: Any, **_: Any) -> str:
     if found := FROM_ELSEWHERE.search(output):
         raise PluginError(f"{page.file.src_uri} fetches from elsewhere: {found[0]}")
     return output
-
-
-def _table(found: re.Match[str]) -> str:
-    from mmemb_benchmarks.report.tables import headline, tables
-
-    made = tables(RESULTS) | {"headline": headline(RESULTS)}
-    if found[1] not in made:
-        raise PluginError(f"no table {found[1]!r}: there are {', '.join(made)}")
-    return f"{made[found[1]].markdown}\n{made[found[1]].caption}\n{{: .caption }}"
 
 
 def command_line() -> str:

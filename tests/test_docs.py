@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import re
@@ -23,7 +24,7 @@ from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer, RawFenced
 from typer.main import get_command
 
 import mmemb_deploy
-from mmemb_benchmarks.report.tables import headline, tables
+from mmemb_benchmarks.report.tables import tables
 from mmemb_deploy import Embedder, errors
 from mmemb_deploy.bundle.manifest import Manifest
 from mmemb_deploy.cli.main import application, main
@@ -32,7 +33,6 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "pages"
 PAGES = {path.relative_to(FOLDER).as_posix(): path for path in sorted(FOLDER.rglob("*.md"))}
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
 SERVER = "http://localhost:8000/v1"  # what pages call the server that an Endpoint stands for
 
 FENCE = re.compile(r"(?P<info>[^\n]*)\n")
@@ -289,10 +289,14 @@ def test_a_file_or_function_that_a_page_names_is_there(page: str, file: str, nam
         assert name in set(defined(ast.parse(path.read_text(encoding="utf-8")).body)), f"{page} names {name} in {file}"
 
 
-def test_the_results_are_shown_whole_and_are_those_of_the_files() -> None:
-    shown = re.findall(r"^{{ table (.+) }}$", PAGES["results.md"].read_text(), flags=re.MULTILINE)
-    assert sorted(shown) == sorted(tables(RESULTS))
-    assert headline(RESULTS).markdown in README.read_text(encoding="utf-8")
+def test_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    module = importlib.import_module("tables")
+    stale = [path.name for path in [README, *PAGES.values()] if module.filled(path.read_text()) != path.read_text()]
+    assert stale == [], "run `make tables`"
+    shown = re.findall(r"^<!-- table (.+) -->$", PAGES["results.md"].read_text(), flags=re.MULTILINE)
+    assert sorted(shown) == sorted(tables(ROOT / "benchmarks" / "results"))
+    assert "<!-- table headline -->" in README.read_text()
 
 
 def test_the_trips_of_data_are_looked_up() -> None:

@@ -103,7 +103,6 @@ def test_the_headline_is_of_nano() -> None:
         "| reasoning rate | 0.00 | 0.21 | 1.00 |",
         "| rationale tokens | 0.0 | 4.7 | 14.1 |",
         "| mean ms alone | 1.35 | 2.22 | 4.10 |",
-        "| median ms alone | 1.16 | 1.11 | 3.78 |",
         "| requests a second, in batches of 32 | 1338 | 930 | 643 |",
         "| random arrivals a second, p95 below 40 ms | 828 | 442 | 216 |",
     ]

@@ -250,7 +250,6 @@ def _headline(*paths: Path) -> Table:
         ("reasoning rate", *(f"{mode.reasoning_rate:.2f}" for mode in modes)),
         ("rationale tokens", *(f"{mode.rationale_tokens:.1f}" for mode in modes)),
         ("mean ms alone", *(f"{mode.mean_ms:.2f}" for mode in modes)),
-        ("median ms alone", *(f"{mode.p50_ms:.2f}" for mode in modes)),
         (f"requests a second, in batches of {found.batch_size}", *batched[:3]),
         (f"random arrivals a second, p95 below {load.target_p95_ms:.0f} ms", *sustained[:3]),
     ]
