@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmemb_deploy.evaluation.pairs import Pair
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.preprocess import Floats
-from mmemb_export.quantise import BLOCK, int4, int8
+from mmemb_export.quantise import BLOCK, int4, int8, paired_int8
 from mmemb_export.reference import Reference
 from mmemb_training.checkpoint import Checkpoint
 
@@ -75,7 +75,7 @@ def _observe(checkpoint: Checkpoint, probes: Sequence[Pair], see: See) -> None:
 def _quantised_product(states_RK: Floats, weight_KN: Floats, precision: str) -> Floats:
     if precision == "int8":
         states_KR, scale_R = int8(states_RK.T)
-        values_KN, scale_N = int8(weight_KN)
+        values_KN, scale_N = paired_int8(weight_KN)
         return (states_KR.T.astype(np.float32) @ values_KN.astype(np.float32)) * scale_R[:, None] * scale_N
     packed_NGS, scale_NG = int4(weight_KN)
     values_NGS = np.stack([packed_NGS & 15, packed_NGS >> 4], axis=-1).reshape(*packed_NGS.shape[:2], BLOCK)
