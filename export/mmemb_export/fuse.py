@@ -11,8 +11,7 @@ from onnx_ir.passes import common
 from onnx_ir.tape import Tape
 
 from mmemb_deploy.bundle import abi
-
-MICROSOFT = "com.microsoft"
+from mmemb_export.layers import MICROSOFT
 
 
 def fuse(model: ir.Model, *, heads: int, kv_heads: int) -> ir.Model:

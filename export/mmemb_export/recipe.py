@@ -13,9 +13,9 @@ from mmemb_deploy.bundle.manifest import Bounds, GraphFacts, TensorFacts
 from mmemb_deploy.errors import OptionError, check_known
 from mmemb_export.fuse import fuse
 from mmemb_export.graphs import DECODER, fused_graphs, portable_graphs
-from mmemb_export.qdq import insert_qdq
-from mmemb_export.quantise import quantise
-from mmemb_export.trace import TURNED, Weights, trace
+from mmemb_export.integers import quantise_tables
+from mmemb_export.quantise import quantise, quantiser
+from mmemb_export.trace import TRANSPOSED, Weights, trace
 from mmemb_export.weights import save
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.runtime import MAX_BATCH_TOKENS
@@ -167,8 +167,8 @@ def _quantised(model: ir.Model, precision: str, recipe: Recipe, choices: Choices
     if precision in FLOATS:
         return model
     if recipe.form == "fused":
-        return quantise(model, precision, choices.kept)
-    return insert_qdq(model, precision, choices.ranges, choices.kept)
+        quantise_tables(model, choices.kept)
+    return quantise(model, quantiser(recipe.form, precision, recipe.floats, choices.ranges), choices.kept)
 
 
 def describe(model: ir.Model, file: str, precision: str, kept: Sequence[str]) -> GraphFacts:
@@ -176,7 +176,7 @@ def describe(model: ir.Model, file: str, precision: str, kept: Sequence[str]) ->
     inputs, outputs = (
         tuple(_tensor(value) for value in values) for values in (model.graph.inputs, model.graph.outputs)
     )
-    held = {name.removesuffix(TURNED) for name in model.graph.initializers}
+    held = {name.removesuffix(TRANSPOSED) for name in model.graph.initializers}
     own = tuple(name for name in kept if name in held)
     return GraphFacts(file=file, precision=precision, inputs=inputs, outputs=outputs, kept=own)
 

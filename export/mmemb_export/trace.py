@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mmemb_export.graphs import Graph
 
-TURNED = ".T"  # ends the name of a parameter that a graph holds transposed
+TRANSPOSED = ".T"  # ends the name of a parameter that a graph holds transposed
 OPSET = 23  # the first with Attention and RMSNormalization
 
 Weights = Callable[[str], torch.Tensor]  # the name of a parameter or buffer of a part to its values
@@ -103,11 +103,11 @@ def _bind(graph: ir.Graph, value: ir.Value, weights: Weights) -> None:
 
     for node, _ in value.uses():
         if node.op_type == "Transpose" and len(shape) == 2:
-            turned, turned_shape = node.outputs[0], ir.Shape(tuple(shape)[::-1])
-            stored = ir.Value(name=f"{name}{TURNED}", shape=turned_shape, type=ir.TensorType(dtype))
-            stored.const_value = ir.LazyTensor(read_transposed, dtype, turned_shape, name=stored.name)
+            transposed, transposed_shape = node.outputs[0], ir.Shape(tuple(shape)[::-1])
+            stored = ir.Value(name=f"{name}{TRANSPOSED}", shape=transposed_shape, type=ir.TensorType(dtype))
+            stored.const_value = ir.LazyTensor(read_transposed, dtype, transposed_shape, name=stored.name)
             graph.register_initializer(stored)
-            turned.replace_all_uses_with(stored)
+            transposed.replace_all_uses_with(stored)
             graph.remove(node, safe=True)
     if value.uses():
         value.const_value = ir.LazyTensor(read, dtype, shape, name=name)

@@ -24,6 +24,7 @@ from mmemb_deploy.evaluation.pairs import Pair
 from mmemb_export.activations import ranges, sensitivity
 from mmemb_export.certify import answer, certify
 from mmemb_export.probes import synthetic_probes
+from mmemb_export.quantise import quantiser
 from mmemb_export.recipe import FLOATS, Choices, Recipe, write_graphs
 from mmemb_export.weights import CheckpointWeights
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint, outline_checkpoint
@@ -107,7 +108,8 @@ def _certified(
             certificate.check()
         except CertificateError as error:
             if not ranking and recipe.coarser not in FLOATS:
-                ranking = list(sensitivity(checkpoint, probes[:RANKED_PROBES], recipe.coarser))
+                worst = quantiser(recipe.form, recipe.coarser, recipe.floats, choices.ranges)
+                ranking = list(sensitivity(checkpoint, probes[:RANKED_PROBES], worst))
             if 2 * len(choices.kept) >= len(ranking):
                 raise
             choices = replace(choices, kept=tuple(ranking[: max(1, 2 * len(choices.kept))]))
@@ -118,8 +120,9 @@ def _certified(
 
 def _measured(source: Path, recipe: Recipe, probes: Sequence[Pair]) -> Choices:
     """Measure what a recipe needs to know of a checkpoint's activations."""
-    scaled = recipe.form == "portable" and {"int8", "fp8"} & {recipe.precision, recipe.generator}
-    return Choices(ranges=ranges(load_checkpoint(source), probes) if scaled else {})
+    coarse = {recipe.precision, recipe.generator}.difference(FLOATS)
+    measured = any(quantiser(recipe.form, precision, recipe.floats, {}).measured for precision in coarse)
+    return Choices(ranges=ranges(load_checkpoint(source), probes) if measured else {})
 
 
 @contextmanager
