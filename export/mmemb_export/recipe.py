@@ -1,30 +1,17 @@
-"""What a bundle's graphs are made for, and how they are made."""
+"""What a bundle's graphs are made for: their form, their precisions, and what its certificate must reach."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-import onnx_ir as ir
-
-from mmemb_deploy.bundle import abi
-from mmemb_deploy.bundle.manifest import Bounds, GraphFacts, TensorFacts
+from mmemb_deploy.bundle.manifest import Bounds
 from mmemb_deploy.errors import OptionError, check_known
-from mmemb_export.fuse import fuse
-from mmemb_export.graphs import DECODER, fused_graphs, portable_graphs
-from mmemb_export.integers import quantise_tables
-from mmemb_export.quantise import quantise, quantiser
-from mmemb_export.trace import TRANSPOSED, Weights, trace
-from mmemb_export.weights import save
-from mmemb_training.checkpoint import Checkpoint
-from mmemb_training.runtime import MAX_BATCH_TOKENS
 
-FORMS = ("portable", "fused")
 FLOATS = ("float32", "float16", "bfloat16")
-PRECISIONS = (*FLOATS, "int8", "fp8", "int4")  # finest first
-FUSED = ("float32", "int8", "int4")
-BATCH_TOKENS = {"portable": MAX_BATCH_TOKENS, "fused": 1024}  # of a padded batch: more leave a CPU's caches
+PRECISIONS = {  # of each form, finest first
+    "portable": (*FLOATS, "int8", "fp8", "int4"),
+    "fused": ("float32", "int8", "int4"),
+}
 MIN_COSINE = {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.995, "int8": 0.999, "fp8": 0.98, "int4": 0.98}
 TOKEN_AGREEMENT = {"float32": 0.995, "float16": 0.97, "bfloat16": 0.9, "int8": 0.97, "fp8": 0.9, "int4": 0.9}
 FLIPS = {"float32": 0.0, "float16": 0.01, "bfloat16": 0.02, "int8": 0.01, "fp8": 0.05, "int4": 0.05}  # share of inputs
@@ -57,14 +44,15 @@ class Recipe:
     """Share of the rationales' tokens that must be the reference's own choice."""
 
     def __post_init__(self) -> None:
-        check_known("form", self.form, FORMS)
+        check_known("form", self.form, PRECISIONS)
         if self.compute is not None:
             check_known("compute", self.compute, FLOATS)
-        for precision in (self.precision, self.generator):
-            check_known("precision", precision, PRECISIONS)
-            if self.form == "fused" and precision not in FUSED:
+        for precision in (self.precision, self.generator, self.floats):
+            check_known("precision", precision, PRECISIONS["portable"])
+            if precision not in PRECISIONS[self.form]:
                 raise OptionError(
-                    f"precision {precision!r} needs form='portable': fused graphs take {', '.join(FUSED)}"
+                    f"precision {precision!r} needs form='portable': {self.form} graphs take "
+                    f"{', '.join(PRECISIONS[self.form])}"
                 )
             if precision in FLOATS and precision != self.floats:
                 raise OptionError(
@@ -82,11 +70,6 @@ class Recipe:
         return "float32" if self.form == "fused" else "bfloat16"
 
     @property
-    def batch_tokens(self) -> int:
-        """Tokens of a padded batch; more inputs than fit are embedded in more batches."""
-        return BATCH_TOKENS[self.form]
-
-    @property
     def generator(self) -> str:
         """Precision of the generator."""
         return self.precision if self.generator_precision is None else self.generator_precision
@@ -94,7 +77,7 @@ class Recipe:
     @property
     def coarser(self) -> str:
         """The coarser of the two precisions."""
-        return max(self.precision, self.generator, key=PRECISIONS.index)
+        return max(self.precision, self.generator, key=PRECISIONS[self.form].index)
 
     def bounds(self, inputs: int) -> Bounds:
         """Return what a certificate over so many inputs must reach: the bounds of the coarser precision."""
@@ -106,84 +89,3 @@ class Recipe:
             gate_flips=int(flips * inputs),
             token_agreement=TOKEN_AGREEMENT[coarser] if agreement is None else agreement,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choices:
-    """What was measured on a checkpoint before its graphs are written."""
-
-    kept: tuple[str, ...] = ()
-    """Weights that stay in the float type although the precision is coarser."""
-
-    ranges: Mapping[str, float] = field(default_factory=dict)
-    """The largest absolute input of every linear layer, for int8 and fp8 in portable graphs."""
-
-
-def write_graphs(
-    outline: Checkpoint, weights: Weights, folder: Path, recipe: Recipe, choices: Choices, report: Callable[[str], None]
-) -> dict[str, GraphFacts]:
-    """Write the graphs of a checkpoint and their weights to a folder; return their facts in the order of abi.GRAPHS."""
-    traced = _traced(outline, weights, recipe, report)
-    names = [name for name in abi.GRAPHS if name in traced]
-    precisions: dict[str, str] = dict.fromkeys(names, recipe.precision)
-    precisions |= {abi.GENERATOR: recipe.generator, abi.GATE: recipe.floats}
-    stems: dict[str, str] = {name: name for name in names}
-    if traced[abi.EMBEDDER] is traced.get(abi.GENERATOR):
-        stems |= {abi.EMBEDDER: DECODER, abi.GENERATOR: DECODER}
-    models: dict[str, ir.Model] = {}
-    for name, stem in stems.items():
-        if stem not in models:
-            models[stem] = _quantised(traced[name], precisions[name], recipe, choices)
-    facts = {
-        name: describe(models[stem], f"{stem}.onnx", precisions[name], choices.kept) for name, stem in stems.items()
-    }
-    for data, group in {abi.VISION: [abi.VISION], DECODER: [abi.EMBEDDER, abi.GENERATOR], abi.GATE: [abi.GATE]}.items():
-        files = list(dict.fromkeys(stems[name] for name in group if name in stems))
-        if files:
-            report(f"writing the weights of {' and '.join(files)}")
-            paths = [folder / f"{file}.onnx" for file in files]
-            save([models[file] for file in files], paths, folder / f"{data}.onnx.data")
-    return facts
-
-
-def _traced(
-    outline: Checkpoint, weights: Weights, recipe: Recipe, report: Callable[[str], None]
-) -> dict[str, ir.Model]:
-    """Trace the graphs of a recipe's form; embedder and generator are one model where they are one graph."""
-    traced = {}
-    for graph in portable_graphs(outline) if recipe.form == "portable" else fused_graphs(outline):
-        report(f"exporting {graph.name}")
-        traced[graph.name] = trace(graph, weights)
-    if recipe.form == "fused":
-        text = outline.model.config.text_config
-        decoder = fuse(traced.pop(DECODER), heads=text.num_attention_heads, kv_heads=text.num_key_value_heads)
-        traced[abi.EMBEDDER] = decoder
-        if outline.facts.prompt.reasons:
-            traced[abi.GENERATOR] = decoder if recipe.precision == recipe.generator else decoder.clone()
-    return traced
-
-
-def _quantised(model: ir.Model, precision: str, recipe: Recipe, choices: Choices) -> ir.Model:
-    if precision in FLOATS:
-        return model
-    if recipe.form == "fused":
-        quantise_tables(model, choices.kept)
-    return quantise(model, quantiser(recipe.form, precision, recipe.floats, choices.ranges), choices.kept)
-
-
-def describe(model: ir.Model, file: str, precision: str, kept: Sequence[str]) -> GraphFacts:
-    """Read a graph's ABI off its ONNX form, and which of the weights `kept` it holds."""
-    inputs, outputs = (
-        tuple(_tensor(value) for value in values) for values in (model.graph.inputs, model.graph.outputs)
-    )
-    held = {name.removesuffix(TRANSPOSED) for name in model.graph.initializers}
-    own = tuple(name for name in kept if name in held)
-    return GraphFacts(file=file, precision=precision, inputs=inputs, outputs=outputs, kept=own)
-
-
-def _tensor(value: ir.Value) -> TensorFacts:
-    assert value.name is not None
-    assert value.dtype is not None
-    assert value.shape is not None
-    shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
-    return TensorFacts(name=value.name, dtype=str(value.dtype.numpy()), shape=shape)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,16 @@ from mmemb_export.activations import ranges, sensitivity
 from mmemb_export.certify import answer, certify
 from mmemb_export.probes import synthetic_probes
 from mmemb_export.quantise import quantiser
-from mmemb_export.recipe import FLOATS, Choices, Recipe, write_graphs
+from mmemb_export.recipe import FLOATS, Recipe
+from mmemb_export.traced import Choices, TracedGraphs
 from mmemb_export.weights import CheckpointWeights
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint, outline_checkpoint
+from mmemb_training.runtime import MAX_BATCH_TOKENS, torch_embedder
 from mmemb_training.runtime import manifest as uncertified
-from mmemb_training.runtime import torch_embedder
 
 SYNTHETIC_PROBES = 200
 RANKED_PROBES = 24
+BATCH_TOKENS = {"portable": MAX_BATCH_TOKENS, "fused": 1024}  # of a padded batch: more leave a CPU's caches
 CERTIFIED_PAIRS = 1000  # about as many queries of the pairs are certified, evenly drawn
 Report = Callable[[str], None]
 
@@ -73,11 +74,10 @@ def export_bundle(
         folder.mkdir()
         shutil.copy(source / TOKENIZER, folder / TOKENIZER)
         _write_pooling(outline, folder)
-        manifest, choices = _certified(source, outline, folder, target.name, recipe, inputs, report)
+        manifest, load = _certified(source, outline, folder, target.name, recipe, inputs, report)
         if pairs:
             report(f"calibrating the gate on {len(pairs)} pairs")
-            with _runnable(source, folder, manifest, recipe, choices) as embedder:
-                gate = calibrate(embedder, pairs, pairs_name)
+            gate = calibrate(load(), pairs, pairs_name)
             manifest = manifest.model_copy(update={"gate": gate})
         write_manifest(folder, manifest)
         Bundle.open(folder)
@@ -89,33 +89,34 @@ def export_bundle(
 
 def _certified(
     source: Path, outline: Checkpoint, folder: Path, name: str, recipe: Recipe, probes: Sequence[Pair], report: Report
-) -> tuple[Manifest, Choices]:
-    """Write the graphs, with as many layers in the float type as the certificate needs."""
-    bounds = recipe.bounds(len(probes))
-    ranking: list[str] = []
-    choices = _measured(source, recipe, probes)
+) -> tuple[Manifest, Callable[[], Embedder]]:
+    """Write the graphs, with as many layers in the float type as the certificate needs; return what runs them, too."""
+    bounds, quantised = recipe.bounds(len(probes)), recipe.coarser not in FLOATS
+    weights = CheckpointWeights(source, outline)
+    graphs = TracedGraphs(outline, weights, recipe, report)
+    with_twin = quantised and recipe.floats != "float32"
+    twin = TracedGraphs(outline_checkpoint(source), weights, recipe) if with_twin else None
+    choices, ranking = _measured(source, recipe, probes), list[str]()
     while True:
-        facts = write_graphs(outline, CheckpointWeights(source, outline), folder, recipe, choices, report)
+        facts = graphs.write(folder, choices)
         files = {file: file_hash(folder / file) for file in bundle_files(folder)}
-        manifest = uncertified(outline, name, recipe.batch_tokens)
+        manifest = uncertified(outline, name, BATCH_TOKENS[recipe.form])
         manifest = manifest.model_copy(update={"graphs": facts, "files": files})
+        load = _loader(source, folder, manifest, recipe, choices, twin)
         report(f"certifying on {len(probes)} inputs")
-        with _runnable(source, folder, manifest, recipe, choices) as embedder:
-            answers = answer(embedder, probes)
-        checkpoint = load_checkpoint(source)
-        certificate = certify(answers, checkpoint, bounds)
+        certificate = certify(answer(load(), probes), load_checkpoint(source), bounds)
         try:
             certificate.check()
         except CertificateError as error:
-            if not ranking and recipe.coarser not in FLOATS:
-                worst = quantiser(recipe.form, recipe.coarser, recipe.floats, choices.ranges)
-                ranking = list(sensitivity(checkpoint, probes[:RANKED_PROBES], worst))
+            if quantised and not ranking:
+                coarser = quantiser(recipe.form, recipe.coarser, recipe.floats, choices.ranges)
+                ranking = list(sensitivity(load_checkpoint(source), probes[:RANKED_PROBES], coarser))
             if 2 * len(choices.kept) >= len(ranking):
                 raise
             choices = replace(choices, kept=tuple(ranking[: max(1, 2 * len(choices.kept))]))
-            report(f"{error}; keeping in {recipe.floats}: {', '.join(choices.kept)}")
+            report(f"{error}; keeping {len(choices.kept)} of {len(ranking)} layers in {recipe.floats}")
         else:
-            return manifest.model_copy(update={"certificate": certificate}), choices
+            return manifest.model_copy(update={"certificate": certificate}), load
 
 
 def _measured(source: Path, recipe: Recipe, probes: Sequence[Pair]) -> Choices:
@@ -125,25 +126,24 @@ def _measured(source: Path, recipe: Recipe, probes: Sequence[Pair]) -> Choices:
     return Choices(ranges=ranges(load_checkpoint(source), probes) if measured else {})
 
 
-@contextmanager
-def _runnable(source: Path, folder: Path, manifest: Manifest, recipe: Recipe, choices: Choices) -> Generator[Embedder]:
-    """Give an embedder that computes what the bundle says, on this machine's CPU.
+def _loader(
+    source: Path, folder: Path, manifest: Manifest, recipe: Recipe, choices: Choices, twin: TracedGraphs | None
+) -> Callable[[], Embedder]:
+    """Return what loads an embedder that computes what the bundle says, on this machine's CPU.
 
     ONNX Runtime runs float32 there. A bundle in another float type is run by torch in that type, or, if it is
-    quantised, as its twin in float32, whose integers and scales are the same; `mmemb build` verifies the engine itself.
+    quantised, as its twin, which computes in float32 with the same weights, integers and scales; `mmemb build` verifies
+    the engine itself.
     """
     if recipe.floats == "float32":
-        yield Embedder.of_bundle(Bundle(folder, manifest))
-    elif recipe.precision in FLOATS and recipe.generator in FLOATS:
-        yield torch_embedder(load_checkpoint(source, dtype=recipe.floats))
-    else:
-        twin = replace(recipe, compute="float32")
-        exact = outline_checkpoint(source)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            shutil.copy(source / TOKENIZER, scratch)
-            weights = CheckpointWeights(source, exact)
-            facts = write_graphs(exact, weights, Path(scratch), twin, choices, lambda _: None)
-            yield Embedder.of_bundle(Bundle(Path(scratch), manifest.model_copy(update={"graphs": facts})))
+        return lambda: Embedder.of_bundle(Bundle(folder, manifest))
+    if twin is None:
+        return lambda: torch_embedder(load_checkpoint(source, dtype=recipe.floats))
+    other = folder.parent / "twin"
+    other.mkdir(exist_ok=True)
+    shutil.copy(source / TOKENIZER, other)
+    facts = twin.write(other, choices)
+    return lambda: Embedder.of_bundle(Bundle(other, manifest.model_copy(update={"graphs": facts})))
 
 
 def _write_pooling(checkpoint: Checkpoint, folder: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 from mmemb_deploy import CertificateError, Embedder, OptionError
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_export import recipe as recipes
-from mmemb_export import write
+from mmemb_export import traced, write
 from mmemb_export.recipe import Recipe
+from mmemb_export.trace import trace
 from mmemb_export.write import export_bundle
 
 RECIPES = {
@@ -87,17 +87,25 @@ def test_a_bundle_below_its_bound_keeps_its_most_sensitive_layers_before_it_is_r
 
     monkeypatch.setattr(write, "sensitivity", two)
     kept: list[tuple[str, ...]] = []
+    graphs: list[str] = []
+    write_once = traced.TracedGraphs.write
 
-    def watched(*arguments: Any) -> Any:
-        facts = recipes.write_graphs(*arguments)
+    def written(self: traced.TracedGraphs, folder: Path, choices: traced.Choices) -> Any:
+        facts = write_once(self, folder, choices)
         kept.append(facts[abi.GENERATOR].kept)
         return facts
 
-    monkeypatch.setattr(write, "write_graphs", watched)
+    def traced_graph(graph: Any, weights: Any) -> Any:
+        graphs.append(graph.name)
+        return trace(graph, weights)
+
+    monkeypatch.setattr(traced.TracedGraphs, "write", written)
+    monkeypatch.setattr(traced, "trace", traced_graph)
     recipe = Recipe(form="fused", precision="int8", min_cosine=1.1)
     with pytest.raises(CertificateError, match=r"below 1\.1"):
         export_bundle(tiny_checkpoint, tmp_path / "bundle", recipe=recipe, probes=4, report=lambda _: None)
     assert kept == [(), ("language_model.layers.0.mlp.down_proj.weight",)]
+    assert graphs == ["vision", "gate", "decoder"]  # once, however often they are written
     assert list(tmp_path.iterdir()) == []
 
 
@@ -106,6 +114,7 @@ def test_a_bundle_below_its_bound_keeps_its_most_sensitive_layers_before_it_is_r
     [
         ({"form": "fuse"}, "did you mean 'fused'"),
         ({"form": "fused", "precision": "bfloat16"}, "needs form='portable'"),
+        ({"form": "fused", "precision": "int8", "compute": "bfloat16"}, "needs form='portable'"),
         ({"precision": "bfloat16", "generator_precision": "float16"}, "share one KV cache"),
         ({"precision": "int9"}, "did you mean 'int8'"),
         ({"compute": "int8"}, "choose from float32"),

@@ -5,22 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from mmemb_deploy.bundle import abi
 from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_export.activations import ranges, sensitivity
-from mmemb_export.integers import INTEGERS, Int4, Int8
+from mmemb_export.integers import Int4, Int8
 from mmemb_export.probes import synthetic_probes
-from mmemb_export.qdq import QDQ
 from mmemb_export.quantise import quantise, quantiser
-from mmemb_export.recipe import Choices, Recipe, write_graphs
+from mmemb_export.recipe import FLOATS, PRECISIONS, Recipe
+from mmemb_export.traced import Choices, TracedGraphs
 from mmemb_export.weights import CheckpointWeights
+from mmemb_export.write import export_bundle
 from mmemb_training.checkpoint import load_checkpoint, outline_checkpoint
 
 NANO = [(128, 384), (384, 128), (96, 288), (128, 494)]
@@ -141,7 +144,7 @@ def test_portable_values_are_off_by_half_a_step_of_the_scale_that_is_stored(
     assert (np.abs(values_KN.astype(np.float32) * steps_KN - weight_KN) <= steps_KN * 0.5001).all()
 
 
-LAYERS = [("fused", name) for name in INTEGERS] + [("portable", name) for name in QDQ]
+LAYERS = [(form, precision) for form, known in PRECISIONS.items() for precision in known if precision not in FLOATS]
 
 
 @pytest.mark.parametrize(("form", "precision"), LAYERS)
@@ -219,6 +222,37 @@ def test_a_weight_is_read_once(precision: str, tiny_checkpoint: Path, tmp_path: 
         reads[name] += 1
         return weights(name)
 
-    write_graphs(outline, counted, tmp_path, Recipe(form="fused", precision=precision), Choices(), lambda _: None)
+    TracedGraphs(outline, counted, Recipe(form="fused", precision=precision)).write(tmp_path, Choices())
     assert {"language_model.layers.0.mlp.down_proj.weight", "lm_head.weight", "visual.pos_embed.weight"} <= reads.keys()
     assert set(reads.values()) == {1}
+
+
+def tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """The initializers of a graph, with their values."""
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+
+
+def test_a_coarser_generator_beside_half_precision_is_certified_by_a_twin_with_its_weights_integers_and_scales(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generators: dict[str, dict[str, NDArray[Any]]] = {}
+    write_once = TracedGraphs.write
+
+    def written(self: TracedGraphs, folder: Path, choices: Choices) -> Any:
+        facts = write_once(self, folder, choices)
+        generators[folder.name] = tensors(folder / facts[abi.GENERATOR].file)
+        return facts
+
+    monkeypatch.setattr(TracedGraphs, "write", written)
+    recipe = Recipe(
+        precision="bfloat16", generator_precision="int8", min_cosine=0.5, max_flips=1, min_token_agreement=0
+    )
+    manifest = export_bundle(tiny_checkpoint, tmp_path / "made", recipe=recipe, probes=4, report=lambda _: None)
+    precisions = [manifest.graphs[name].precision for name in (abi.EMBEDDER, abi.GENERATOR)]
+    assert precisions == ["bfloat16", "int8"]
+    ours, twin = generators["bundle"], generators["twin"]
+    weights = [name for name in twin if "weight" in name]
+    for name in weights:
+        np.testing.assert_array_equal(twin[name].astype(np.float32), ours[name].astype(np.float32), name)
+    assert {ours[name].dtype.name for name in weights} == {"int8", "bfloat16"}
+    assert {twin[name].dtype.name for name in weights} == {"int8", "float32"}
