@@ -64,13 +64,15 @@ class TracedGraphs:
             if file not in models:
                 models[file] = self._quantised(traced, precision, choices)
             graph = models[file].graph
-            held = {held.removesuffix(TRANSPOSED) for held in graph.initializers}
+            kept = () if precision in FLOATS else _kept(traced.graph, graph)
+            if kept:
+                self._report(f"{name} keeps in {recipe.floats}: {', '.join(kept)}")
             facts[name] = GraphFacts(
                 file=file,
                 precision=precision,
                 inputs=tuple(_tensor(value) for value in graph.inputs),
                 outputs=tuple(_tensor(value) for value in graph.outputs),
-                kept=tuple(name for name in choices.kept if name in held),
+                kept=kept,
             )
         for data, names in FILES.items():
             files = list(dict.fromkeys(facts[name].file for name in names if name in facts))
@@ -87,6 +89,16 @@ class TracedGraphs:
         if recipe.form == "fused":
             quantise_tables(model, choices.kept)
         return quantise(model, quantiser(recipe.form, precision, recipe.floats, choices.ranges), choices.kept)
+
+
+def _kept(traced: ir.Graph, written: ir.Graph) -> tuple[str, ...]:
+    """Return the weights, of two axes or more, that a graph still holds in the float type in which it was traced."""
+    return tuple(
+        name.removesuffix(TRANSPOSED)
+        for name, value in traced.initializers.items()
+        if name in written.initializers and (tensor := value.const_value)
+        if len(tensor.shape) > 1 and tensor.dtype.is_floating_point()
+    )
 
 
 def _tensor(value: ir.Value) -> TensorFacts:

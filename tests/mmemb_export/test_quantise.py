@@ -24,7 +24,7 @@ from mmemb_export.recipe import FLOATS, PRECISIONS, Recipe
 from mmemb_export.traced import Choices, TracedGraphs
 from mmemb_export.weights import CheckpointWeights
 from mmemb_export.write import export_bundle
-from mmemb_training.checkpoint import load_checkpoint, outline_checkpoint
+from mmemb_training.checkpoint import Checkpoint, load_checkpoint, outline_checkpoint
 
 NANO = [(128, 384), (384, 128), (96, 288), (128, 494)]
 REAL = [(1024, 3072), (6144, 96), (1153, 520), (1, 3)]  # of 0.2B and 2B, and odd numbers of input channels
@@ -230,6 +230,39 @@ def test_a_weight_is_read_once(precision: str, tiny_checkpoint: Path, tmp_path: 
 def tensors(path: Path) -> dict[str, NDArray[Any]]:
     """The initializers of a graph, with their values."""
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+
+
+def ones(outline: Checkpoint) -> dict[str, float]:
+    """A range for the input of every layer."""
+    return {f"{name.removeprefix('model.')}.weight": 1.0 for name, _ in outline.model.named_modules()}
+
+
+@pytest.mark.parametrize(
+    ("form", "precision", "expected"),
+    [
+        ("fused", "int8", set[str]()),
+        ("portable", "int8", {"language_model.embed_tokens.weight", "visual.pos_embed.weight"}),
+        ("portable", "int4", {"language_model.embed_tokens.weight", "visual.blocks.0.mlp.linear_fc2.weight"}),
+    ],
+)
+def test_what_a_graph_holds_in_the_float_type_is_listed_and_reported(
+    form: str, precision: str, expected: set[str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    recipe, said = Recipe(form=form, precision=precision, compute="float32"), list[str]()
+    outline = outline_checkpoint(tiny_checkpoint)
+    graphs = TracedGraphs(outline, CheckpointWeights(tiny_checkpoint, outline), recipe, said.append)
+    facts = graphs.write(tmp_path, Choices(ranges=ones(outline), kept=("lm_head.weight",)))
+    for name, each in facts.items():
+        held = {
+            name.removesuffix(".T")
+            for name, values in tensors(tmp_path / each.file).items()
+            if values.ndim > 1 and values.dtype == np.float32 and not name.endswith("_scale")
+        }
+        assert set(each.kept) == (held if name != abi.GATE else set())
+        assert not each.kept or f"{name} keeps in float32: {', '.join(each.kept)}" in said
+    listed = {name for each in facts.values() for name in each.kept}
+    assert expected | {"lm_head.weight", "visual.patch_embed.proj.weight"} <= listed
+    assert "visual.merger.linear_fc2.weight" not in listed
 
 
 def test_a_coarser_generator_beside_half_precision_is_certified_by_a_twin_with_its_weights_integers_and_scales(
