@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from mmemb_deploy import CertificateError, Embedder, OptionError
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.cli.main import app
 from mmemb_export import traced, write
-from mmemb_export.recipe import Recipe
+from mmemb_export.recipe import PRECISIONS, Recipe
 from mmemb_export.trace import trace
 from mmemb_export.write import export_bundle
 
@@ -107,6 +109,12 @@ def test_a_bundle_below_its_bound_keeps_its_most_sensitive_layers_before_it_is_r
     assert kept == [(), ("language_model.layers.0.mlp.down_proj.weight",)]
     assert graphs == ["vision", "gate", "decoder"]  # once, however often they are written
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_the_precisions_of_every_form() -> None:
+    said = " ".join(CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "400"}).output.split())
+    for form, precisions in PRECISIONS.items():
+        assert f"{form}: {', '.join(precisions)}" in said
 
 
 @pytest.mark.parametrize(
