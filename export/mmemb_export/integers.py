@@ -99,10 +99,11 @@ class Int4(Quantiser):
         packed_NGS, scale_NG = stored
         outputs, blocks, _ = packed_NGS.shape
         values_NGS = np.stack([packed_NGS & 15, packed_NGS >> 4], axis=-1).reshape(outputs, blocks, BLOCK)
-        weight_NGS = (values_NGS - np.float32(8)) * scale_NG.reshape(outputs, blocks, 1)
+        weight_NGS: Floats = (values_NGS - np.float32(8)) * scale_NG.reshape(outputs, blocks, 1)
         padded_RK = np.pad(states_RK, ((0, 0), (0, blocks * BLOCK - states_RK.shape[1])))
         values_RGS, scale_RG1 = _symmetric(padded_RK.reshape(len(states_RK), blocks, BLOCK))
-        product_RN: Floats = (values_RGS * scale_RG1).reshape(padded_RK.shape) @ weight_NGS.reshape(outputs, -1).T
+        coarse_RK: Floats = (values_RGS * scale_RG1).reshape(padded_RK.shape)
+        product_RN: Floats = coarse_RK @ weight_NGS.reshape(outputs, -1).T
         return product_RN
 
     def write(self, graph: ir.Graph, tape: Tape, states: ir.Value, weight: Matrix) -> ir.Value:

@@ -60,7 +60,7 @@ class Qdq(Quantiser):
         """Round weight and, with the measured scale, activations."""
         values_KN, scales = stored
         values_GSN = values_KN.astype(np.float32).reshape(self._blocks(*values_KN.shape))
-        weight_KN = (values_GSN * np.expand_dims(scales, self.shared)).reshape(values_KN.shape)
+        weight_KN: Floats = (values_GSN * np.expand_dims(scales, self.shared)).reshape(values_KN.shape)
         if self.measured:
             scale = self._scale(self.ranges[name])
             states_RK = self._rounded(states_RK / scale).astype(np.float32) * scale
