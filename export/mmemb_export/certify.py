@@ -72,25 +72,25 @@ def _expected(checkpoint: Checkpoint, probes: Sequence[Pair], reasoned: Encoded 
     reference = Reference(checkpoint)
     rationales = [()] * len(probes) if reasoned is None else [detail.rationale_ids for detail in reasoned.details]
     expected = []
-    for probe, words in zip(probes, rationales, strict=True):
+    for probe, token_ids in zip(probes, rationales, strict=True):
         request = parse(probe.query)
         row = checkpoint.rows.row(request, checkpoint.instruction(probe.instruction))
-        expected.append(reference.run(request, row, words))
+        expected.append(reference.run(request, row, token_ids))
     return expected
 
 
 def _token_agreement(reasoned: Encoded, expected: Sequence[Expected], markers: frozenset[int]) -> float:
-    """Return the share of choices that the reference would have made too: every word, and where the rationale ends.
+    """Return the share of choices that the reference would have made too: every token, and where the rationale ends.
 
     Any marker ends a rationale, as in `mmemb_deploy.routing.generation`.
     """
     agreed = total = 0
     for detail, each in zip(reasoned.details, expected, strict=True):
-        words = detail.rationale_ids
-        agreed += sum(ours == theirs for ours, theirs in zip(words, each.greedy, strict=False))
-        total += len(words)
+        token_ids = detail.rationale_ids
+        agreed += sum(ours == theirs for ours, theirs in zip(token_ids, each.greedy, strict=False))
+        total += len(token_ids)
         if not detail.truncated:
-            agreed += each.greedy[len(words)] in markers
+            agreed += each.greedy[len(token_ids)] in markers
             total += 1
     return agreed / max(total, 1)
 

@@ -22,7 +22,7 @@ from mmemb_export.trace import TRANSPOSED
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
 Stored = tuple[NDArray[Any], Floats]  # a weight's values and scales, as a graph holds them
-Place = tuple[str, ir.DataType, tuple[int, ...]]  # an initializer's name, type and shape
+Spec = tuple[str, ir.DataType, tuple[int, ...]]  # an initializer's name, type and shape
 
 
 class Quantiser(ABC):
@@ -111,7 +111,7 @@ def constant(graph: ir.Graph, name: str, dtype: ir.DataType, value: Any) -> ir.V
 
 
 def store(
-    graph: ir.Graph, quantise: Callable[[Floats], Stored], weight: Matrix, values: Place, scales: Place
+    graph: ir.Graph, quantise: Callable[[Floats], Stored], weight: Matrix, values: Spec, scales: Spec
 ) -> tuple[ir.Value, ir.Value]:
     """Return a weight's values and scales as initializers, both made by one reading when the graph is written."""
     left: dict[int, Any] = {}
@@ -124,8 +124,8 @@ def store(
     return _initializer(graph, values, lambda: take(0)), _initializer(graph, scales, lambda: take(1))
 
 
-def _initializer(graph: ir.Graph, place: Place, read: Callable[[], Any]) -> ir.Value:
-    name, dtype, sizes = place
+def _initializer(graph: ir.Graph, spec: Spec, read: Callable[[], Any]) -> ir.Value:
+    name, dtype, sizes = spec
     if name in graph.initializers:
         return graph.initializers[name]
     shape = ir.Shape(sizes)

@@ -153,8 +153,8 @@ def _write_pooling(checkpoint: Checkpoint, folder: Path) -> None:
     paths = ["", "1_Pooling", "2_Normalize"]
     documents: dict[str, Any] = {
         "modules.json": [
-            {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{module}"}
-            for place, (module, path) in enumerate(zip(modules, paths, strict=True))
+            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{module}"}
+            for index, (module, path) in enumerate(zip(modules, paths, strict=True))
         ],
         "1_Pooling/config.json": {
             "word_embedding_dimension": checkpoint.model.config.text_config.hidden_size,
