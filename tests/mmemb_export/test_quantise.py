@@ -18,6 +18,7 @@ from mmemb_deploy.bundle import abi
 from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_export.activations import ranges, sensitivity
 from mmemb_export.integers import Int4, Int8
+from mmemb_export.layers import Quantiser
 from mmemb_export.probes import synthetic_probes
 from mmemb_export.quantise import quantise, quantiser
 from mmemb_export.recipe import FLOATS, PRECISIONS, Recipe
@@ -147,21 +148,37 @@ def test_portable_values_are_off_by_half_a_step_of_the_scale_that_is_stored(
 LAYERS = [(form, precision) for form, known in PRECISIONS.items() for precision in known if precision not in FLOATS]
 
 
-@pytest.mark.parametrize(("form", "precision"), LAYERS)
-def test_a_written_layer_computes_what_its_quantiser_says(form: str, precision: str) -> None:
+UNEVEN = (112, 72)  # input channels that are no multiple of 32 or 64, as 4304 in the vision encoder of 8B
+
+
+def written_layer(
+    form: str, precision: str, inputs: int
+) -> tuple[Quantiser, ir.Model, NDArray[np.float32], NDArray[np.float32]]:
+    """A quantiser, the layer that it wrote, and the weight (K, N) and some input (R, K) of the layer."""
     rng = np.random.default_rng(0)
-    weight_KN = rng.standard_t(4, size=(192, 40)).astype(np.float32)
-    states_RK = rng.standard_t(4, size=(30, 192)).astype(np.float32)
+    weight_KN = rng.standard_t(4, size=(inputs, 40)).astype(np.float32)
+    states_RK = rng.standard_t(4, size=(30, inputs)).astype(np.float32)
     chosen = quantiser(form, precision, "float32", {"layer.weight": float(np.abs(states_RK).max()) / 2})
     held = [helper.make_tensor("layer.weight.T", TensorProto.FLOAT, weight_KN.shape, weight_KN)]
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["states", "layer.weight.T"], ["product"])],
         "layer",
-        [helper.make_tensor_value_info("states", TensorProto.FLOAT, ["rows", 192])],
+        [helper.make_tensor_value_info("states", TensorProto.FLOAT, ["rows", inputs])],
         [helper.make_tensor_value_info("product", TensorProto.FLOAT, ["rows", 40])],
         held,
     )
-    written = quantise(ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])), chosen)
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]))
+    return chosen, quantise(model, chosen), weight_KN, states_RK
+
+
+@pytest.mark.parametrize(
+    ("form", "precision", "inputs"),
+    [(*layer, 192) for layer in LAYERS]
+    + [(*layer, inputs) for layer in LAYERS if layer != ("portable", "int4") for inputs in UNEVEN],
+)
+def test_a_written_layer_computes_what_its_quantiser_says(form: str, precision: str, inputs: int) -> None:
+    chosen, written, weight_KN, states_RK = written_layer(form, precision, inputs)
+    assert "layer.weight.T" not in written.graph.initializers
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # the graph as it is written
     model = ir.to_proto(written).SerializeToString()
@@ -170,6 +187,13 @@ def test_a_written_layer_computes_what_its_quantiser_says(form: str, precision: 
     size = np.linalg.norm(found_RN)
     assert np.linalg.norm(said_RN - found_RN) <= 1e-5 * size
     assert np.linalg.norm(states_RK @ weight_KN - found_RN) >= 1e-3 * size
+
+
+@pytest.mark.parametrize("inputs", UNEVEN)
+def test_portable_int4_leaves_a_layer_that_its_blocks_do_not_fill(inputs: int) -> None:
+    _, written, _, _ = written_layer("portable", "int4", inputs)
+    assert [node.op_type for node in written.graph] == ["MatMul"]
+    assert "layer.weight.T" in written.graph.initializers
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +251,14 @@ def test_a_weight_is_read_once(precision: str, tiny_checkpoint: Path, tmp_path: 
     assert set(reads.values()) == {1}
 
 
+@pytest.fixture(scope="module")
+def uneven_checkpoint(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Any) -> Path:
+    """Layers of 64 inputs, and of UNEVEN ones: the last of every MLP."""
+    text = {"hidden_size": 64, "intermediate_size": UNEVEN[0]}
+    vision = {"hidden_size": 64, "intermediate_size": UNEVEN[1], "out_hidden_size": 64}
+    return Path(make_checkpoint(tmp_path_factory.mktemp("uneven") / "checkpoint", text, vision))
+
+
 def tensors(path: Path) -> dict[str, NDArray[Any]]:
     """The initializers of a graph, with their values."""
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
@@ -238,19 +270,15 @@ def ones(outline: Checkpoint) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("form", "precision", "expected"),
-    [
-        ("fused", "int8", set[str]()),
-        ("portable", "int8", {"language_model.embed_tokens.weight", "visual.pos_embed.weight"}),
-        ("portable", "int4", {"language_model.embed_tokens.weight", "visual.blocks.0.mlp.linear_fc2.weight"}),
-    ],
+    ("form", "precision", "generator"),
+    [("fused", "int8", "int4"), ("portable", "int8", "int4"), ("portable", "fp8", "fp8"), ("portable", "int4", "int4")],
 )
 def test_what_a_graph_holds_in_the_float_type_is_listed_and_reported(
-    form: str, precision: str, expected: set[str], tiny_checkpoint: Path, tmp_path: Path
+    form: str, precision: str, generator: str, uneven_checkpoint: Path, tmp_path: Path
 ) -> None:
-    recipe, said = Recipe(form=form, precision=precision, compute="float32"), list[str]()
-    outline = outline_checkpoint(tiny_checkpoint)
-    graphs = TracedGraphs(outline, CheckpointWeights(tiny_checkpoint, outline), recipe, said.append)
+    recipe = Recipe(form=form, precision=precision, generator_precision=generator, compute="float32")
+    outline, said = outline_checkpoint(uneven_checkpoint), list[str]()
+    graphs = TracedGraphs(outline, CheckpointWeights(uneven_checkpoint, outline), recipe, said.append)
     facts = graphs.write(tmp_path, Choices(ranges=ones(outline), kept=("lm_head.weight",)))
     for name, each in facts.items():
         held = {
@@ -260,9 +288,16 @@ def test_what_a_graph_holds_in_the_float_type_is_listed_and_reported(
         }
         assert set(each.kept) == (held if name != abi.GATE else set())
         assert not each.kept or f"{name} keeps in float32: {', '.join(each.kept)}" in said
-    listed = {name for each in facts.values() for name in each.kept}
-    assert expected | {"lm_head.weight", "visual.patch_embed.proj.weight"} <= listed
-    assert "visual.merger.linear_fc2.weight" not in listed
+    down, up = (f"language_model.layers.0.mlp.{name}_proj.weight" for name in ("down", "up"))
+    vision = {f"visual.blocks.0.mlp.linear_fc{layer}.weight" for layer in (1, 2)}
+    listed = {name: set(each.kept) for name, each in facts.items()}
+    int4 = {name for name, each in facts.items() if (form, each.precision) == ("portable", "int4")}
+    for name in (abi.EMBEDDER, abi.GENERATOR):
+        assert listed[name] & {down, up} == ({down} if name in int4 else set())
+    assert listed[abi.VISION] & vision == ({"visual.blocks.0.mlp.linear_fc2.weight"} if abi.VISION in int4 else set())
+    assert "visual.patch_embed.proj.weight" in listed[abi.VISION]
+    assert "lm_head.weight" in listed[abi.GENERATOR]
+    assert ("language_model.embed_tokens.weight" in listed[abi.EMBEDDER]) == (form == "portable")
 
 
 def test_a_coarser_generator_beside_half_precision_is_certified_by_a_twin_with_its_weights_integers_and_scales(
