@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmemb_deploy.evaluation.pairs import Pair
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.preprocess import Floats
-from mmemb_export.quantise import BLOCK, int4, int8
+from mmemb_export.layers import Quantiser, Stored
 from mmemb_export.reference import Reference
 from mmemb_training.checkpoint import Checkpoint
 
@@ -34,18 +34,24 @@ def ranges(checkpoint: Checkpoint, probes: Sequence[Pair]) -> dict[str, float]:
     return dict(found)
 
 
-def sensitivity(checkpoint: Checkpoint, probes: Sequence[Pair], precision: str) -> dict[str, float]:
-    """Return the relative error of every linear layer's output under `precision`, the largest first.
+def sensitivity(checkpoint: Checkpoint, probes: Sequence[Pair], quantiser: Quantiser) -> dict[str, float]:
+    """Return the relative error of every linear layer's output once it is quantised, the largest first.
 
-    The error is the root of the mean over probes of |quantised - exact|^2 / |exact|^2; the keys are as in `ranges`.
+    The error is the root of the mean over probes of |quantised - exact|^2 / |exact|^2; the keys are as in `ranges`,
+    without the layers that the quantiser leaves in the float type.
     """
+    stored: dict[str, Stored] = {}
     found: defaultdict[str, list[float]] = defaultdict(list)
 
     def see(name: str, layer: nn.Linear, states_RK: Floats) -> None:
+        if layer.in_features % quantiser.block:
+            return
         states_RK = states_RK[:: -(-len(states_RK) // ROWS)]
         weight_KN: Floats = layer.weight.detach().float().numpy().T
+        if name not in stored:
+            stored[name] = quantiser.weight(weight_KN)
         exact_RN = states_RK @ weight_KN
-        lost_RN = _quantised_product(states_RK, weight_KN, precision) - exact_RN
+        lost_RN = quantiser.product(states_RK, stored[name], name) - exact_RN
         found[name].append(float((lost_RN**2).sum() / max((exact_RN**2).sum(), 1e-30)))
 
     _observe(checkpoint, probes, see)
@@ -70,15 +76,3 @@ def _observe(checkpoint: Checkpoint, probes: Sequence[Pair], see: See) -> None:
         reference.run(request, checkpoint.rows.row(request, checkpoint.instruction(probe.instruction)), ())
     for hook in hooks:
         hook.remove()
-
-
-def _quantised_product(states_RK: Floats, weight_KN: Floats, precision: str) -> Floats:
-    if precision == "int8":
-        states_KR, scale_R = int8(states_RK.T)
-        values_KN, scale_N = int8(weight_KN)
-        return (states_KR.T.astype(np.float32) @ values_KN.astype(np.float32)) * scale_R[:, None] * scale_N
-    packed_NGS, scale_NG = int4(weight_KN)
-    values_NGS = np.stack([packed_NGS & 15, packed_NGS >> 4], axis=-1).reshape(*packed_NGS.shape[:2], BLOCK)
-    coarse_NGS: Floats = (values_NGS.astype(np.float32) - np.float32(8)) * scale_NG.reshape(*packed_NGS.shape[:2], 1)
-    coarse_KN = coarse_NGS.reshape(len(coarse_NGS), -1)[:, : weight_KN.shape[0]].T
-    return (states_RK @ coarse_KN).astype(np.float32)

@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 from mmemb_deploy.errors import MissingExtraError
+from mmemb_export.recipe import FORMS
+
+OF_FORMS = "; ".join(f"{form}: {', '.join(precisions)}" for form, precisions in FORMS.items())
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +32,7 @@ def export(
         str,
         typer.Option(help="'portable' for every engine, 'fused' for ONNX Runtime alone, faster there and quantisable."),
     ] = "portable",
-    precision: Annotated[str, typer.Option(help="Of vision and embedder: float32, int8 or int4.")] = "float32",
+    precision: Annotated[str, typer.Option(help=f"Of vision and embedder. {OF_FORMS}.")] = "float32",
     generator_precision: Annotated[
         str | None, typer.Option(help="Of the generator; the embedder's unless given.")
     ] = None,

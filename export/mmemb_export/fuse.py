@@ -1,4 +1,4 @@
-"""The decoder in ONNX Runtime's own operators: one graph for prompts and for single tokens, over a cache with room.
+"""The decoder in ONNX Runtime's own operators: one graph for prompts and for single tokens, over one KV cache.
 
 Every `Attention` with what surrounds it (repeated heads, a mask, a cache that is concatenated) becomes one
 `GroupQueryAttention`, which reads the key-value heads as they are and writes the cache in place.
@@ -11,8 +11,7 @@ from onnx_ir.passes import common
 from onnx_ir.tape import Tape
 
 from mmemb_deploy.bundle import abi
-
-MICROSOFT = "com.microsoft"
+from mmemb_export.layers import MICROSOFT, constant
 
 
 def fuse(model: ir.Model, *, heads: int, kv_heads: int) -> ir.Model:
@@ -21,13 +20,14 @@ def fuse(model: ir.Model, *, heads: int, kv_heads: int) -> ir.Model:
     lengths = ir.Value(name=abi.LENGTHS, shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT64))
     graph.inputs.append(lengths)
     attentions = [node for node in graph if node.op_type == "Attention"]
-    one, flat = _constant(graph, "fused.one", [1]), _constant(graph, "fused.flat", [0, 0, -1])
+    one = constant(graph, "fused.one", ir.DataType.INT64, [1])
+    flat = constant(graph, "fused.flat", ir.DataType.INT64, [0, 0, -1])
     tape = Tape()
-    last_place = tape.op("Cast", [tape.op("Sub", [lengths, one])], {"to": ir.DataType.INT32})
+    last_index = tape.op("Cast", [tape.op("Sub", [lengths, one])], {"to": ir.DataType.INT32})
     longest = tape.op("Cast", [tape.op("ReduceMax", [lengths], {"keepdims": 0})], {"to": ir.DataType.INT32})
     graph.insert_before(graph[0], tape.nodes)
     for layer, attention in enumerate(attentions):
-        _fuse_attention(graph, attention, layer, flat, (last_place, longest), heads=heads, kv_heads=kv_heads)
+        _fuse_attention(graph, attention, layer, flat, (last_index, longest), heads=heads, kv_heads=kv_heads)
     common.RemoveUnusedNodesPass()(model)
     for value in list(graph.inputs):
         if not value.uses():
@@ -67,8 +67,7 @@ def _fuse_attention(
     reshape.outputs[0].replace_all_uses_with(mixed)
     for old, new in ((present_key, key), (present_value, value)):
         new.name, new.type, new.shape = old.name, old.type, old.shape
-        place = list(graph.outputs).index(old)
-        graph.outputs[place] = new
+        graph.outputs[list(graph.outputs).index(old)] = new
         old.name = f"{old.name}_concatenated"
 
 
@@ -87,10 +86,3 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node:
     assert node is not None, f"the exporter's graph changed: {value} has no node"
     assert node.op_type == op_type, f"the exporter's graph changed: {value} comes from no {op_type}"
     return node
-
-
-def _constant(graph: ir.Graph, name: str, values: list[int]) -> ir.Value:
-    tensor = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
-    value = ir.Value(name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value

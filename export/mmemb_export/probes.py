@@ -18,8 +18,8 @@ def synthetic_probes(count: int, seed: int = 0) -> list[Pair]:
     """Return `count` probes, the modalities in turn; images are smooth colour noise of 8 to 200 pixels a side."""
     rng = np.random.default_rng(seed)
     return [
-        Pair(query=_content(MODALITIES[place % len(MODALITIES)], rng), candidates=[], relevant=[])
-        for place in range(count)
+        Pair(query=_content(MODALITIES[index % len(MODALITIES)], rng), candidates=[], relevant=[])
+        for index in range(count)
     ]
 
 

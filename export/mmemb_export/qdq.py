@@ -1,91 +1,117 @@
 """Linear layers of a portable graph in int8, fp8 or int4, as the quantise-dequantise pairs that TensorRT reads.
 
 int8 and fp8 (E4M3): activations with one scale that was measured, weights with one scale per output channel (int8) or
-for all (fp8). int4: weights in blocks along the input, activations as they are. All scales are symmetric, in the
-graph's own float type, which TensorRT's strong typing takes as the type to compute in.
+for all (fp8). int4: weights in blocks of 64 along the input, activations as they are; a layer whose inputs are no
+multiple of 64 keeps the float type (of the public sizes, only 8B's vision encoder has such: 1.5% of the weights). All
+scales are symmetric, and of the float type of activations, in which TensorRT's strong typing computes.
 
-Axes: K input channels, N output channels, G blocks of K.
+Axes: R rows of activations, K input channels, N output channels, G blocks of K, S size of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
+from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
 from mmemb_deploy.inputs.preprocess import Floats
-from mmemb_export.quantise import Matrix, initializer, int8, linear_layers, replace
-from mmemb_export.trace import TURNED
+from mmemb_export.layers import Matrix, Quantiser, Stored, constant, store
 
 BLOCK = 64
-LARGEST = {"int8": 127.0, "fp8": 448.0}
-KINDS = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
-def insert_qdq(model: ir.Model, precision: str, ranges: Mapping[str, float], keep: Collection[str] = ()) -> ir.Model:
-    """Insert the pairs around every linear layer whose weight is not in `keep`, in place; return the model.
+@dataclass(frozen=True, kw_only=True)
+class Qdq(Quantiser):
+    """The values that a precision has, which of them share a scale, and how large the layers' inputs are."""
 
-    `ranges` holds the largest absolute input of every layer (`mmemb_export.activations.ranges`).
-    """
-    graph = model.graph
-    observed: dict[ir.Value, ir.Value] = {}  # an activation to itself after a pair
-    for node, states, weight, bias in linear_layers(graph, keep):
-        if precision == "int4" and weight.shape[0] % BLOCK:
-            continue
-        tape = Tape()
+    dtype: ir.DataType
+    largest: int
+    shared: tuple[int, ...]
+    """Axes of a weight (G, S, N) along which the scale is one."""
+
+    attributes: Mapping[str, int]
+    """Of the weight's DequantizeLinear."""
+
+    measured: bool = True
+    """Whether activations are quantised, which takes `ranges`."""
+
+    block: int = 1
+    """S, where a weight has more than one block."""
+
+    floats: str
+    """The type that scales are rounded to."""
+
+    ranges: Mapping[str, float]
+    """The largest absolute input of every layer, by its weight's name (`mmemb_export.activations.ranges`)."""
+
+    def weight(self, weight_KN: Floats) -> Stored:
+        """Return values (K, N) and the scales that divided them."""
+        weight_GSN = weight_KN.reshape(self._blocks(*weight_KN.shape))
+        scale_GSN = self._scale(np.abs(weight_GSN).max(axis=self.shared, keepdims=True))
+        return self._rounded(weight_GSN / scale_GSN).reshape(weight_KN.shape), scale_GSN.squeeze(self.shared)
+
+    def product(self, states_RK: Floats, stored: Stored, name: str, /) -> Floats:
+        """Round weight and, with the measured scale, activations."""
+        values_KN, scales = stored
+        values_GSN = values_KN.astype(np.float32).reshape(self._blocks(*values_KN.shape))
+        weight_KN: Floats = (values_GSN * np.expand_dims(scales, self.shared)).reshape(values_KN.shape)
+        if self.measured:
+            scale = self._scale(self.ranges[name])
+            states_RK = self._rounded(states_RK / scale).astype(np.float32) * scale
+        product_RN: Floats = states_RK @ weight_KN
+        return product_RN
+
+    def write(self, graph: ir.Graph, tape: Tape, states: ir.Value, weight: Matrix) -> ir.Value:
+        """Dequantise the weight, quantise and dequantise the activations, and multiply in the float type."""
         dtype = states.dtype or ir.DataType.FLOAT
-        if precision == "int4":
-            out = tape.op("MatMul", [states, _int4_blocks(graph, tape, weight, dtype)])
-        else:
-            if states not in observed:
-                largest = ranges[weight.name.removesuffix(TURNED)]
-                observed[states] = _pair(graph, tape, states, largest, precision, dtype)
-            out = tape.op("MatMul", [observed[states], _stored(graph, tape, weight, precision, dtype)])
-        if bias is not None:
-            out = tape.op("Add", [out, bias])
-        replace(graph, node, out, tape)
-    common.RemoveUnusedNodesPass()(model)
-    return model
+        sizes = tuple(size for axis, size in enumerate(self._blocks(*weight.shape)) if axis not in self.shared)
+        values, scales = store(
+            graph,
+            self.weight,
+            weight,
+            (f"{weight.name}.q", self.dtype, weight.shape),
+            (f"{weight.name}.q_scale", dtype, sizes),
+        )
+        if self.measured:
+            scale = constant(graph, f"{states.name}.q_scale", dtype, self._scale(self.ranges[weight.parameter]))
+            zero = constant(graph, f"{self.dtype.name.lower()}.zero", self.dtype, 0)
+            pair = tape.op("QuantizeLinear", [states, scale, zero]), scale, zero
+            states = tape.op("DequantizeLinear", pair)
+        return tape.op("MatMul", [states, tape.op("DequantizeLinear", [values, scales], self.attributes)])
+
+    def _blocks(self, inputs: int, outputs: int) -> tuple[int, int, int]:
+        """Return (G, S, N)."""
+        size = inputs if self.block == 1 else self.block
+        return inputs // size, size, outputs
+
+    def _scale(self, top: Any) -> Floats:
+        """Return the scale of values up to `top`, as `floats` holds it; what is smaller than any scale becomes 0."""
+        scale = (top / np.float32(self.largest)).astype(self.floats).astype(np.float32)
+        return np.where(scale > 0, scale, np.float32(1))
+
+    def _rounded(self, values: Floats) -> NDArray[Any]:
+        """Return values in units of the scale as they are stored."""
+        lowest = -self.largest - 1 if self.dtype.is_integer() else -self.largest
+        values = values.clip(lowest, self.largest)
+        return (np.rint(values) if self.dtype.is_integer() else values).astype(self.dtype.numpy())
 
 
-def _pair(
-    graph: ir.Graph, tape: Tape, states: ir.Value, largest: float, precision: str, dtype: ir.DataType
-) -> ir.Value:
-    name = f"{states.name}.{precision}_scale"
-    scale = initializer(graph, name, dtype, (), lambda: np.asarray(max(largest, 1e-8) / LARGEST[precision]))
-    zero = initializer(graph, f"{precision}.zero", KINDS[precision], (), lambda: np.zeros(()))
-    return tape.op("DequantizeLinear", [tape.op("QuantizeLinear", [states, scale, zero]), scale, zero])
-
-
-def _stored(graph: ir.Graph, tape: Tape, weight: Matrix, precision: str, dtype: ir.DataType) -> ir.Value:
-    outputs = weight.shape[1]
-    if precision == "int8":
-        values = initializer(graph, f"{weight.name}.q", KINDS["int8"], weight.shape, lambda: int8(weight.read())[0])
-        scale = initializer(graph, f"{weight.name}.q_scale", dtype, (outputs,), lambda: int8(weight.read())[1])
-        return tape.op("DequantizeLinear", [values, scale], {"axis": 1})
-
-    def scale_of() -> Floats:
-        return np.asarray(max(np.abs(weight.read()).max(), 1e-8) / LARGEST["fp8"], np.float32)
-
-    values = initializer(graph, f"{weight.name}.q", KINDS["fp8"], weight.shape, lambda: weight.read() / scale_of())
-    scale = initializer(graph, f"{weight.name}.q_scale", dtype, (), scale_of)
-    return tape.op("DequantizeLinear", [values, scale])
-
-
-def _int4_blocks(graph: ir.Graph, tape: Tape, weight: Matrix, dtype: ir.DataType) -> ir.Value:
-    inputs, outputs = weight.shape
-
-    def blocks() -> tuple[Floats, Floats]:
-        weight_GSN = weight.read().reshape(-1, BLOCK, outputs)
-        scale_G1N = np.maximum(np.abs(weight_GSN).max(axis=1, keepdims=True), 1e-8) / np.float32(7)
-        return np.rint(weight_GSN / scale_G1N).reshape(inputs, outputs), scale_G1N[:, 0]
-
-    values = initializer(
-        graph, f"{weight.name}.q", ir.DataType.INT4, weight.shape, lambda: blocks()[0].astype(ml_dtypes.int4)
-    )
-    scale = initializer(graph, f"{weight.name}.q_scale", dtype, (inputs // BLOCK, outputs), lambda: blocks()[1])
-    return tape.op("DequantizeLinear", [values, scale], {"axis": 0, "block_size": BLOCK})
+QDQ = {
+    "int8": partial(Qdq, dtype=ir.DataType.INT8, largest=127, shared=(0, 1), attributes={"axis": 1}),
+    "fp8": partial(Qdq, dtype=ir.DataType.FLOAT8E4M3FN, largest=448, shared=(0, 1, 2), attributes={}),
+    "int4": partial(
+        Qdq,
+        dtype=ir.DataType.INT4,
+        largest=7,
+        shared=(1,),
+        attributes={"axis": 0, "block_size": BLOCK},
+        measured=False,
+        block=BLOCK,
+    ),
+}

@@ -11,31 +11,31 @@ import re
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mmemb_export.graphs import Graph
+from mmemb_export.graphs import Inputs, Traceable
+from mmemb_training.parts import Part
 
-TURNED = ".T"  # ends the name of a parameter that a graph holds transposed
+TRANSPOSED = ".T"  # ends the name of a parameter that a graph holds transposed
 OPSET = 23  # the first with Attention and RMSNormalization
 
 Weights = Callable[[str], torch.Tensor]  # the name of a parameter or buffer of a part to its values
 
 
-def trace(graph: Graph, weights: Weights) -> ir.Model:
+def trace(graph: Traceable, weights: Weights) -> ir.Model:
     """Trace a graph over fake tensors; its inputs, outputs and the axes that vary carry the ABI's names."""
     part = graph.part.eval()
-    values = [graph.examples[name] for name in part.inputs]
-    shapes = [dict.fromkeys(graph.axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in part.inputs]
-    split = len(values) - part.listed
+    given = [graph.inputs[name] for name in part.inputs]
     with _quiet(), graph.mode, torch.no_grad():
         program = torch.onnx.export(
             part,
-            (*values[:split], *([values[split:]] if part.listed else [])),
-            dynamic_shapes=(*shapes[:split], *([shapes[split:]] if part.listed else [])),
+            _arguments(part, [example for example, _ in given]),
+            dynamic_shapes=_arguments(part, [dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for _, axes in given]),
             input_names=list(part.inputs),
             output_names=list(part.outputs),
             dynamo=True,
@@ -54,10 +54,16 @@ def trace(graph: Graph, weights: Weights) -> ir.Model:
         for value in node.outputs:  # the tracer calls a token lookup "embedding", as the ABI calls an output
             if value.name in part.outputs and not value.is_graph_output():
                 value.name = f"{value.name}_inner"
-    _name_axes(model.graph, graph)
+    _name_axes(model.graph, graph.inputs)
     common.CommonSubexpressionEliminationPass()(model)
     common.ClearMetadataAndDocStringPass()(model)  # stack traces, with paths of the exporting machine
     return model
+
+
+def _arguments(part: Part, values: list[Any]) -> tuple[Any, ...]:
+    """Return one value for each argument of a part's `forward`, the last of which may be a list."""
+    split = len(values) - part.listed
+    return (*values[:split], values[split:]) if part.listed else tuple(values)
 
 
 @contextmanager
@@ -95,33 +101,34 @@ def _bind(graph: ir.Graph, value: ir.Value, weights: Weights) -> None:
     assert dtype is not None
     kind = torch.float32 if dtype == ir.DataType.FLOAT else getattr(torch, dtype.name.lower())
 
-    def read() -> ir.TensorProtocol:
-        return ir.tensor(weights(name).to(kind).contiguous(), name=name)
+    def bound(stored: ir.Value, *, transposed: bool) -> None:
+        def read() -> ir.TensorProtocol:
+            values = weights(name).to(kind)
+            return ir.tensor((values.T if transposed else values).contiguous(), name=stored.name)
 
-    def read_transposed() -> ir.TensorProtocol:
-        return ir.tensor(weights(name).to(kind).T.contiguous(), name=name)
+        assert isinstance(stored.shape, ir.Shape)
+        stored.const_value = ir.LazyTensor(read, dtype, stored.shape, name=stored.name)
+        graph.register_initializer(stored)
 
     for node, _ in value.uses():
         if node.op_type == "Transpose" and len(shape) == 2:
-            turned, turned_shape = node.outputs[0], ir.Shape(tuple(shape)[::-1])
-            stored = ir.Value(name=f"{name}{TURNED}", shape=turned_shape, type=ir.TensorType(dtype))
-            stored.const_value = ir.LazyTensor(read_transposed, dtype, turned_shape, name=stored.name)
-            graph.register_initializer(stored)
-            turned.replace_all_uses_with(stored)
+            stored = ir.Value(name=f"{name}{TRANSPOSED}", shape=ir.Shape(tuple(shape)[::-1]), type=ir.TensorType(dtype))
+            bound(stored, transposed=True)
+            node.outputs[0].replace_all_uses_with(stored)
             graph.remove(node, safe=True)
     if value.uses():
-        value.const_value = ir.LazyTensor(read, dtype, shape, name=name)
-        graph.register_initializer(value)
+        bound(value, transposed=False)
 
 
-def _name_axes(model: ir.Graph, graph: Graph) -> None:
-    """Replace the tracer's symbols ("s22 + s70") by the graph's names ("new_tokens + past_tokens")."""
+def _name_axes(graph: ir.Graph, inputs: Inputs) -> None:
+    """Replace the tracer's symbols ("s22 + s70") by the axes' names ("new_tokens + past_tokens")."""
     names: dict[str, str] = {}
-    for value in model.inputs:
-        for axis, name in graph.axes.get(value.name or "", {}).items():
-            assert value.shape is not None
+    for value in graph.inputs:
+        assert value.name is not None
+        assert value.shape is not None
+        for axis, name in inputs[value.name][1].items():
             names[str(value.shape[axis])] = name
-    for value in [*model.inputs, *model.outputs, *(output for node in model for output in node.outputs)]:
+    for value in [*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)]:
         if value.shape is not None:
             value.shape = ir.Shape([_named(size, names) for size in value.shape])
 

@@ -23,7 +23,10 @@ HEAD = "lm_head.weight"
 
 
 class CheckpointWeights:
-    """Looks up the parameters and buffers of a checkpoint's parts (`mmemb_training.parts`) by the parts' names."""
+    """Looks up the parameters and buffers of a checkpoint's parts (`mmemb_training.parts`) by the parts' names.
+
+    Parameters have the outline's float type, whatever type the files hold.
+    """
 
     def __init__(self, folder: Path, outline: Checkpoint) -> None:
         """Read the index of a checkpoint's files; raises OptionError if it has no weights."""
@@ -36,6 +39,7 @@ class CheckpointWeights:
                 self._homes = dict.fromkeys(file.keys(), single)
         else:
             raise OptionError(f"{folder} has no weights: neither {single.name} nor {index.name} is there")
+        self._dtype = outline.model.dtype
         config = outline.model.config.text_config
         rotary = type(outline.model.model.language_model.rotary_emb)(config=config)
         self._buffers: dict[str, torch.Tensor] = {"language_model.rotary_emb.inv_freq": rotary.inv_freq}
@@ -53,7 +57,7 @@ class CheckpointWeights:
         if stored not in self._homes:
             raise OptionError(f"the checkpoint has no weight {stored!r}; save it again with save_pretrained")
         with safe_open(self._homes[stored], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(stored)
+            tensor: torch.Tensor = file.get_tensor(stored).to(self._dtype)
         return tensor
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,17 @@ from mmemb_deploy.evaluation.parity import REFERENCE, answer, batch_parity
 from mmemb_export.activations import ranges, sensitivity
 from mmemb_export.certify import certify
 from mmemb_export.probes import synthetic_probes
-from mmemb_export.recipe import Choices, Recipe, write_graphs
+from mmemb_export.quantise import quantiser
+from mmemb_export.recipe import Recipe
+from mmemb_export.traced import Choices, TracedGraphs
 from mmemb_export.weights import CheckpointWeights
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint, outline_checkpoint
+from mmemb_training.runtime import MAX_BATCH_TOKENS, torch_embedder
 from mmemb_training.runtime import manifest as uncertified
-from mmemb_training.runtime import torch_embedder
 
 SYNTHETIC_PROBES = 200
 RANKED_PROBES = 24
+BATCH_TOKENS = {"portable": MAX_BATCH_TOKENS, "fused": 1024}  # of a padded batch: more leave a CPU's caches
 CERTIFIED_PAIRS = 1000  # about as many queries of the pairs are certified, evenly drawn
 Report = Callable[[str], None]
 
@@ -74,11 +76,10 @@ def export_bundle(
         folder.mkdir()
         shutil.copy(source / TOKENIZER, folder / TOKENIZER)
         _write_pooling(outline, folder)
-        manifest, choices = _certified(source, outline, folder, target.name, recipe, inputs, report)
+        manifest, load = _certified(source, outline, folder, target.name, recipe, inputs, report)
         if pairs:
             report(f"calibrating the gate on {len(pairs)} pairs")
-            with _runnable(source, folder, manifest, recipe, choices) as embedder:
-                gate = calibrate(embedder, pairs, pairs_name)
+            gate = calibrate(load(), pairs, pairs_name)
             manifest = manifest.model_copy(update={"gate": gate})
         write_manifest(folder, manifest)
         Bundle.open(folder)
@@ -90,61 +91,66 @@ def export_bundle(
 
 def _certified(
     source: Path, outline: Checkpoint, folder: Path, name: str, recipe: Recipe, probes: Sequence[Pair], report: Report
-) -> tuple[Manifest, Choices]:
-    """Write the graphs, with as many layers in the float type as the certificate needs."""
-    bounds = recipe.bounds(len(probes))
-    ranking: list[str] = []
-    choices = _measured(source, recipe, probes)
+) -> tuple[Manifest, Callable[[], Embedder]]:
+    """Write the graphs, with as many layers in the float type as the certificate needs; return what runs them, too."""
+    bounds, quantised = recipe.bounds(len(probes)), recipe.coarser not in FLOATS
+    weights = CheckpointWeights(source, outline)
+    graphs = TracedGraphs(outline, weights, recipe, report)
+    with_twin = quantised and recipe.floats != "float32"
+    twin = TracedGraphs(outline_checkpoint(source), weights, recipe) if with_twin else None
+    choices, ranking = _measured(source, recipe, probes), list[str]()
     while True:
-        facts = write_graphs(outline, CheckpointWeights(source, outline), folder, recipe, choices, report)
+        facts = graphs.write(folder, choices)
         files = {file: file_hash(folder / file) for file in bundle_files(folder)}
-        manifest = uncertified(outline, name, recipe.batch_tokens)
+        manifest = uncertified(outline, name, BATCH_TOKENS[recipe.form])
         manifest = manifest.model_copy(update={"graphs": facts, "files": files})
+        load = _loader(source, folder, manifest, recipe, choices, twin)
         report(f"certifying on {len(probes)} inputs")
-        with _runnable(source, folder, manifest, recipe, choices) as embedder:
-            answers, batch = answer(embedder, probes), batch_parity(embedder, probes)
-        checkpoint = load_checkpoint(source)
-        certificate, reference = certify(probes, answers, batch, checkpoint, bounds)
+        embedder = load()
+        answers, batch = answer(embedder, probes), batch_parity(embedder, probes)
+        del embedder  # the reference needs all weights again
+        certificate, reference = certify(probes, answers, batch, load_checkpoint(source), bounds)
         try:
             certificate.check()
         except CertificateError as error:
-            if not ranking and recipe.coarser not in FLOATS:
-                ranking = list(sensitivity(checkpoint, probes[:RANKED_PROBES], recipe.coarser))
+            if quantised and not ranking:
+                coarser = quantiser(recipe.form, recipe.coarser, recipe.floats, choices.ranges)
+                ranking = list(sensitivity(load_checkpoint(source), probes[:RANKED_PROBES], coarser))
             if 2 * len(choices.kept) >= len(ranking):
                 raise
             choices = replace(choices, kept=tuple(ranking[: max(1, 2 * len(choices.kept))]))
-            report(f"{error}; keeping in {recipe.floats}: {', '.join(choices.kept)}")
+            report(f"{error}; keeping {len(choices.kept)} of {len(ranking)} layers in {recipe.floats}")
         else:
             reference.sample().write(folder)
             files[REFERENCE] = file_hash(folder / REFERENCE)
-            return manifest.model_copy(update={"certificate": certificate, "files": files}), choices
+            return manifest.model_copy(update={"certificate": certificate, "files": files}), load
 
 
 def _measured(source: Path, recipe: Recipe, probes: Sequence[Pair]) -> Choices:
     """Measure what a recipe needs to know of a checkpoint's activations."""
-    scaled = recipe.form == "portable" and {"int8", "fp8"} & {recipe.precision, recipe.generator}
-    return Choices(ranges=ranges(load_checkpoint(source), probes) if scaled else {})
+    coarse = {recipe.precision, recipe.generator}.difference(FLOATS)
+    measured = any(quantiser(recipe.form, precision, recipe.floats, {}).measured for precision in coarse)
+    return Choices(ranges=ranges(load_checkpoint(source), probes) if measured else {})
 
 
-@contextmanager
-def _runnable(source: Path, folder: Path, manifest: Manifest, recipe: Recipe, choices: Choices) -> Generator[Embedder]:
-    """Give an embedder that computes what the bundle says, on this machine's CPU.
+def _loader(
+    source: Path, folder: Path, manifest: Manifest, recipe: Recipe, choices: Choices, twin: TracedGraphs | None
+) -> Callable[[], Embedder]:
+    """Return what loads an embedder that computes what the bundle says, on this machine's CPU.
 
     ONNX Runtime runs float32 there. A bundle in another float type is run by torch in that type, or, if it is
-    quantised, as its twin in float32, whose integers and scales are the same; `mmemb build` verifies the engine itself.
+    quantised, as its twin, which computes in float32 with the same weights, integers and scales; `mmemb build` verifies
+    the engine itself.
     """
     if recipe.floats == "float32":
-        yield Embedder.of_bundle(Bundle(folder, manifest))
-    elif recipe.precision in FLOATS and recipe.generator in FLOATS:
-        yield torch_embedder(load_checkpoint(source, dtype=recipe.floats))
-    else:
-        twin = replace(recipe, compute="float32")
-        exact = outline_checkpoint(source)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            shutil.copy(source / TOKENIZER, scratch)
-            weights = CheckpointWeights(source, exact)
-            facts = write_graphs(exact, weights, Path(scratch), twin, choices, lambda _: None)
-            yield Embedder.of_bundle(Bundle(Path(scratch), manifest.model_copy(update={"graphs": facts})))
+        return lambda: Embedder.of_bundle(Bundle(folder, manifest))
+    if twin is None:
+        return lambda: torch_embedder(load_checkpoint(source, dtype=recipe.floats))
+    other = folder.parent / "twin"
+    other.mkdir(exist_ok=True)
+    shutil.copy(source / TOKENIZER, other)
+    facts = twin.write(other, choices)
+    return lambda: Embedder.of_bundle(Bundle(other, manifest.model_copy(update={"graphs": facts})))
 
 
 def _write_pooling(checkpoint: Checkpoint, folder: Path) -> None:
@@ -154,8 +160,8 @@ def _write_pooling(checkpoint: Checkpoint, folder: Path) -> None:
     paths = ["", "1_Pooling", "2_Normalize"]
     documents: dict[str, Any] = {
         "modules.json": [
-            {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{module}"}
-            for place, (module, path) in enumerate(zip(modules, paths, strict=True))
+            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{module}"}
+            for index, (module, path) in enumerate(zip(modules, paths, strict=True))
         ],
         "1_Pooling/config.json": {
             "word_embedding_dimension": checkpoint.model.config.text_config.hidden_size,

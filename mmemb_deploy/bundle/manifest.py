@@ -61,7 +61,7 @@ class GraphFacts(Part):
     precision: str
     inputs: tuple[TensorFacts, ...]
     outputs: tuple[TensorFacts, ...]
-    kept: tuple[str, ...] = ()  # weights in float32 although `precision` is coarser, since they lose most
+    kept: tuple[str, ...] = ()  # weights in the float type although `precision` is coarser: not taken, or losing most
 
     @property
     def fused(self) -> bool:

@@ -41,12 +41,12 @@ ODD_VISION: dict[str, Any] = {
 }
 PAIRS = [
     Pair(
-        query=f"word {place}",
-        candidates=[f"word {place}", "no"],
-        relevant=[place % 4 > 0, place % 4 == 0],
-        group=str(place % 3),
+        query=f"word {index}",
+        candidates=[f"word {index}", "no"],
+        relevant=[index % 4 > 0, index % 4 == 0],
+        group=str(index % 3),
     )
-    for place in range(12)
+    for index in range(12)
 ]
 
 
