@@ -11,19 +11,18 @@ import torch
 
 from mmemb_deploy import OptionError
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint
-from mmemb_training.control.grpo import ControlRecipe, train_control
+from mmemb_training.control.grpo import train_control
 from mmemb_training.control.policy import Batch, chunks_of, policy_terms, read_alone
-from mmemb_training.control.rewards import Rewards, Rollout, advantages, score_group
+from mmemb_training.control.rewards import Rollout, advantages, score_group
 from mmemb_training.control.rollouts import decisions, draw_groups
 from mmemb_training.encoder import Encoder, Reading
-from mmemb_training.loop import Schedule
-from mmemb_training.lora import LoraSettings
 from mmemb_training.nano.digits import Digits
+from mmemb_training.recipes.settings import ALL_WEIGHTS, ControlRecipe, LoraSettings, Rewards, Schedule, TrainedWeights
 from mmemb_training.selection.bank import TargetBank, mine_negatives
 
 CANDIDATES_CD = np.eye(4, dtype=np.float32)
 RECIPE = ControlRecipe(
-    schedule=Schedule(steps=4, learning_rate=1e-3, warmup=1, save_every=2, spike=None), group=4, updates=2
+    schedule=Schedule(steps=4, learning_rate=1e-3, warmup=1, save_every=2, spike=0), group=4, updates=2
 )
 
 
@@ -183,25 +182,26 @@ def test_a_recipe_that_cannot_resume_is_refused() -> None:
         Rewards(cost=-1)
 
 
-def test_questions_read_in_parts_give_the_same_run(drawn: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_questions_read_in_parts_and_layers_recomputed_give_the_same_run(
+    drawn: Any, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     samples, bank, _ = drawn
     losses = []
-    for size in (64, 3):
-        recipe = replace(RECIPE, questions_at_once=size)
-        run = train_control(
-            load_checkpoint(tiny_checkpoint), lambda _: samples, recipe, tmp_path / str(size), bank=bank
-        )
+    for size, recomputed in ((None, False), (3, True)):
+        recipe, weights = replace(RECIPE, micro_batch=size), TrainedWeights(gradient_checkpointing=recomputed)
+        checkpoint, folder = load_checkpoint(tiny_checkpoint), tmp_path / str(size)
+        run = train_control(checkpoint, lambda _: samples, recipe, folder, bank=bank, weights=weights)
         losses.append([row["loss"] for row in run])
     assert losses[1] == pytest.approx(losses[0], rel=5e-3)  # float32 sums, in another order, through four steps
 
 
 def test_adapters_leave_the_reference_where_it_was(drawn: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
     samples, bank, _ = drawn
-    recipe = replace(RECIPE, lora=LoraSettings(rank=4))
-    rows = {
-        name: list(train_control(load_checkpoint(tiny_checkpoint), lambda _: samples, one, tmp_path / name, bank=bank))
-        for name, one in {"lora": recipe, "full": RECIPE}.items()
-    }
+    adapters = TrainedWeights(method="lora", lora=LoraSettings(rank=4))
+    rows: dict[str, list[dict[str, float]]] = {}
+    for one in (adapters, ALL_WEIGHTS):
+        checkpoint, folder = load_checkpoint(tiny_checkpoint), tmp_path / one.method
+        rows[one.method] = list(train_control(checkpoint, lambda _: samples, RECIPE, folder, bank=bank, weights=one))
     for name in ("kl", "anchor"):
         assert rows["lora"][0][name] == pytest.approx(0, abs=1e-5)
         assert rows["lora"][-1][name] > 0

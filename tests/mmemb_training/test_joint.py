@@ -13,9 +13,10 @@ from mmemb_training.batches import encode_batch
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.encoder import Encoder
 from mmemb_training.grad_cache import backward
-from mmemb_training.joint import JointStep, Lesson, Objective
-from mmemb_training.lora import LoraSettings, add_lora
+from mmemb_training.joint import JointStep, Lesson
+from mmemb_training.lora import add_lora
 from mmemb_training.losses import info_nce
+from mmemb_training.recipes.settings import LoraSettings, Objective
 from mmemb_training.samples import query_row, target_row
 from mmemb_training.trainer import plain_accelerator
 
@@ -23,7 +24,7 @@ OBJECTIVE = Objective(lambda_g=0.7, lambda_d=0.3, dims=(48, 24))
 
 
 def step(lessons: Sequence[Lesson], checkpoint: Checkpoint, chunks: int, objective: Objective = OBJECTIVE) -> JointStep:
-    return JointStep(lessons, checkpoint.rows, objective, query_chunks=chunks, target_chunks=chunks)
+    return JointStep(lessons, checkpoint.rows, objective, hard_negatives=2, query_chunks=chunks, target_chunks=chunks)
 
 
 def gradients(

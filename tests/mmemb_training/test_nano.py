@@ -104,7 +104,7 @@ def test_the_final_checkpoint_is_a_standard_transformers_folder(finished: tuple[
 def test_another_recipe_does_not_continue_a_run(finished: tuple[Path, dict[str, Any], Watched], tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", finished[0] / "backbone", tmp_path / "backbone"], check=True)
     (tmp_path / "backbone" / "checkpoint" / "mmemb.json").unlink()
-    with pytest.raises(OptionError, match="holds a run with another recipe"):
+    with pytest.raises(OptionError, match="holds the work of another job, with another recipe"):
         NanoRun(tmp_path, replace(RECIPE, seed=1), Watched()).backbone()
 
 

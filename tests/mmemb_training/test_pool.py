@@ -169,7 +169,7 @@ def test_a_killed_job_goes_on_without_loss_or_duplicate(tmp_path: Path) -> None:
             build_pool(ask(11), echoes(), folder, batch=2)
         os.kill(job.pid, signal.SIGKILL)
         assert job.wait() == -signal.SIGKILL
-    (folder / "part.new").write_bytes(b"PAR1 and then the kill")
+    (folder / ".part-00009.parquet.new").write_bytes(b"PAR1 and then the kill")
     assert {key: len(found) for key, found in read_pool(folder).items()} == {f"q{n}": 3 - (n > 5) for n in range(11)}
     one, two = Echo("one", 2), Echo("two", 1)
     build_pool(ask(11), [one, two], folder, batch=2)
@@ -203,7 +203,7 @@ def test_a_pool_of_other_workers_samples_or_questions_is_refused(tmp_path: Path)
         (ask(4), echoes(), "questions"),
     ]
     for questions, workers, differing in others:
-        with pytest.raises(OptionError, match=f"a pool of other {differing} "):
+        with pytest.raises(OptionError, match=f"the work of another job, with another {differing}: "):
             build_pool(questions, workers, tmp_path, batch=2)
     assert read_pool(tmp_path) == before
 

@@ -18,11 +18,12 @@ from mmemb_training.batches import encode_batch
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint
 from mmemb_training.nano.digits import Digits
 from mmemb_training.pool.job import Candidate
+from mmemb_training.recipes.settings import Margins
 from mmemb_training.samples import Question, Sample, Target, query_row, target_row
 from mmemb_training.selection.bank import TargetBank, mine_negatives
 from mmemb_training.selection.evaluators import Confidence, EmbedderEvaluator, JudgeEvaluator
 from mmemb_training.selection.job import judge_pool
-from mmemb_training.selection.select import Judged, Margins, Strangers, Verdict, choose, judge, report
+from mmemb_training.selection.select import Judged, Strangers, Verdict, choose, judge, report
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ def test_an_interrupted_selection_goes_on_and_judges_nothing_twice(
     assert asked == ["q0", "q1", "q2", "q3"]  # q4 has no candidate
     assert [one.question for one in found] == asked
     assert json.loads((tmp_path / "selection" / "report.json").read_text())["worker"]["solver"]["kept"] == 4
-    with pytest.raises(OptionError, match="was judged with"):
+    with pytest.raises(OptionError, match="holds the work of another job, with another evaluator"):
         judge_pool(samples, pool, Counting(), tmp_path / "selection", Margins(), identity="other")
 
 

@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 
 from mmemb_deploy import OptionError
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint
-from mmemb_training.joint import Lesson, Objective
-from mmemb_training.loop import METRICS, STOPPED, Schedule, TrainingError
-from mmemb_training.lora import LoraSettings
+from mmemb_training.joint import Lesson
+from mmemb_training.loop import METRICS, STOPPED, TrainingError
+from mmemb_training.recipes.settings import JointRecipe, LoraSettings, Objective, Schedule, TrainedWeights
 from mmemb_training.runtime import torch_embedder
-from mmemb_training.trainer import JointRecipe, train_jointly
+from mmemb_training.trainer import train_jointly
 
 SCRIPT = Path(__file__).with_name("train_briefly.py")
 RECIPE = JointRecipe(
-    schedule=Schedule(steps=4, learning_rate=1e-3, warmup=2, save_every=2), objective=Objective(dims=(48, 24))
+    schedule=Schedule(steps=4, learning_rate=1e-3, warmup=2, save_every=2), objective=Objective(dims=(48, 24)), batch=8
 )
 
 
@@ -100,8 +100,8 @@ def test_lora_moves_the_language_model_and_the_markers_alone(
     tiny: Checkpoint, lessons: list[Lesson], tmp_path: Path
 ) -> None:
     before = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
-    recipe = replace(RECIPE, lora=LoraSettings(rank=4))
-    list(train_jointly(tiny, lambda step: lessons[8 * step : 8 * step + 8], recipe, tmp_path))
+    weights = TrainedWeights(method="lora", lora=LoraSettings(rank=4))
+    list(train_jointly(tiny, lambda step: lessons[8 * step : 8 * step + 8], RECIPE, tmp_path, weights=weights))
     after = tiny.model.state_dict()
     assert before.keys() == after.keys()
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
@@ -126,9 +126,9 @@ def test_adapters_over_bf16_weights_are_float32_and_merge_into_bf16(
     tiny_checkpoint: Path, lessons: list[Lesson], tmp_path: Path
 ) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint, dtype="bfloat16")
-    recipe = replace(RECIPE, lora=LoraSettings(rank=4))
+    weights = TrainedWeights(method="lora", lora=LoraSettings(rank=4))
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    run = train_jointly(checkpoint, lambda _: lessons[:8], recipe, tmp_path, accelerator=accelerator)
+    run = train_jointly(checkpoint, lambda _: lessons[:8], RECIPE, tmp_path, weights=weights, accelerator=accelerator)
     first = next(run)
     trained = [weight for weight in checkpoint.model.parameters() if weight.requires_grad]
     assert {weight.dtype for weight in trained} == {torch.float32}
@@ -175,7 +175,7 @@ def test_a_folder_with_another_run_is_refused_by_what_differs(
 ) -> None:
     draw: Callable[[int], list[Lesson]] = lambda _: lessons[:4]  # noqa: E731
     next(train_jointly(tiny, draw, RECIPE, tmp_path, data="one"))
-    with pytest.raises(OptionError, match="holds a run with another data"):
+    with pytest.raises(OptionError, match="holds the work of another job, with another data"):
         next(train_jointly(tiny, draw, RECIPE, tmp_path, data="two"))
 
 

@@ -14,11 +14,10 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from mmemb_training.checkpoint import load_checkpoint
-from mmemb_training.joint import Lesson, Objective
-from mmemb_training.loop import Schedule
-from mmemb_training.lora import LoraSettings
+from mmemb_training.joint import Lesson
 from mmemb_training.nano.digits import draw_digits, exact
-from mmemb_training.trainer import JointRecipe, save_trained, train_jointly
+from mmemb_training.recipes.settings import JointRecipe, LoraSettings, Objective, Schedule, TrainedWeights
+from mmemb_training.trainer import save_trained, train_jointly
 
 STEPS = 6
 
@@ -55,12 +54,16 @@ def main() -> None:
     recipe = JointRecipe(
         schedule=Schedule(steps=STEPS, learning_rate=1e-3, warmup=2, save_every=2),
         objective=Objective(dims=(48, 24)),
-        query_chunks=2,
-        lora=LoraSettings(rank=4) if "lora" in options else None,
+        batch=8,
+        length_groups=2,
+    )
+    weights = TrainedWeights(
+        method="lora" if "lora" in options else "full",
+        lora=LoraSettings(rank=4),
         gradient_checkpointing="checkpointing" in options,
     )
     accelerator = accelerator_for(mode, "bf16" if "bf16" in options else "no")
-    run = train_jointly(checkpoint, draw, recipe, Path(folder), accelerator=accelerator)
+    run = train_jointly(checkpoint, draw, recipe, Path(folder), weights=weights, accelerator=accelerator)
     for metrics in run:
         if metrics["step"] == int(os.environ.get("KILL_AFTER", "-1")):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmemb_deploy.errors import MissingExtraError
-from mmemb_training.plan.commands import plan
+from mmemb_training.recipes.command import plan
 
 if TYPE_CHECKING:
     from mmemb_training.nano.stages import NanoRecipe
@@ -76,11 +76,11 @@ def run(
 ) -> None:
     """Train a Qwen3-VL by the full method; start it with torchrun to use several GPUs."""
     from mmemb_deploy.errors import check_known
-    from mmemb_training.plan.recipes import load_recipe
+    from mmemb_training.recipes.load import load_recipe
 
     settings = load_recipe(recipe)
     try:
-        from mmemb_training.run import STAGES, Run, read_samples
+        from mmemb_training.run_recipe import STAGES, Run, read_samples
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train") from error
     from rich.console import Console
@@ -96,8 +96,8 @@ def random(
     seed: Seed = 0,
 ) -> None:
     """Write a checkpoint of random weights at a real shape, to measure speed and memory with."""
-    from mmemb_training.plan.shapes import find_shape
     from mmemb_training.random_checkpoint import random_checkpoint
+    from mmemb_training.recipes.shapes import find_shape
 
     random_checkpoint(find_shape(shape), folder, seed=seed)
     print(f"checkpoint: {folder}")

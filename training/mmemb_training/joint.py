@@ -10,7 +10,7 @@ C candidates, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,23 +24,8 @@ from mmemb_deploy.inputs.rows import RowEncoder
 from mmemb_training.encoder import Continuation, Reading
 from mmemb_training.grad_cache import Chunk
 from mmemb_training.losses import info_nce
+from mmemb_training.recipes.settings import Objective
 from mmemb_training.samples import Sample, query_row, target_row
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """The weights of the joint loss."""
-
-    temperature: float = 0.02
-    lambda_g: float = 1.0
-    lambda_d: float = 1.0
-    dims: tuple[int, ...]  # Matryoshka sizes, largest first
-    teach_decision: bool = True  # False while only rationales of one's own are at hand, as for a backbone
-
-    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """Return the loss that the terms add up to."""
-        taught = terms["rationale"] + (terms["decision"] if self.teach_decision else 0)
-        return terms["reasoned"] + self.lambda_g * taught + self.lambda_d * terms["direct"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +39,8 @@ class Lesson:
 class JointStep:
     """One process's share of a step: its chunks for the encoder, and the loss of what came back.
 
-    `query_chunks` and `target_chunks` are the same for all processes, which run the encoder equally often.
+    The first `hard_negatives` of a sample's negatives are read. `query_chunks` and `target_chunks` are the same for all
+    processes, which run the encoder equally often.
     """
 
     def __init__(
@@ -63,6 +49,7 @@ class JointStep:
         encoder: RowEncoder,
         objective: Objective,
         *,
+        hard_negatives: int,
         query_chunks: int,
         target_chunks: int,
     ) -> None:
@@ -76,7 +63,7 @@ class JointStep:
         self._reasons_Q = torch.tensor([path is not None for path in words])
         self._wanted = [lesson.sample.wanted for lesson in lessons]
         targets = [lesson.sample.target for lesson in lessons]
-        targets += [negative for lesson in lessons for negative in lesson.sample.negatives]
+        targets += [negative for lesson in lessons for negative in lesson.sample.negatives[:hard_negatives]]
         self._labels = [target.labels for target in targets]
         self._query_chunks = [
             Chunk([rows[place] for place in places], _paths([words[place] for place in places]))

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,47 +29,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mmemb_deploy.errors import OptionError
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.control.policy import Batch, chunks_of, merged, policy_terms, read_alone, statistics
-from mmemb_training.control.rewards import Rewards, score_group
-from mmemb_training.control.rollouts import Group, draw_groups
+from mmemb_training.control.rewards import score_group
+from mmemb_training.control.rollouts import draw_groups
 from mmemb_training.encoder import Encoder, Reading
 from mmemb_training.grad_cache import Chunk, backward
-from mmemb_training.loop import Schedule, run_steps
-from mmemb_training.lora import LoraSettings, add_lora, merge_lora, without_lora
+from mmemb_training.loop import run_steps
+from mmemb_training.lora import trainable, without_lora
+from mmemb_training.recipes.settings import ALL_WEIGHTS, ControlRecipe, TrainedWeights
 from mmemb_training.samples import Sample
 from mmemb_training.selection.bank import TargetBank
 from mmemb_training.trainer import plain_accelerator
 
 Draw = Callable[[int], list[Sample]]  # the questions of a batch of rollouts, a function of its number
-DrawGroups = Callable[..., list[Group]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlRecipe:
-    """How adaptive control is learnt."""
-
-    schedule: Schedule
-    rewards: Rewards = field(default_factory=Rewards)
-    group: int = 8  # rollouts of a question
-    updates: int = 2  # steps on each batch of rollouts; the second and later ones are clipped
-    clip: float = 0.2
-    beta: float = 0.04  # of the KL to the model that stage 3 left
-    anchor: float = 50.0
-    paired: bool = True  # every group holds a rollout of each kind
-    questions_at_once: int = 64  # whose activations are held together; more questions are read twice (GradCache)
-    lora: LoraSettings | None = None  # None trains all weights
-    log_norms_every: int = 10  # steps between measurements of each term's gradient norm, where all are read at once
-
-    def __post_init__(self) -> None:
-        if self.group < 2:
-            raise OptionError(f"group is {self.group}: a group needs at least 2 rollouts to compare")
-        if self.schedule.save_every % self.updates:
-            raise OptionError(
-                f"save_every is {self.schedule.save_every}: it must be a multiple of updates ({self.updates}), so that "
-                f"a resumed run begins with fresh rollouts"
-            )
 
 
 def train_control(
@@ -79,8 +52,8 @@ def train_control(
     folder: Path,
     *,
     bank: TargetBank,
+    weights: TrainedWeights = ALL_WEIGHTS,
     data: Any = None,
-    draw_rollouts: DrawGroups = draw_groups,
     accelerator: Accelerator | None = None,
 ) -> Iterator[dict[str, float]]:
     """Train a checkpoint's model in place, yielding every step's metrics; an unfinished run in `folder` goes on.
@@ -90,15 +63,11 @@ def train_control(
     """
     accelerator = accelerator or plain_accelerator()
     torch.manual_seed(recipe.schedule.seed)
-    adapter = None if recipe.lora is None else add_lora(checkpoint, recipe.lora)
-    read_reference = _reference(checkpoint, adapter)
-    model = Encoder(checkpoint).train()
-    encoder, optimizer = accelerator.prepare(model, recipe.schedule.optimizer(model))
     batch: Batch | None = None
 
     def roll_out(turn: int) -> Batch:
         samples, limit = draw(turn), checkpoint.facts.max_rationale_tokens
-        groups = draw_rollouts(
+        groups = draw_groups(
             checkpoint,
             samples,
             size=recipe.group,
@@ -110,7 +79,7 @@ def train_control(
             score_group(group, bank.candidates(sample), recipe.rewards, limit)
             for sample, group in zip(samples, groups, strict=True)
         ]
-        chunks = chunks_of(samples, groups, checkpoint.rows, recipe.questions_at_once)
+        chunks = chunks_of(samples, groups, checkpoint.rows, recipe.micro_batch)
         return Batch(samples, groups, scored, read_alone(encoder, chunks), read_reference(chunks))
 
     def step_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -118,7 +87,7 @@ def train_control(
         if batch is None or step % recipe.updates == 0:
             batch = roll_out(step // recipe.updates)
         drawn = batch
-        chunks = chunks_of(drawn.samples, drawn.groups, checkpoint.rows, recipe.questions_at_once)
+        chunks = chunks_of(drawn.samples, drawn.groups, checkpoint.rows, recipe.micro_batch)
 
         def loss_of(readings: Sequence[Reading]) -> tuple[Tensor, dict[str, Tensor]]:
             terms = policy_terms(merged(readings), drawn, recipe.clip)
@@ -134,20 +103,15 @@ def train_control(
 
         return backward(encoder, chunks, loss_of, accelerator, cached=len(chunks) > 1)
 
-    identity = {"recipe": asdict(recipe), "data": data}
-    yield from run_steps(
-        folder,
-        identity,
-        recipe.schedule,
-        accelerator,
-        encoder,
-        optimizer,
-        step_of,
-        lambda step: [sample.question.key for sample in draw(step // recipe.updates)],
-    )
-    checkpoint.model.eval()
-    if adapter is not None:
-        merge_lora(adapter)
+    def describe(step: int) -> list[str]:
+        return [sample.question.key for sample in draw(step // recipe.updates)]
+
+    identity = {"recipe": asdict(replace(recipe, micro_batch=None)), "weights": asdict(weights), "data": data}
+    with trainable(checkpoint, weights) as adapter:
+        read_reference = _reference(checkpoint, adapter)
+        model = Encoder(checkpoint).train()
+        encoder, optimizer = accelerator.prepare(model, recipe.schedule.optimizer(model))
+        yield from run_steps(folder, identity, recipe.schedule, accelerator, encoder, optimizer, step_of, describe)
 
 
 def _reference(checkpoint: Checkpoint, adapter: Any) -> Callable[[Sequence[Chunk]], Reading]:

@@ -33,9 +33,9 @@ class Batch:
     reference: Reading
 
 
-def chunks_of(samples: Sequence[Sample], groups: Sequence[Group], encoder: RowEncoder, size: int) -> list[Chunk]:
-    """Return what the encoder is to read, `size` questions at once, each with the rationales of its group."""
-    chunks = []
+def chunks_of(samples: Sequence[Sample], groups: Sequence[Group], encoder: RowEncoder, size: int | None) -> list[Chunk]:
+    """Return what the encoder is to read, `size` questions at once (None: all), each with its group's rationales."""
+    chunks, size = list[Chunk](), size or len(samples)
     for start in range(0, len(samples), size):
         part = groups[start : start + size]
         rows = [query_row(sample.question, encoder) for sample in samples[start : start + size]]

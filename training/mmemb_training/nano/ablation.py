@@ -25,8 +25,8 @@ from mmemb_deploy.evaluation.routes import Outcome, Routes
 from mmemb_deploy.files import write_whole
 from mmemb_deploy.routing.router import highest
 from mmemb_training.checkpoint import Checkpoint
-from mmemb_training.control.rewards import Rewards
 from mmemb_training.nano.stages import NanoRecipe, NanoRun, everything, gain_only, instance_level, pair_aware
+from mmemb_training.recipes.settings import Rewards
 from mmemb_training.runtime import torch_embedder
 from mmemb_training.selection.job import REPORT
 from mmemb_training.stage import Watch

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from mmemb_training.checkpoint import Checkpoint
-from mmemb_training.joint import Lesson, Objective
-from mmemb_training.loop import Schedule
+from mmemb_training.joint import Lesson
 from mmemb_training.nano.digits import RULES, draw_digits
 from mmemb_training.nano.model import DIMS
-from mmemb_training.trainer import JointRecipe, train_jointly
+from mmemb_training.recipes.settings import JointRecipe, Objective, Schedule
+from mmemb_training.trainer import train_jointly
 
 STYLES = {"exact": 0.5, "verbose": 0.25, "hollow": 0.25}  # shares of the rationales
 BATCH = 96
@@ -29,7 +29,8 @@ def backbone_recipe(seed: int, steps: int) -> JointRecipe:
     return JointRecipe(
         schedule=Schedule(seed=seed, steps=steps, learning_rate=2e-3),
         objective=Objective(lambda_g=2.0, lambda_d=1.0, dims=DIMS, teach_decision=False),
-        query_chunks=4,
+        batch=BATCH,
+        length_groups=4,
     )
 
 

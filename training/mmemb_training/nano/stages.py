@@ -19,21 +19,20 @@ from pathlib import Path
 import numpy as np
 
 from mmemb_training.checkpoint import Checkpoint
-from mmemb_training.control.grpo import ControlRecipe, train_control
-from mmemb_training.control.rewards import Rewards
-from mmemb_training.joint import Lesson, Objective
-from mmemb_training.loop import Schedule
+from mmemb_training.control.grpo import train_control
+from mmemb_training.joint import Lesson
 from mmemb_training.nano.backbone import BATCH, train_backbone
 from mmemb_training.nano.digits import digit_workers, draw_digits, states_only_truths
 from mmemb_training.nano.model import DIMS, nano_checkpoint
 from mmemb_training.pool.job import Candidate, build_pool, read_pool
+from mmemb_training.recipes.settings import ControlRecipe, JointRecipe, Margins, Objective, Rewards, Schedule
 from mmemb_training.samples import Sample
 from mmemb_training.selection.bank import TargetBank, mine_negatives
 from mmemb_training.selection.evaluators import EmbedderEvaluator
 from mmemb_training.selection.job import REPORT, judge_pool, read_judged
-from mmemb_training.selection.select import Judged, Keeps, Margins, Verdict, choose
+from mmemb_training.selection.select import Judged, Keeps, Verdict, choose
 from mmemb_training.stage import Metrics, Watch, finish_stage
-from mmemb_training.trainer import JointRecipe, plain_accelerator, train_jointly
+from mmemb_training.trainer import plain_accelerator, train_jointly
 
 POOL_SEED = 1_000_000  # apart from the backbone's draws
 NEGATIVES = {"hard": 12, "even": 12}
@@ -65,15 +64,16 @@ class NanoRecipe:
         return JointRecipe(
             schedule=Schedule(seed=self.seed, steps=self.joint_steps, learning_rate=7e-4, warmup=20),
             objective=Objective(lambda_g=2.0, lambda_d=2.0, dims=DIMS),
-            query_chunks=4,
+            batch=BATCH,
+            length_groups=4,
         )
 
     def control(self, rewards: Rewards, *, paired: bool = True) -> ControlRecipe:
         """Return the recipe of stage 4."""
         schedule = Schedule(
-            seed=self.seed, steps=self.control_steps, learning_rate=1e-4, warmup=10, weight_decay=0.0, spike=None
+            seed=self.seed, steps=self.control_steps, learning_rate=1e-4, warmup=10, weight_decay=0.0, spike=0
         )
-        return ControlRecipe(schedule=schedule, rewards=rewards, paired=paired)
+        return ControlRecipe(schedule=schedule, rewards=rewards, queries=self.control_questions, paired=paired)
 
 
 def pair_aware(one: Judged) -> bool:
@@ -150,7 +150,6 @@ class NanoRun:
 
     def control(self, name: str, start: Checkpoint, recipe: ControlRecipe) -> Checkpoint:
         """Stage 4, from what stage 3 left."""
-        count = self.recipe.control_questions
 
         def steps() -> Metrics:
             samples = self.mined(start)
@@ -160,10 +159,11 @@ class NanoRun:
 
             def draw(turn: int) -> list[Sample]:
                 return [
-                    replace(sample, negatives=negatives[sample.question.key]) for sample in self._batch(turn, count)
+                    replace(sample, negatives=negatives[sample.question.key])
+                    for sample in self._batch(turn, recipe.queries)
                 ]
 
-            yield from train_control(start, draw, recipe, self.folder / name, bank=bank, data={"questions": count})
+            yield from train_control(start, draw, recipe, self.folder / name, bank=bank)
 
         return self._finish(name, start, steps(), self.recipe.control_steps)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.files import write_whole
+from mmemb_deploy.files import claim
 from mmemb_training.pool.workers import Worker
 from mmemb_training.samples import Question
 from mmemb_training.tables import locked, read_parts, write_part
@@ -54,7 +54,9 @@ def build_pool(
     _check_distinct("questions have the key", [question.key for question in questions])
     _check_distinct("workers have the name", [worker.name for worker in workers])
     with locked(folder):
-        _check_identity(folder, questions, workers)
+        keys = "\n".join(question.key for question in questions)
+        hashed, counts = hashlib.sha256(keys.encode()).hexdigest(), {worker.name: worker.samples for worker in workers}
+        claim(folder, {"questions": hashed, "workers": counts}, name=POOL)
         present = {(row["question"], row["worker"]) for row in read_parts(folder, COLUMNS)}
         (folder / FAILURES).write_text("")
         for worker in workers:
@@ -124,21 +126,6 @@ def _write(folder: Path, worker: Worker, questions: Sequence[Question]) -> None:
             if written.error is not None:
                 failure = {"question": question.key, "worker": worker.name, "error": written.error}
                 file.write(json.dumps(failure, ensure_ascii=False) + "\n")
-
-
-def _check_identity(folder: Path, questions: Sequence[Question], workers: Sequence[Worker]) -> None:
-    keys = "\n".join(question.key for question in questions)
-    identity = {
-        "questions": hashlib.sha256(keys.encode()).hexdigest(),
-        "workers": {worker.name: worker.samples for worker in workers},
-    }
-    path = folder / POOL
-    if not path.exists():
-        write_whole(path, json.dumps(identity, indent=1))
-    known = json.loads(path.read_text())
-    if known != identity:
-        differing = " and ".join(name for name in identity if known.get(name) != identity[name])
-        raise OptionError(f"{folder} holds a pool of other {differing} ({known}): choose another folder")
 
 
 def _check_distinct(what: str, names: Sequence[str]) -> None:

@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmemb_deploy.errors import OptionError
-from mmemb_deploy.files import write_whole
+from mmemb_deploy.files import claim, write_whole
 from mmemb_training.pool.job import Candidate
+from mmemb_training.recipes.settings import Margins
 from mmemb_training.samples import Sample
 from mmemb_training.selection.evaluators import Evaluator
-from mmemb_training.selection.select import Judged, Margins, Strangers, judge, report
+from mmemb_training.selection.select import Judged, Strangers, judge, report
 from mmemb_training.tables import locked, read_parts, write_part
 
 COLUMNS = ("question", "task", "worker", "sample", "rationale", "gain", "content")
@@ -28,7 +28,7 @@ def judge_pool(
     folder: Path,
     margins: Margins,
     *,
-    foreign: int = 2,
+    other_rationales: int = 2,
     seed: int = 0,
     identity: Any = None,
     done: Callable[[int], None] = lambda _: None,
@@ -38,16 +38,14 @@ def judge_pool(
     `identity` says, in JSON, what the evaluator is. Raises OptionError if the folder was judged by another.
     """
     with locked(folder):
-        facts = json.loads(json.dumps({"evaluator": identity, "foreign": foreign, "seed": seed}))
-        if (folder / SELECTION).exists() and (known := json.loads((folder / SELECTION).read_text())) != facts:
-            raise OptionError(f"{folder} was judged with {known}, not {facts}: choose another folder")
-        write_whole(folder / SELECTION, json.dumps(facts))
+        facts = {"evaluator": identity, "other_rationales": other_rationales, "seed": seed}
+        claim(folder, facts | {"against_negatives": margins.against_negatives}, name=SELECTION)
         present = {row["question"] for row in read_parts(folder, ("question",))}
         waiting = [sample for sample in samples if pool.get(sample.question.key) and sample.question.key not in present]
         done(len(samples) - len(waiting))
         for start in range(0, len(waiting), CHUNK):
             part = waiting[start : start + CHUNK]
-            strangers = Strangers(samples, pool, foreign, (seed, len(present) + start))
+            strangers = Strangers(samples, pool, other_rationales, (seed, len(present) + start))
             judged = judge(part, pool, evaluator, strangers, against_negatives=margins.against_negatives)
             write_part(folder, [_row(one) for one in judged])
             done(len(part))

@@ -16,6 +16,7 @@ from enum import StrEnum
 import numpy as np
 
 from mmemb_training.pool.job import Candidate
+from mmemb_training.recipes.settings import Margins
 from mmemb_training.samples import Sample
 from mmemb_training.selection.evaluators import Evaluator
 
@@ -27,15 +28,6 @@ class Verdict(StrEnum):
     FORMAT_ONLY = "format-only"  # helps, but another query's rationale would as well
     USELESS = "useless"  # changes little
     HARMFUL = "harmful"
-
-
-@dataclass(frozen=True)
-class Margins:
-    """What a kept candidate must exceed, in nats of the evaluator's confidence."""
-
-    gain: float = 0.5
-    content: float = 0.5
-    against_negatives: bool = False  # subtract the mean gain on hard negatives first: "false-helpful" candidates
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,28 @@ from PIL import Image
 from rich.console import Console
 
 from mmemb_deploy import OptionError
-from mmemb_training.batching import TaskBatches
 from mmemb_training.checkpoint import load_checkpoint
-from mmemb_training.plan.recipes import load_recipe
 from mmemb_training.pool.job import read_pool
-from mmemb_training.run import Run, read_samples
+from mmemb_training.recipes.estimate import estimate
+from mmemb_training.recipes.load import load_recipe
+from mmemb_training.recipes.machines import Machine
+from mmemb_training.recipes.settings import RunRecipe
+from mmemb_training.recipes.shapes import SHAPES
+from mmemb_training.run_recipe import CPU_MICRO_BATCH, Run, read_samples, with_micro_batches
 from mmemb_training.samples import Question, Sample, Target
+from mmemb_training.task_batches import TaskBatches
 
 INSTRUCTION = "Given an image, find a similar everyday image with the described changes"
 RECIPE = """
 extends = "qwen3-vl-2b-{method}"
 [model]
 source = "{source}"
-[model.lora]
+max_pixels = 256
+max_rationale_tokens = 9
+video_max_pixels = 256
+[weights]
+precision = "fp32"
+[weights.lora]
 rank = 4
 [pool]
 samples = 2
@@ -37,21 +47,22 @@ model = "a-model"
 base_url = "http://127.0.0.1:{port}/v1"
 [selection]
 evaluator = "{evaluator}"
-margin_gain = 0.0
-margin_content = 0.0
 hard_negatives = 2
+[selection.margins]
+gain = 0.0
+content = 0.0
 [joint]
 batch = 4
 micro_batch = 2
+[joint.schedule]
 learning_rate = 1e-3
 steps = 3
+[joint.objective]
 dims = [48, 24]
-max_pixels = 256
-max_rationale_tokens = 9
-precision = "fp32"
 [control]
 group = 4
 queries = 3
+[control.schedule]
 steps = 2
 """
 
@@ -126,6 +137,70 @@ def test_a_recipe_runs_from_a_public_model_to_a_controlled_one(
     assert final.facts.provenance["stages"] == ["joint", "control"]
     assert final.facts.provenance["source"] == str(public)
     assert final.facts.dims == (48, 24)
+
+
+SMALL_GPU = Machine(name="a GPU", source="a test", memory_gib=24)
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl-2b-lora", "qwen3-vl-4b-lora"])
+def test_a_run_without_a_micro_batch_takes_what_the_estimate_says_fits(name: str) -> None:
+    recipe, shape = load_recipe(name), SHAPES[name.removesuffix("-lora")]
+    said: list[str] = []
+    taken = with_micro_batches(recipe, shape, SMALL_GPU, ("joint", "control"), said.append)
+    stages = estimate(shape, recipe, SMALL_GPU).stages
+    assert (taken.joint.micro_batch, taken.control.micro_batch) == tuple(one.micro_batch for one in stages.values())
+    assert [line.split(":")[0] for line in said] == ["joint", "control"]
+    assert f"{stages['joint'].micro_batch} questions at once, as fit into 21.6 GiB" in said[0]
+
+
+def test_a_run_that_cannot_fit_names_what_would_before_it_starts() -> None:
+    recipe, shape = load_recipe("qwen3-vl-4b-full"), SHAPES["qwen3-vl-4b"]
+    with pytest.raises(OptionError, match=r"stage 3 \(joint\) needs .* GiB .* It fits with .*method = lora"):
+        with_micro_batches(recipe, shape, SMALL_GPU, ("joint",), print)
+
+
+def test_a_micro_batch_of_the_recipe_s_own_always_holds() -> None:
+    recipe, shape = load_recipe("qwen3-vl-4b-full"), SHAPES["qwen3-vl-4b"]
+    own = replace(recipe, joint=replace(recipe.joint, micro_batch=1024))
+    for machine, also in ((None, ""), (SMALL_GPU, ", although stage 3 (joint) needs ")):
+        said: list[str] = []
+        assert with_micro_batches(own, shape, machine, ("joint",), said.append) == own
+        assert said[0].startswith(f"joint: 1024 questions at once, as the recipe says{also}")
+
+
+def test_without_a_gpu_a_few_questions_are_read_at_once_and_the_run_says_so() -> None:
+    said: list[str] = []
+    recipe = load_recipe("qwen3-vl-4b-full")
+    taken = with_micro_batches(recipe, SHAPES["qwen3-vl-4b"], None, ("joint", "control"), said.append)
+    assert taken.joint.micro_batch == taken.control.micro_batch == CPU_MICRO_BATCH
+    assert "there is no GPU" in said[0]
+
+
+def test_a_run_hands_its_stages_what_fits_the_gpus_that_are_there(
+    public: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = RECIPE.format(source=public, port=1, method="full", evaluator="judge").replace("micro_batch = 2\n", "")
+    (tmp_path / "recipe.toml").write_text(text)
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    handed: list[RunRecipe] = []
+
+    class Stages(Run):
+        def pool(self) -> None:
+            handed.append(self.recipe)
+
+    def run(memory_gib: float) -> None:
+        gpus = Machine(name="a GPU", source="a test", memory_gib=memory_gib)
+        monkeypatch.setattr("mmemb_training.run_recipe.machine_here", lambda _: gpus)
+        stages = Stages(recipe, read_samples([data], limit=2), tmp_path / "run", Watched(), Console(quiet=True))
+        monkeypatch.setattr(stages, "selection", lambda: None)
+        monkeypatch.setattr(stages, "joint", lambda: None)
+        stages.upto("joint")
+
+    run(80)
+    assert handed[0].joint.micro_batch == 4  # the whole batch
+    with pytest.raises(OptionError, match=r"stage 3 \(joint\) needs"):
+        run(0.001)
+    assert len(handed) == 1  # before any stage
 
 
 def test_data_that_is_not_a_name_and_a_folder_is_refused() -> None:
