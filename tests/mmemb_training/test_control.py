@@ -12,7 +12,7 @@ import torch
 from mmemb_deploy import OptionError
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint
 from mmemb_training.control.grpo import train_control
-from mmemb_training.control.policy import Batch, chunks_of, policy_terms, read_alone
+from mmemb_training.control.policy import RolloutBatch, chunks_of, policy_terms, read_alone
 from mmemb_training.control.rewards import Rollout, advantages, score_group
 from mmemb_training.control.rollouts import decisions, draw_groups
 from mmemb_training.encoder import Encoder, Reading
@@ -26,8 +26,8 @@ RECIPE = ControlRecipe(
 )
 
 
-def rollout(similarity: list[float], words: int | None, **flags: bool) -> Rollout:
-    return Rollout(None if words is None else (5,) * words, np.array(similarity, np.float32), **flags)
+def rollout(similarity: list[float], tokens: int | None, **flags: bool) -> Rollout:
+    return Rollout(None if tokens is None else (5,) * tokens, np.array(similarity, np.float32), **flags)
 
 
 def test_rewards_are_the_formulas_by_hand() -> None:
@@ -55,9 +55,9 @@ def test_rewards_are_the_formulas_by_hand() -> None:
     assert scored.reward_G == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("words", [3, None])
-def test_a_group_of_one_kind_knows_no_gap(words: int | None) -> None:
-    group = [rollout([0.9, 0, 0, 0], words), rollout([0.1, 0.5, 0, 0], words)]
+@pytest.mark.parametrize("tokens", [3, None])
+def test_a_group_of_one_kind_knows_no_gap(tokens: int | None) -> None:
+    group = [rollout([0.9, 0, 0, 0], tokens), rollout([0.1, 0.5, 0, 0], tokens)]
     scored = score_group(group, CANDIDATES_CD, Rewards(cost=0.0), max_tokens=10)
     assert scored.adaptive_G.tolist() == [0, 0]
 
@@ -86,7 +86,7 @@ def test_paired_groups_hold_both_kinds_and_force_only_where_they_must() -> None:
 
 
 @pytest.fixture
-def drawn(tiny: Checkpoint, digits: Digits) -> tuple[Any, TargetBank, Batch]:
+def drawn(tiny: Checkpoint, digits: Digits) -> tuple[Any, TargetBank, RolloutBatch]:
     samples = mine_negatives(
         digits.samples[::6], TargetBank(digits.samples, tiny), tiny, hard=3, share_of_positive=None
     )
@@ -96,16 +96,16 @@ def drawn(tiny: Checkpoint, digits: Digits) -> tuple[Any, TargetBank, Batch]:
         score_group(group, bank.candidates(sample), Rewards(), 9) for sample, group in zip(samples, groups, strict=True)
     ]
     reading = read_alone(Encoder(tiny).eval(), chunks_of(samples, groups, tiny.rows, 3))
-    return samples, bank, Batch(samples, groups, scored, reading, reading)
+    return samples, bank, RolloutBatch(samples, groups, scored, reading, reading)
 
 
 def test_rollouts_carry_the_embedding_that_the_encoder_gives_them(drawn: Any, tiny: Checkpoint) -> None:
     _, _, batch = drawn
     reasoned = iter(torch.nn.functional.normalize(batch.old.reasoned_RD, dim=1).numpy())
     direct = torch.nn.functional.normalize(batch.old.direct_BD, dim=1).numpy()
-    for place, group in enumerate(batch.groups):
+    for index, group in enumerate(batch.groups):
         for one in group:
-            expected = direct[place] if one.token_ids is None else next(reasoned)
+            expected = direct[index] if one.token_ids is None else next(reasoned)
             np.testing.assert_allclose(one.embedding_D, expected, atol=1e-4)
             assert one.token_ids is None or len(one.token_ids) <= 9
     ids = set(tiny.rows.prompt.ids.values())
@@ -116,7 +116,7 @@ def test_the_policy_gradient_prefers_what_is_rewarded_and_skips_what_was_forced(
     samples, _, batch = drawn
     encoder = Encoder(tiny).eval()
 
-    def loss_gradient(batch: Batch) -> torch.Tensor:
+    def loss_gradient(batch: RolloutBatch) -> torch.Tensor:
         reading = read_alone(encoder, chunks_of(samples, batch.groups, tiny.rows, 64))
         reading = Reading(*(part.detach().requires_grad_() for part in reading))
         terms = policy_terms(reading, batch, RECIPE.clip)
@@ -124,7 +124,7 @@ def test_the_policy_gradient_prefers_what_is_rewarded_and_skips_what_was_forced(
         assert reading.decision_B2.grad is not None
         return reading.decision_B2.grad
 
-    def rewarded(batch: Batch, kind: bool) -> Batch:
+    def rewarded(batch: RolloutBatch, kind: bool) -> RolloutBatch:
         scored = [
             replace(
                 one, reward_G=np.array([float((member.token_ids is not None) is kind) for member in group], np.float32)
@@ -153,7 +153,7 @@ def test_control_trains_logs_every_term_and_resumes_bit_for_bit(
     whole = run(tiny, tmp_path / "whole", 4)
     terms = {
         "policy_decision",
-        "policy_words",
+        "policy_rationale",
         "kl",
         "anchor",
         "reward_adaptive",

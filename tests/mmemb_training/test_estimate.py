@@ -20,8 +20,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.inputs.prompts import PromptEncoder
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint
-from mmemb_training.encoder import Continuation as Rationale
-from mmemb_training.encoder import Encoder
+from mmemb_training.encoder import Continuation, Encoder
 from mmemb_training.lora import TRAINED_MARKERS, add_lora
 from mmemb_training.losses import info_nce
 from mmemb_training.model import _LayerCache, _vision_block, checkpoint_layers  # pyright: ignore[reportPrivateUsage]
@@ -217,7 +216,7 @@ def test_the_names_of_projections_and_markers_are_those_of_training() -> None:
 def test_operations_are_those_that_torch_counts(small: Path, paths: int) -> None:
     checkpoint = load_checkpoint(small)
     rows = rows_of(checkpoint, 2)
-    rationales = [Rationale(place, [5] * 9) for place in range(2) for _ in range(paths)]
+    rationales = [Continuation(index, [5] * 9) for index in range(2) for _ in range(paths)]
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         Encoder(checkpoint)(rows, rationales)
     expected = 2 * forward_flops(read_shape(small), size_of(rows[0], paths, 9))
@@ -258,7 +257,7 @@ def test_a_real_backward_pass_peaks_just_below_the_estimate(
     checkpoint_layers(model)
     encoder = Encoder(checkpoint).train()
     rows = rows_of(checkpoint, prompts)
-    paths = [Rationale(index, [5] * tokens) for index in range(prompts) for _ in range(rationales)]
+    paths = [Continuation(index, [5] * tokens) for index in range(prompts) for _ in range(rationales)]
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     weights = list(model.parameters())

@@ -13,9 +13,9 @@ from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.prompts import PAD
 from mmemb_deploy.inputs.rows import collate
 from mmemb_export.reference import Reference
-from mmemb_training.batches import encode_batch
 from mmemb_training.checkpoint import load_checkpoint
 from mmemb_training.model import decoder_forward
+from mmemb_training.prefill import prefill
 
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "two levels": ({}, {}),
@@ -38,11 +38,11 @@ def test_a_padded_batch_of_all_modalities_equals_transformers(
     path = checkpoint.rows.prompt.path(checkpoint.rows.prompt.tokenize("a tiny corpus"))
     batch = collate([row.extended(path) for row in rows], checkpoint.rows.prompt.ids[PAD])
     with torch.no_grad():
-        hidden_BTD, _ = encode_batch(checkpoint.model, batch, checkpoint.vision)
-    for place, (request, row) in enumerate(zip(requests, rows, strict=True)):
+        hidden_BTD, _ = prefill(checkpoint.model, batch, checkpoint.vision)
+    for index, (request, row) in enumerate(zip(requests, rows, strict=True)):
         expected = reference.run(request, row, path[1:-2])
-        for token, vector_D in ((row.length - 1, expected.direct_D), (batch.last_B[place], expected.reasoned_D)):
-            ours_D = torch.nn.functional.normalize(hidden_BTD[place, token], dim=-1).numpy()
+        for token, vector_D in ((row.length - 1, expected.direct_D), (batch.last_B[index], expected.reasoned_D)):
+            ours_D = torch.nn.functional.normalize(hidden_BTD[index, token], dim=-1).numpy()
             np.testing.assert_allclose(ours_D, vector_D, atol=2e-6)
 
 
@@ -104,6 +104,6 @@ def test_the_last_token_is_pooled_in_one_place() -> None:
         for package in PACKAGES
         for path in (ROOT / package).rglob("*.py")
     }
-    assert {name: places for name, places in found.items() if places} == {
+    assert {name: pooled for name, pooled in found.items() if pooled} == {
         "training/mmemb_training/model.py": ["hidden_BSD.gather(1, last_B1D)"]
     }

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from mmemb_deploy import OptionError
 from mmemb_training.checkpoint import load_checkpoint
-from mmemb_training.pool.job import read_pool
+from mmemb_training.pool.build import read_pool
 from mmemb_training.recipes.estimate import estimate
 from mmemb_training.recipes.load import load_recipe
 from mmemb_training.recipes.machines import Machine
@@ -80,14 +80,14 @@ def data(tmp_path: Path) -> str:
     root = tmp_path / "MMEB-train"
     rng = np.random.default_rng(0)
     rows = []
-    for place in range(8):
-        paths = [f"images/CIRR/Train/{side}{place}.png" for side in "qp"]
+    for index in range(8):
+        paths = [f"images/CIRR/Train/{side}{index}.png" for side in "qp"]
         for path in paths:
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(root / path)
         rows.append(
             {
-                "qry": f"<|image_1|>\n{INSTRUCTION}: {place}",
+                "qry": f"<|image_1|>\n{INSTRUCTION}: {index}",
                 "qry_image_path": paths[0],
                 "pos_text": "<|image_1|>\nRepresent the given image.",
                 "pos_image_path": paths[1],
@@ -126,7 +126,7 @@ def test_a_recipe_runs_from_a_public_model_to_a_controlled_one(
 
     run()
     assert watched.stages == ["joint", "control"]
-    assert sorted(read_pool(folder / "pool")) == [f"mmeb/CIRR/{place}" for place in range(6)]
+    assert sorted(read_pool(folder / "pool")) == [f"mmeb/CIRR/{index}" for index in range(6)]
     counts = json.loads((folder / "selection" / "report.json").read_text())["worker"]["served"]
     assert sum(counts.values()) == 12
     requests = len(endpoint.received)
@@ -213,20 +213,20 @@ def test_data_that_is_not_a_name_and_a_folder_is_refused() -> None:
 def test_batches_are_of_one_task_and_a_pass_holds_no_sample_twice() -> None:
     samples = [
         Sample(
-            question=Question(key=f"{task}{place}", task=task, content="x"),
+            question=Question(key=f"{task}{index}", task=task, content="x"),
             wanted="a",
             target=Target(content="y", labels=frozenset("a")),
         )
         for task, count in (("long", 11), ("short", 4), ("tiny", 2))
-        for place in range(count)
+        for index in range(count)
     ]
     batches = TaskBatches(samples, 3, seed=0)
     assert batches.per_pass == 3 + 1
     for passes in range(3):
-        drawn = [batches(passes * batches.per_pass + place) for place in range(batches.per_pass)]
+        drawn = [batches(passes * batches.per_pass + index) for index in range(batches.per_pass)]
         assert all(len({sample.question.task for sample in batch}) == 1 for batch in drawn)
         keys = [sample.question.key for batch in drawn for sample in batch]
         assert len(keys) == len(set(keys)) == 12
-    assert {one.question.key for step in range(40) for one in batches(step)} >= {f"long{place}" for place in range(11)}
+    assert {one.question.key for step in range(40) for one in batches(step)} >= {f"long{index}" for index in range(11)}
     with pytest.raises(OptionError, match="batch is 12: the largest task has 11 samples"):
         TaskBatches(samples, 12, seed=0)

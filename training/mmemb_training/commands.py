@@ -13,7 +13,7 @@ from mmemb_deploy.errors import MissingExtraError
 from mmemb_training.recipes.command import plan
 
 if TYPE_CHECKING:
-    from mmemb_training.nano.stages import NanoRecipe
+    from mmemb_training.nano.method import NanoRecipe
     from mmemb_training.stage import Watch
 
 SHOWN = ("direct", "reasoned", "rationale", "decision", "reward", "reasoning_rate")  # beside a progress bar
@@ -39,7 +39,7 @@ def register(app: typer.Typer) -> None:
 def nano(folder: Folder, seed: Seed = 0, scale: Scale = 1.0, as_json: Json = False) -> None:
     """Train the embedded default model on DigitChain by the full method: about 40 minutes on 2 cores."""
     recipe, watch = _setting(seed, scale)
-    from mmemb_training.nano.stages import NanoRun
+    from mmemb_training.nano.method import NanoRun
 
     checkpoint = NanoRun(folder, recipe, watch).full()
     print(json.dumps({"checkpoint": str(checkpoint)}) if as_json else f"checkpoint: {checkpoint}")
@@ -118,7 +118,7 @@ def adopt(
 
 def _setting(seed: int, scale: float) -> tuple[NanoRecipe, Watch]:
     try:
-        from mmemb_training.nano.stages import NanoRecipe
+        from mmemb_training.nano.method import NanoRecipe
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train") from error
     return NanoRecipe(seed=seed).scaled(scale), show_progress

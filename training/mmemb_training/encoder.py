@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from mmemb_deploy.inputs import prompts
 from mmemb_deploy.inputs.rows import Batch, Row, collate
-from mmemb_training.batches import encode_batch
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.model import KeyValue, decoder_forward, last_state
+from mmemb_training.prefill import prefill
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Encoder(nn.Module):
     def _prefill(self, rows: Sequence[Row]) -> tuple[Batch, list[KeyValue], Tensor]:
         """Return prompts as a batch, their KV cache, and their states at `<|disc_emb|>`, (B, D)."""
         batch = collate(rows, self.ids[prompts.PAD])
-        hidden_BSD, cache = encode_batch(self.model, batch, self.spec)
+        hidden_BSD, cache = prefill(self.model, batch, self.spec)
         return batch, cache, last_state(hidden_BSD, torch.from_numpy(batch.last_B).to(hidden_BSD.device))
 
     def _tokens(self, paths: Sequence[Continuation]) -> tuple[list[int], list[list[int]]]:
@@ -107,8 +107,8 @@ class Encoder(nn.Module):
         """Return the states of tokens that follow the prompts `owners`, (R, T, D), their ids and their lengths."""
         lengths_R = np.array([len(row) for row in tokens])
         token_ids_RT = np.full((len(tokens), lengths_R.max()), self.ids[prompts.PAD], np.int64)
-        for place, row in enumerate(tokens):
-            token_ids_RT[place, : len(row)] = row
+        for index, row in enumerate(tokens):
+            token_ids_RT[index, : len(row)] = row
         steps_T = np.arange(lengths_R.max())
         owners_R = np.asarray(owners)
         starts_R = batch.position_ids_3BT[0, owners_R, batch.last_B[owners_R]] + 1

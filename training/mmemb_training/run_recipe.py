@@ -28,8 +28,8 @@ from mmemb_training.checkpoint import FACTS, Checkpoint, load_checkpoint
 from mmemb_training.control.grpo import train_control
 from mmemb_training.data.registry import read
 from mmemb_training.joint import Lesson
+from mmemb_training.pool.build import build_pool, print_report, read_pool
 from mmemb_training.pool.endpoint import EndpointWorker
-from mmemb_training.pool.job import build_pool, print_report, read_pool
 from mmemb_training.pool.local import TransformersWorker
 from mmemb_training.pool.workers import Worker
 from mmemb_training.prepare import prepare
@@ -38,11 +38,11 @@ from mmemb_training.recipes.machines import GIB, Machine
 from mmemb_training.recipes.settings import RunRecipe, TrainedWeights, WorkerSettings
 from mmemb_training.recipes.shapes import ModelShape, read_shape
 from mmemb_training.samples import Sample
+from mmemb_training.selection.assess import REPORT, assess_pool, read_assessed
 from mmemb_training.selection.bank import TargetBank, mine_negatives
 from mmemb_training.selection.evaluators import EmbedderEvaluator, Evaluator, JudgeEvaluator
-from mmemb_training.selection.job import REPORT, judge_pool, read_judged
-from mmemb_training.selection.select import Choice, Verdict, choose
-from mmemb_training.stage import Metrics, Watch, finish_stage
+from mmemb_training.selection.select import KeptRationales, Verdict, kept_rationales
+from mmemb_training.stage import Metrics, Watch, run_stage
 from mmemb_training.task_batches import TaskBatches
 from mmemb_training.trainer import train_jointly
 
@@ -166,15 +166,15 @@ class Run:
             print_report(self._console, report)
         self._accelerator.wait_for_everyone()
 
-    def selection(self) -> dict[str, Choice]:
+    def selection(self) -> dict[str, KeptRationales]:
         """Stage 2: return what every question kept. A question that no worker wrote for is not among them."""
         recipe, folder = self.recipe.selection, self.folder / "selection"
         if self._accelerator.is_main_process and not (folder / REPORT).exists():
             model = self.start()
             model.model.to(self._accelerator.device)
             samples, evaluator = self._evaluator(model)
-            with counting(len(samples), shown=True, label="judging") as done:
-                judge_pool(
+            with counting(len(samples), shown=True, label="assessing") as done:
+                assess_pool(
                     samples,
                     read_pool(self.folder / "pool"),
                     evaluator,
@@ -186,22 +186,25 @@ class Run:
                 )
             self._console.print_json((folder / REPORT).read_text())
         self._accelerator.wait_for_everyone()
-        return choose(
-            read_judged(folder),
+        return kept_rationales(
+            read_assessed(folder),
             lambda one: one.verdict(recipe.margins) is Verdict.KEPT,
             temperature=recipe.sampling_temperature,
         )
 
     def joint(self) -> Checkpoint:
         """Stage 3."""
-        recipe, start, choices = self.recipe.joint, self.start(), self.selection()
-        known = [sample for sample in self.samples if sample.question.key in choices]
+        return self._stage("joint", self._begin_joint)
+
+    def _begin_joint(self) -> tuple[Checkpoint, Metrics, int]:
+        recipe, start, kept = self.recipe.joint, self.start(), self.selection()
+        known = [sample for sample in self.samples if sample.question.key in kept]
         batches = TaskBatches(known, recipe.batch, seed=recipe.schedule.seed)
         recipe = replace(recipe, schedule=recipe.schedule.over(batches.per_pass))
 
         def draw(step: int) -> list[Lesson]:
             rng = np.random.default_rng([recipe.schedule.seed, step])
-            return [Lesson(sample, choices[sample.question.key].draw(rng)) for sample in batches(step)]
+            return [Lesson(sample, kept[sample.question.key].draw(rng)) for sample in batches(step)]
 
         steps = train_jointly(
             start,
@@ -209,41 +212,41 @@ class Run:
             recipe,
             self.folder / "joint",
             weights=self.recipe.weights,
-            data={"samples": len(self.samples), "choices": len(choices)},
+            data={"samples": len(self.samples), "kept": len(kept)},
             accelerator=self._accelerator,
         )
-        return self._finish("joint", start, steps, recipe.schedule.length)
+        return start, steps, recipe.schedule.length
 
     def control(self) -> Checkpoint:
         """Stage 4, on as many questions as its steps see. Groups are decoded here: sharded weights cannot be."""
-        joint = self.joint()
-        return self._finish("control", joint, self._control_steps(joint), self.recipe.control.schedule.length)
+        return self._stage("control", self._begin_control)
 
-    def _control_steps(self, joint: Checkpoint) -> Metrics:
+    def _begin_control(self) -> tuple[Checkpoint, Metrics, int]:
         recipe, processes, rng = self.recipe.control, self._accelerator.num_processes, np.random.default_rng(0)
         wanted = min(len(self.samples), recipe.queries * math.ceil(recipe.schedule.length / recipe.updates))
         chosen = [self.samples[index] for index in rng.choice(len(self.samples), size=wanted, replace=False)]
-        joint.model.to(self._accelerator.device)
-        samples = self._mined(chosen, joint)
-        bank = TargetBank(samples, joint)
-        share = min(recipe.queries, len(samples)) // processes  # as many for each, so that all read as often
+        share = min(recipe.queries, wanted) // processes  # as many for each, so that all read as often
         if not share:
             raise OptionError(f"control.queries is {recipe.queries}: each of {processes} processes needs at least 1")
+        joint = self.joint()
+        joint.model.to(self._accelerator.device)
+        samples = self._mined(chosen, joint)
 
         def draw(turn: int) -> list[Sample]:
             drawn = np.random.default_rng([1, turn]).choice(len(samples), size=share * processes, replace=False)
             return [samples[index] for index in drawn[self._accelerator.process_index :: processes]]
 
-        yield from train_control(
+        steps = train_control(
             joint,
             draw,
             recipe,
             self.folder / "control",
-            bank=bank,
+            bank=TargetBank(samples, joint),
             weights=self.recipe.weights,
             data={"samples": wanted},
             accelerator=self._accelerator,
         )
+        return joint, steps, recipe.schedule.length
 
     def _started(self) -> Path:
         """Return the folder of the checkpoint that training starts from, made if need be."""
@@ -260,17 +263,9 @@ class Run:
                 )
         return target
 
-    def _finish(self, name: str, checkpoint: Checkpoint, steps: Metrics, count: int) -> Checkpoint:
-        return finish_stage(
-            self.folder / name,
-            checkpoint,
-            steps,
-            count,
-            self._watch,
-            self._accelerator,
-            {"recipe": asdict(self.recipe)},
-            dtype=self._dtype,
-        )
+    def _stage(self, name: str, begin: Callable[[], tuple[Checkpoint, Metrics, int]]) -> Checkpoint:
+        provenance = {"recipe": asdict(self.recipe)}
+        return run_stage(self.folder / name, begin, self._watch, self._accelerator, provenance, dtype=self._dtype)
 
     def _worker(self, settings: WorkerSettings) -> Worker:
         pool = self.recipe.pool

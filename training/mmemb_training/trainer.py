@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from mmemb_training.checkpoint import Checkpoint, save_checkpoint
+from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.encoder import Encoder
 from mmemb_training.grad_cache import backward
 from mmemb_training.joint import JointStep, Lesson
 from mmemb_training.loop import run_steps
 from mmemb_training.lora import trainable
 from mmemb_training.recipes.settings import ALL_WEIGHTS, JointRecipe, TrainedWeights
+from mmemb_training.stage import plain_accelerator
 
 Draw = Callable[[int], list[Lesson]]  # the lessons of a step, a function of its number alone
 
@@ -72,19 +72,3 @@ def train_jointly(
         model = Encoder(checkpoint).train()
         encoder, optimizer = accelerator.prepare(model, recipe.schedule.optimizer(model))
         yield from run_steps(folder, identity, recipe.schedule, accelerator, encoder, optimizer, step_of, describe)
-
-
-def plain_accelerator() -> Accelerator:
-    """Return an accelerator for one process, on the first GPU where there is one."""
-    return Accelerator(cpu=not torch.cuda.is_available())
-
-
-def save_trained(
-    checkpoint: Checkpoint, folder: Path, accelerator: Accelerator, provenance: dict[str, Any] | None = None
-) -> None:
-    """Write what was trained, from one process, with sharded weights gathered."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(checkpoint.model, options=options)
-    if accelerator.is_main_process:
-        save_checkpoint(checkpoint, folder, provenance=provenance, weights=weights)
-    accelerator.wait_for_everyone()

@@ -1,20 +1,20 @@
 """GRPO on the decision and on the rationale, in paired groups (METHOD stage 4).
 
-    policy   = - mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) over decisions, and over words
+    policy   = - mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) over decisions, and over tokens of rationales
     L        = policy + beta KL(policy || reference) + anchor * mean of 1 - cos(z, z of the reference), both embeddings
 
-Decision and words are normalised apart, as in Thinkless (arXiv 2505.13379): one control token would drown among the
-words. The decision's advantage compares all rollouts of a group; the words' those that reason, so that bad words earn
-nothing for a good decision. A forced decision takes no policy gradient; the words after it do. Targets and negatives
-are those of a frozen snapshot, and `anchor` keeps the embeddings where stage 3 left them, on the policy's own
-rationales: reinforcement learns when to reason and what to write, not what a rationale means. InfoNCE in its place
-was tried, and taught the reasoned embedding to distrust rationales, since some that are drawn are wrong.
+Decision and rationale are normalised apart, as in Thinkless (arXiv 2505.13379): one control token would drown among
+the others. The decision's advantage compares all rollouts of a group; the rationale's those that reason, so that a bad
+one earns nothing for a good decision. A forced decision takes no policy gradient; what follows it does. Targets and
+negatives are those of a frozen snapshot, and `anchor` keeps the embeddings where stage 3 left them, on the policy's own
+rationales: reinforcement learns when to reason and what to write, not what a rationale means. InfoNCE in its place was
+tried, and taught the reasoned embedding to distrust rationales, since some that are drawn are wrong.
 
 TRL's GRPOTrainer (1.16) was read first. Its experimental `rollout_func` could draw these groups, mask a forced token
 and hand embeddings to its rewards; but every token of a rollout shares one advantage there, the loss has no place for
 the anchor, and a prompt with its images is read again for each of its rollouts. Drawing, scoring and loss would all
 be ours; what would remain is a loop, and `loop.run_steps` is one.
-Axes: Q questions, R rollouts that reason, T words, D embedding size.
+Axes: Q questions, R rollouts that reason, T tokens, D embedding size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mmemb_training.checkpoint import Checkpoint
-from mmemb_training.control.policy import Batch, chunks_of, merged, policy_terms, read_alone, statistics
+from mmemb_training.control.policy import RolloutBatch, chunks_of, merged, policy_terms, read_alone, statistics
 from mmemb_training.control.rewards import score_group
 from mmemb_training.control.rollouts import draw_groups
 from mmemb_training.encoder import Encoder, Reading
@@ -40,7 +40,7 @@ from mmemb_training.lora import trainable, without_lora
 from mmemb_training.recipes.settings import ALL_WEIGHTS, ControlRecipe, TrainedWeights
 from mmemb_training.samples import Sample
 from mmemb_training.selection.bank import TargetBank
-from mmemb_training.trainer import plain_accelerator
+from mmemb_training.stage import plain_accelerator
 
 Draw = Callable[[int], list[Sample]]  # the questions of a batch of rollouts, a function of its number
 
@@ -63,9 +63,9 @@ def train_control(
     """
     accelerator = accelerator or plain_accelerator()
     torch.manual_seed(recipe.schedule.seed)
-    batch: Batch | None = None
+    batch: RolloutBatch | None = None
 
-    def roll_out(turn: int) -> Batch:
+    def roll_out(turn: int) -> RolloutBatch:
         samples, limit = draw(turn), checkpoint.facts.max_rationale_tokens
         groups = draw_groups(
             checkpoint,
@@ -80,7 +80,7 @@ def train_control(
             for sample, group in zip(samples, groups, strict=True)
         ]
         chunks = chunks_of(samples, groups, checkpoint.rows, recipe.micro_batch)
-        return Batch(samples, groups, scored, read_alone(encoder, chunks), read_reference(chunks))
+        return RolloutBatch(samples, groups, scored, read_alone(encoder, chunks), read_reference(chunks))
 
     def step_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         nonlocal batch
@@ -92,7 +92,7 @@ def train_control(
         def loss_of(readings: Sequence[Reading]) -> tuple[Tensor, dict[str, Tensor]]:
             terms = policy_terms(merged(readings), drawn, recipe.clip)
             parts = {
-                "policy": terms["policy_decision"] + terms["policy_words"] + recipe.beta * terms["kl"],
+                "policy": terms["policy_decision"] + terms["policy_rationale"] + recipe.beta * terms["kl"],
                 "anchor": recipe.anchor * terms["anchor"],
             }
             logged = {name: term.detach() for name, term in terms.items()} | statistics(drawn)

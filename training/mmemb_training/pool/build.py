@@ -1,7 +1,7 @@
 """The pool as a job: resumable, safe from a kill, and losing nothing when a worker fails.
 
 pool.json            what the pool is of: workers and a hash of the questions
-part-00000.parquet   candidates: question, task, worker, sample, rationale
+part-00000.parquet   rationales: question, task, worker, sample, rationale
 failures.jsonl       what failed in the last run; the next run tries it again
 """
 
@@ -29,12 +29,12 @@ COLUMNS = ("question", "task", "worker", "sample", "rationale")
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A rationale, who wrote it, and which of the worker's for its question it is."""
+class Rationale:
+    """What was written, by whom, and which of the worker's for its question it is."""
 
     worker: str
     sample: int
-    rationale: str
+    text: str
 
 
 def build_pool(
@@ -69,16 +69,16 @@ def build_pool(
         return pool_report(folder, workers, questions)
 
 
-def read_pool(folder: Path) -> dict[str, list[Candidate]]:
+def read_pool(folder: Path) -> dict[str, list[Rationale]]:
     """Return the candidates of every question, by worker and sample."""
-    pool: dict[str, list[Candidate]] = defaultdict(list)
+    pool: dict[str, list[Rationale]] = defaultdict(list)
     for row in read_parts(folder, COLUMNS):
-        pool[row["question"]].append(Candidate(row["worker"], row["sample"], row["rationale"]))
+        pool[row["question"]].append(Rationale(row["worker"], row["sample"], row["rationale"]))
     return {key: sorted(found, key=lambda one: (one.worker, one.sample)) for key, found in pool.items()}
 
 
 def pool_report(folder: Path, workers: Sequence[Worker], questions: Sequence[Question]) -> dict[str, Any]:
-    """Return, by worker: questions written, failed and missing, candidates by task, and their words and emptiness."""
+    """Return, by worker: questions written, failed and missing, candidates by task, and their length and emptiness."""
     rows = list(read_parts(folder, COLUMNS))
     failures = [json.loads(line) for line in (folder / FAILURES).read_text().splitlines()]
     report = {}
@@ -116,9 +116,9 @@ def _write(folder: Path, worker: Worker, questions: Sequence[Question]) -> None:
     write_part(
         folder,
         [
-            {"question": question.key, "task": question.task, "worker": worker.name, "sample": place, "rationale": text}
+            {"question": question.key, "task": question.task, "worker": worker.name, "sample": index, "rationale": text}
             for question, written in zip(questions, results, strict=True)
-            for place, text in enumerate(written.rationales)
+            for index, text in enumerate(written.rationales)
         ],
     )
     with (folder / FAILURES).open("a") as file:
