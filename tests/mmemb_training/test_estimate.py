@@ -266,7 +266,8 @@ def test_a_real_backward_pass_peaks_just_below_the_estimate(
         torch.stack([part.float().sum() for part in encoder(rows, paths)]).sum().backward()
     shape = read_shape(small)
     activations = prompts * activation_bytes(shape, FULL, 8, size_of(rows[0], rationales, tokens))
-    waiting = estimate(shape, recipe_for(shape, FULL), H100S).stages["joint"].terms["waiting gradients"][0]
+    waiting = estimate(shape, recipe_for(shape, FULL), H100S).stages["joint"].terms["waiting gradients"].value
+    assert waiting
     assert live.peak <= activations + (waiting if rationales else 0) <= 1.2 * live.peak
 
 
@@ -287,7 +288,7 @@ def test_optimizer_and_gradients_take_what_torch_allocates(tiny: Checkpoint, tin
     moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.numel() > 1)
     shape = read_shape(tiny_checkpoint)
     lasting = estimate(shape, recipe_for(shape, TrainedWeights()), machine(1, memory_gib=80)).stages["joint"].terms
-    terms = {name: size for name, (size, _) in lasting.items()}
+    terms = {name: term.value for name, term in lasting.items()}
     assert terms["optimizer"] == moments
     assert terms["weights"] == terms["gradients"] == sum(weight.nbytes for weight in weights)
 
@@ -346,7 +347,7 @@ def test_the_targets_of_the_questions_read_at_once_fit_too(negatives: int) -> No
     prompt = longest_prompt(shape, recipe.model)
     targets = joint.micro_batch * (1 + negatives) * activation_bytes(shape, recipe.weights, 8, prompt)
     questions = joint.micro_batch * activation_bytes(shape, recipe.weights, 8, prompt.followed(1, 256))
-    assert joint.terms["activations"][0] == max(questions, targets)
+    assert joint.terms["activations"].value == max(questions, targets)
     assert joint.fits
 
 
@@ -442,6 +443,6 @@ def test_every_device_names_its_source() -> None:
 def test_the_optimizer_is_the_largest_state_of_full_training_on_one_gpu() -> None:
     shape = SHAPES["qwen3-vl-2b"]
     terms = made_of("qwen3-vl-2b-full", machine(1, device="h200")).stages["joint"].terms
-    states = {name: size for name, (size, _) in terms.items() if name != "activations"}
+    states = {name: term.value or 0 for name, term in terms.items() if name != "activations"}
     assert max(states, key=lambda name: states[name]) == "optimizer"
     assert sum(states[name] for name in ("weights", "gradients", "optimizer")) == 16 * shape.parameters()

@@ -42,8 +42,8 @@ def run_briefly(tiny_checkpoint: Path) -> Iterator[Run]:
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, str(SCRIPT)], **pipes, text=True, env=environment) as server:
+    command, pipe = [sys.executable, str(SCRIPT)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
 
         def run(
             folder: Path, mode: str, *options: str, processes: int = 1, kill_after: int | None = None

@@ -35,7 +35,7 @@ from mmemb_training.pool.workers import Worker
 from mmemb_training.prepare import prepare
 from mmemb_training.recipes.estimate import estimate
 from mmemb_training.recipes.machines import GIB, Machine
-from mmemb_training.recipes.settings import RunRecipe, TrainedWeights, WorkerSettings
+from mmemb_training.recipes.settings import RunRecipe, TrainedWeights, WorkerSettings, changed
 from mmemb_training.recipes.shapes import ModelShape, read_shape
 from mmemb_training.samples import Sample
 from mmemb_training.selection.assess import REPORT, assess_pool, read_assessed
@@ -115,7 +115,7 @@ def with_micro_batches(
         else:
             raise OptionError(f"{memory.reason()}. It fits with {', or with '.join(made.changes if made else ())}")
         say(f"{stage}: {size} questions at once, {why}")
-        recipe = replace(recipe, **{stage: replace(settings, micro_batch=size)})
+        recipe = changed(recipe, f"{stage}.micro_batch", size)
     return recipe
 
 

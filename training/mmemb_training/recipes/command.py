@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Annotated, get_args
 
 import typer
@@ -13,7 +12,7 @@ from mmemb_training.recipes.estimate import FILL, Estimate, estimate
 from mmemb_training.recipes.hours import Figure
 from mmemb_training.recipes.load import load_recipe, recipe_names
 from mmemb_training.recipes.machines import DEVICES, UTILISATION, machine
-from mmemb_training.recipes.settings import Method
+from mmemb_training.recipes.settings import Method, changed
 from mmemb_training.recipes.shapes import SHAPES, find_shape
 
 SCALES = {"B": (2**30, ",.2f", "GiB"), "FLOP": (1e15, ",.3g", "PFLOP"), "FLOP/s": (1e12, ",.1f", "TFLOP/s")}
@@ -39,7 +38,7 @@ def plan(
     shape = find_shape(model)
     chosen = load_recipe(_recipe_for(shape.name, method) if recipe is None else recipe).with_method(method)
     if batch is not None:
-        chosen = replace(chosen, joint=replace(chosen.joint, batch=batch))
+        chosen = changed(chosen, "joint.batch", batch)
     there = machine(
         gpus, device=device, memory_gib=memory_gib, tflops=tflops, bandwidth=bandwidth, utilisation=utilisation
     )

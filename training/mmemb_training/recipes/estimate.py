@@ -7,8 +7,9 @@ a real backward pass, and the rest against what torch allocates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from mmemb_deploy.errors import OptionError
@@ -23,20 +24,22 @@ from mmemb_training.recipes.counts import (
 )
 from mmemb_training.recipes.hours import Figure, stage_costs
 from mmemb_training.recipes.machines import GIB, RESERVE, Machine
-from mmemb_training.recipes.settings import RunRecipe, TrainedWeights
+from mmemb_training.recipes.settings import RunRecipe, StartModel, TrainedWeights, changed
 from mmemb_training.recipes.shapes import ModelShape
 
 FILL = 0.5  # share of the limits on pixels and answers that a mean example uses; assumed
 MOST_GPUS = 1024
 SHORTEST_PROMPT = 256  # tokens; below it, no image of use is left
 
+Terms = dict[str, Figure]
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageMemory:
     """The memory of a stage on each GPU, with as many questions at once as fit, or as the recipe says."""
 
-    stage: str
-    terms: dict[str, tuple[float, str]]  # bytes, and how they were found
+    name: str
+    terms: Terms  # in bytes
     micro_batch: int  # questions at once, at least 1
     share: int  # questions of a step on each GPU
     usable: float  # bytes
@@ -44,7 +47,7 @@ class StageMemory:
     @property
     def bytes(self) -> float:
         """What the terms add up to."""
-        return sum(size for size, _ in self.terms.values())
+        return _sum(self.terms)
 
     @property
     def fits(self) -> bool:
@@ -58,15 +61,15 @@ class StageMemory:
 
     def reason(self) -> str:
         """Say by how much it does not fit, and which term is the largest."""
-        size, name = max((size, name) for name, (size, _) in self.terms.items())
+        size, name = max((term.value or 0, name) for name, term in self.terms.items())
         return (
-            f"stage {self.stage} needs {self.bytes / GIB:.1f} GiB on each GPU with {self.micro_batch} question(s) at "
+            f"stage {self.name} needs {self.bytes / GIB:.1f} GiB on each GPU with {self.micro_batch} question(s) at "
             f"once, and {self.usable / GIB:.1f} GiB are usable; the largest term is {name}, {size / GIB:.1f} GiB"
         )
 
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> Terms:
         """Return its terms, their sum, and what follows."""
-        return {name: Figure(size, "B", basis) for name, (size, basis) in self.terms.items()} | {
+        return self.terms | {
             "all": Figure(self.bytes, "B", "the sum"),
             "usable": Figure(self.usable, "B", "memory less the reserve"),
             "at once": Figure(self.micro_batch, "", "questions: what is left beside what lasts / one's activations"),
@@ -80,7 +83,7 @@ class Estimate:
 
     stages: dict[str, StageMemory]  # "joint" and "control"
     changes: tuple[str, ...]  # each makes all fit by itself, the smallest first
-    figures: dict[str, dict[str, Figure]]  # by section and name
+    figures: dict[str, Terms]  # by section and name
 
     @property
     def fits(self) -> bool:
@@ -94,16 +97,12 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the estimate in JSON's types."""
-        return {
-            "fits": self.fits,
-            "reason": self.reason,
-            "changes": self.changes,
-            **{name: {"micro_batch": one.micro_batch, "chunks": one.chunks} for name, one in self.stages.items()},
-            "figures": {
-                section: {name: figure._asdict() for name, figure in figures.items()}
-                for section, figures in self.figures.items()
-            },
+        stages = {name: {"micro_batch": one.micro_batch, "chunks": one.chunks} for name, one in self.stages.items()}
+        figures = {
+            section: {name: figure._asdict() for name, figure in terms.items()}
+            for section, terms in self.figures.items()
         }
+        return {"fits": self.fits, "reason": self.reason, "changes": self.changes, **stages, "figures": figures}
 
 
 def estimate(
@@ -120,23 +119,21 @@ def estimate(
         raise OptionError(f"fill is {fill}: it must be above 0 and at most 1")
     if recipe.joint.batch < machine.gpus:
         raise OptionError(f"batch is {recipe.joint.batch}: each of {machine.gpus} GPUs needs at least 1 of it")
-    largest = recipe.joint.objective.dims[0]
-    if largest > shape.text.hidden:
-        raise OptionError(f"objective.dims holds {largest}: {shape.name} has embeddings of {shape.text.hidden}")
+    if recipe.joint.objective.dims[0] > shape.text.hidden:
+        sizes = f"objective.dims holds {recipe.joint.objective.dims[0]}"
+        raise OptionError(f"{sizes}: {shape.name} has embeddings of {shape.text.hidden}")
     stages = _memory(shape, recipe, machine)
     cached = machine.gpus > 1 or stages["joint"].chunks > 1
     flops, hours = stage_costs(shape, recipe, machine, examples, fill, cached=cached)
-    made = Estimate(
-        stages=stages,
-        changes=(),
-        figures={
-            **_assumptions(shape, recipe, machine, fill),
-            **{f"memory of a GPU, stage {stage.stage}": stage.figures() for stage in stages.values()},
-            "arithmetic": flops,
-            "time": hours,
-        },
-    )
-    return made if made.fits else replace(made, changes=tuple(_changes_that_fit(shape, recipe, machine)))
+    figures = {
+        "assumed": _assumptions(shape, recipe, machine, fill),
+        **{f"memory of a GPU, stage {stage.name}": stage.figures() for stage in stages.values()},
+        "arithmetic": flops,
+        "time": hours,
+    }
+    fits = all(stage.fits for stage in stages.values())
+    changes = () if fits else tuple(_changes_that_fit(shape, recipe, machine))
+    return Estimate(stages=stages, changes=changes, figures=figures)
 
 
 def _memory(shape: ModelShape, recipe: RunRecipe, machine: Machine) -> dict[str, StageMemory]:
@@ -146,58 +143,40 @@ def _memory(shape: ModelShape, recipe: RunRecipe, machine: Machine) -> dict[str,
     questions with a group of rationales each.
     """
     joint, control, weights, gpus = recipe.joint, recipe.control, recipe.weights, machine.gpus
-    prompt, written = longest_prompt(shape, recipe.model), recipe.model.max_rationale_tokens
+    prompt, tokens = longest_prompt(shape, recipe.model), recipe.model.max_rationale_tokens
     targets, dims = 1 + joint.hard_negatives, len(joint.objective.dims)
     pairs = loss_bytes(joint.batch, joint.batch * targets, dims)
+    loss = {"loss": Figure(pairs, "B", f"{joint.batch} x {joint.batch * targets} pairs, {dims} sizes")}
     trained = _trained_parameters(shape, weights) / (1 if weights.adapters else gpus)
+    step = {"optimizer step": Figure(4 * trained, "B", "4 B per trained weight: AdamW's temporaries")}
 
     def stage(
-        name: str, questions: int, given: int | None, loss: tuple[float, str], *read: tuple[int, PromptSize]
+        name: str, questions: int, given: int | None, passing: Terms, *read: tuple[int, PromptSize]
     ) -> StageMemory:
-        lasting = _lasting_terms(shape, weights, gpus, reference=name.endswith("(control)"))
-        each, count, size = max(
-            ((count * activation_bytes(shape, weights, gpus, size), count, size) for count, size in read),
-            key=lambda one: one[0],
+        lasting = _lasting_terms(shape, weights, gpus, reference=name == "4 (control)")
+        each = [count * activation_bytes(shape, weights, gpus, size) for count, size in read]
+        count, size = read[each.index(max(each))]
+        share, left = -(-questions // gpus), machine.usable_bytes - _sum(lasting)
+        at_once = min(share, given or max(1, int(left // max(each))))
+        basis = (
+            f"{at_once} question(s), for each {count} prompt(s) of {size.tokens} tokens ({size.frames} frames of "
+            f"{size.patches} patches) with {size.rationales} rationale(s) of {size.rationale_tokens}, checkpointing "
+            f"{'on' if weights.gradient_checkpointing else 'off'}: what waits for the backward pass, at its widest"
         )
-        share, left = -(-questions // gpus), machine.usable_bytes - sum(size for size, _ in lasting.values())
-        at_once = min(share, given or max(1, int(left // each)))
-        passing = {
-            "activations": (
-                at_once * each,
-                f"{at_once} question(s), with {count} prompt(s) each of {size.tokens} tokens ({size.frames} frames of "
-                f"{size.patches} patches) and {size.rationales} rationale(s) of {size.rationale_tokens}, checkpointing "
-                f"{'on' if weights.gradient_checkpointing else 'off'}: what waits for the backward pass, and its "
-                "widest moment",
-            ),
-            "optimizer step": (4 * trained, "4 B per trained weight: AdamW's temporaries"),
-            "loss": loss,
-        }
-        largest = max(passing, key=lambda term: passing[term][0])
-        return StageMemory(
-            stage=name,
-            terms={**lasting, largest: passing[largest]},
-            micro_batch=at_once,
-            share=share,
-            usable=machine.usable_bytes,
-        )
+        passing = passing | {"activations": Figure(at_once * max(each), "B", basis)}
+        largest = max(passing, key=lambda term: passing[term].value or 0)
+        terms = {**lasting, largest: passing[largest]}
+        return StageMemory(name=name, terms=terms, micro_batch=at_once, share=share, usable=machine.usable_bytes)
 
+    question, group = (1, prompt.followed(1, tokens)), (1, prompt.followed(control.group, tokens))
     return {
-        "joint": stage(
-            "3 (joint)",
-            joint.batch,
-            joint.micro_batch,
-            (pairs, f"{joint.batch} x {joint.batch * targets} pairs, {dims} sizes"),
-            (1, prompt.followed(1, written)),
-            (targets, prompt),
-        ),
-        "control": stage(
-            "4 (control)",
-            control.queries,
-            control.micro_batch,
-            (0.0, "of one group at a time"),
-            (1, prompt.followed(control.group, written)),
-        ),
+        "joint": stage("3 (joint)", joint.batch, joint.micro_batch, step | loss, question, (targets, prompt)),
+        "control": stage("4 (control)", control.queries, control.micro_batch, step, group),
     }
+
+
+def _sum(terms: Terms) -> float:
+    return sum(term.value or 0 for term in terms.values())
 
 
 def _trained_parameters(shape: ModelShape, weights: TrainedWeights) -> int:
@@ -205,91 +184,71 @@ def _trained_parameters(shape: ModelShape, weights: TrainedWeights) -> int:
     return shape.parameters() if lora is None else shape.lora_parameters(lora.rank, lora.targets)
 
 
-def _lasting_terms(
-    shape: ModelShape, weights: TrainedWeights, gpus: int, *, reference: bool = False
-) -> dict[str, tuple[float, str]]:
+def _lasting_terms(shape: ModelShape, weights: TrainedWeights, gpus: int, *, reference: bool) -> Terms:
     """Return what is held from step to step. `reference` adds the frozen snapshot of stage 4."""
     parameters, trained, width = shape.parameters(), _trained_parameters(shape, weights), weights.value_bytes
+    held: list[tuple[str, int, float, str]]  # a term's bytes for each of so many values
     if weights.adapters:
         each, buckets = (20, "; DDP's gradient buckets 4") if gpus > 1 else (16, "")
-        return {
-            "frozen weights": (width * parameters, f"{width} B x {parameters:,} parameters, on every GPU"),
-            "adapters and optimizer": (
-                each * trained,
-                f"{each} B x {trained:,}: fp32 weights 4, gradients 4, AdamW moments 8{buckets}",
-            ),
-        }
-    shard = f"{parameters:,} parameters" + (f" / {gpus} GPUs (FSDP2)" if gpus > 1 else "")
-    terms: dict[str, tuple[float, str]] = {
-        "weights": (4 * parameters / gpus, f"4 B (fp32 master) x {shard}"),
-        "gradients": (4 * parameters / gpus, f"4 B (fp32) x {shard}"),
-        "optimizer": (8 * parameters / gpus, f"8 B (AdamW's two moments, fp32) x {shard}"),
-    }
-    layer, layers = shape.text.layer_parameters(), shape.text.layers
-    if gpus > 1:
+        held = [
+            ("frozen weights", width, parameters, "parameters, on every GPU"),
+            ("adapters and optimizer", each, trained, f"fp32 weights 4, gradients 4, AdamW's moments 8{buckets}"),
+        ]
+    else:
+        own, shard = parameters / gpus, "parameters" + (f", 1 / {gpus} of all (FSDP2)" if gpus > 1 else "")
+        layers, layer = shape.text.layers, shape.text.layer_parameters()
         root = parameters - layers * layer - shape.vision.layers * shape.vision.layer_parameters()
-        terms["gathered weights"] = (
-            2 * width * (root + 2 * layer),
-            f"{width} B x 2 (weights, gradients) x (all outside layers {root:,} + 2 layers of {layer:,}): FSDP2 "
-            "gathers a layer while the one before it runs",
+        gathered = "parameters outside layers and of 2 layers, and gradients: FSDP2 gathers one while another runs"
+        held = [
+            ("weights", 4, own, f"{shard}: fp32 master"),
+            ("gradients", 4, own, f"{shard}: fp32"),
+            ("optimizer", 8, own, f"{shard}: AdamW's two moments, fp32"),
+            ("gathered weights", 2 * width * (gpus > 1), root + 2 * layer, gathered),
+            ("bf16 copies", 2 * (gpus == 1 and width == 2), parameters, "parameters: autocast keeps them for the step"),
+            ("waiting gradients", width, layers * layer, "text layers: the rationale's wait for the prompt's"),
+            ("reference", width * reference, own, f"{shard}: the frozen snapshot"),
+        ]
+    return {
+        name: Figure(each * count, "B", f"{each} B x {count:,.0f} {why}") for name, each, count, why in held if each
+    }
+
+
+def _changes_that_fit(shape: ModelShape, recipe: RunRecipe, machine: Machine) -> Iterator[str]:
+    """Yield the changes after which all fits, the smallest kind first; each is the least of its kind that does."""
+    for kind in _changes(shape, recipe, machine):
+        for said, other, there in kind:
+            if all(stage.fits for stage in _memory(shape, other, there).values()):
+                yield said
+                break
+
+
+def _changes(
+    shape: ModelShape, recipe: RunRecipe, machine: Machine
+) -> Iterator[Iterable[tuple[str, RunRecipe, Machine]]]:
+    """Yield kinds of changes, and of each kind what it says and makes, the smallest first."""
+
+    def settings(path: str, values: Iterable[Any]) -> Iterable[tuple[str, RunRecipe, Machine]]:
+        return (
+            (f"{path} = {value}".replace("True", "true"), changed(recipe, path, value), machine) for value in values
         )
-    elif width == 2:
-        terms["bf16 copies"] = 2 * parameters, f"2 B x {shard}: autocast keeps them for the step"
-    terms["waiting gradients"] = (
-        width * layers * layer,
-        f"{width} B x {layers} text layers of {layer:,}: those of the rationale wait for those of the prompt",
-    )
-    if reference:
-        terms["reference"] = width * parameters / gpus, f"{width} B x {shard}: the frozen snapshot"
-    return terms
 
-
-def _changes_that_fit(shape: ModelShape, recipe: RunRecipe, machine: Machine) -> list[str]:
-    """Return the changes after which all fits, the smallest first; each is the least of its kind that does."""
-    found: dict[str, str] = {}
-    for kind, said, changed, other in _changes(shape, recipe, machine):
-        if kind not in found and all(stage.fits for stage in _memory(shape, changed, other).values()):
-            found[kind] = said
-    return list(found.values())
-
-
-def _changes(shape: ModelShape, recipe: RunRecipe, machine: Machine) -> Iterator[tuple[str, str, RunRecipe, Machine]]:
-    """Yield changes by kind, each kind's smallest first."""
-    model, joint, control = recipe.model, recipe.joint, recipe.control
-    if not recipe.weights.gradient_checkpointing:
-        weights = replace(recipe.weights, gradient_checkpointing=True)
-        yield "recompute", "weights.gradient_checkpointing = true", replace(recipe, weights=weights), machine
-    for key, least in (("micro_batch", 1), ("batch", machine.gpus)):
-        for size in _halves(getattr(joint, key), least):
-            changed = replace(recipe, joint=replace(joint, **{key: size}))
-            yield f"joint.{key}", f"joint.{key} = {size}", changed, machine
-    for key, least in (("micro_batch", 1), ("group", 2)):
-        for size in _halves(getattr(control, key), least):
-            changed = replace(recipe, control=replace(control, **{key: size}))
-            yield f"control.{key}", f"control.{key} = {size}", changed, machine
-    gpus = 2 * machine.gpus
-    while gpus <= min(MOST_GPUS, joint.batch):
-        yield "gpus", f"{gpus} GPUs", recipe, replace(machine, gpus=gpus)
-        gpus *= 2
-    lora = recipe.with_method("lora")
-    if lora != recipe:
-        yield "lora", "method = lora", lora, machine
-    pairs, unit = frame_pairs(shape, model), (shape.vision.patch * shape.vision.merge) ** 2
-    for tokens in _halves(model.max_tokens, max(SHORTEST_PROMPT, TEXT_TOKENS + pairs)):
-        shorter = replace(
-            model,
-            max_tokens=tokens,
-            max_pixels=min(model.max_pixels, (tokens - TEXT_TOKENS) * unit),
-            video_max_pixels=min(model.video_max_pixels, max(1, (tokens - TEXT_TOKENS) // pairs) * unit),
-            max_rationale_tokens=min(model.max_rationale_tokens, tokens),
-        )
-        said = f"prompts of at most {tokens} tokens"
-        yield "prompt", said, replace(recipe, model=shorter), machine
-        if lora != recipe:
-            yield "lora", f"method = lora and {said}", replace(lora, model=shorter), machine
-    most = max(stage.bytes for stage in _memory(shape, recipe, machine).values())
-    needed = -(-most // GIB) / (1 - RESERVE) + 1
-    yield "memory", f"{needed:.0f} GiB on each GPU", recipe, replace(machine, memory_gib=needed)
+    yield settings("weights.gradient_checkpointing", [] if recipe.weights.gradient_checkpointing else [True])
+    yield settings("joint.micro_batch", _halves(recipe.joint.micro_batch, 1))
+    yield settings("joint.batch", _halves(recipe.joint.batch, machine.gpus))
+    yield settings("control.micro_batch", _halves(recipe.control.micro_batch, 1))
+    yield settings("control.group", _halves(recipe.control.group, 2))
+    doubled = (machine.gpus * 2**power for power in range(1, MOST_GPUS.bit_length()))
+    most = min(MOST_GPUS, recipe.joint.batch)
+    yield ((f"{gpus} GPUs", recipe, replace(machine, gpus=gpus)) for gpus in doubled if gpus <= most)
+    shorter = list(_shorter(shape, recipe.model))
+    if recipe.weights.adapters is None:
+        lora = recipe.with_method("lora")
+        both = ((f"method = lora and {said}", replace(lora, model=model), machine) for said, model in shorter)
+        yield chain([("method = lora", lora, machine)], both)
+    yield ((said, replace(recipe, model=model), machine) for said, model in shorter)
+    needed = max(stage.bytes for stage in _memory(shape, recipe, machine).values())
+    memory = -(-needed // GIB) / (1 - RESERVE) + 1
+    yield [(f"{memory:.0f} GiB on each GPU", recipe, replace(machine, memory_gib=memory))]
 
 
 def _halves(value: int | None, least: int) -> Iterator[int]:
@@ -299,28 +258,35 @@ def _halves(value: int | None, least: int) -> Iterator[int]:
         yield value
 
 
-def _assumptions(shape: ModelShape, recipe: RunRecipe, machine: Machine, fill: float) -> dict[str, dict[str, Figure]]:
-    longest, mean = longest_prompt(shape, recipe.model), mean_prompt(shape, recipe.model, fill)
-    peak = None if machine.tflops is None else machine.tflops * 1e12
-    lora = recipe.weights.adapters
-    factors = "all"
-    if lora:
-        factors = f"rank {lora.rank} x (in + out) of {', '.join(lora.targets)} in every text layer; the markers' rows"
-    return {
-        "assumed": {
-            "GPUs": Figure(machine.gpus, "", f"{machine.name}, {machine.memory_gib:g} GiB each"),
-            "peak": Figure(peak, "FLOP/s", f"dense bf16 of each GPU: {machine.source or 'no device named'}"),
-            "utilisation": Figure(machine.utilisation, "", "of the peak, on executed operations; pass another"),
-            "memory reserve": Figure(RESERVE, "", "share kept for context, communication, fragments"),
-            "longest prompt": Figure(longest.tokens, "", "tokens, for memory: the recipe's model.max_tokens"),
-            "mean prompt": Figure(
-                mean.tokens,
-                "",
-                f"tokens, for time: one image of {fill:g} x max_pixels, and {TEXT_TOKENS} of text; pass --fill",
+def _shorter(shape: ModelShape, model: StartModel) -> Iterator[tuple[str, StartModel]]:
+    """Yield shorter prompts, with as many pixels as those leave room for."""
+    pairs, unit = frame_pairs(shape, model), (shape.vision.patch * shape.vision.merge) ** 2
+    for tokens in _halves(model.max_tokens, max(SHORTEST_PROMPT, TEXT_TOKENS + pairs)):
+        left = tokens - TEXT_TOKENS
+        yield (
+            f"prompts of at most {tokens} tokens",
+            replace(
+                model,
+                max_tokens=tokens,
+                max_pixels=min(model.max_pixels, left * unit),
+                video_max_pixels=min(model.video_max_pixels, max(1, left // pairs) * unit),
+                max_rationale_tokens=min(model.max_rationale_tokens, tokens),
             ),
-        },
-        "parameters": {
-            "all": Figure(shape.parameters(), "", f"counted from the shape; {shape.source}"),
-            "trained": Figure(_trained_parameters(shape, recipe.weights), "", factors),
-        },
+        )
+
+
+def _assumptions(shape: ModelShape, recipe: RunRecipe, machine: Machine, fill: float) -> Terms:
+    lora, longest = recipe.weights.adapters, longest_prompt(shape, recipe.model)
+    peak = None if machine.tflops is None else machine.tflops * 1e12
+    example = f"tokens, for time: one image of {fill:g} x max_pixels, and {TEXT_TOKENS} of text; pass --fill"
+    rows = f"rank {lora.rank} x (in + out) of {', '.join(lora.targets)}; the markers' rows" if lora else "all"
+    return {
+        "GPUs": Figure(machine.gpus, "", f"{machine.name}, {machine.memory_gib:g} GiB each"),
+        "peak": Figure(peak, "FLOP/s", f"dense bf16 of each GPU: {machine.source or 'no device named'}"),
+        "utilisation": Figure(machine.utilisation, "", "of the peak, on executed operations; pass another"),
+        "memory reserve": Figure(RESERVE, "", "share kept for context, communication, fragments"),
+        "longest prompt": Figure(longest.tokens, "", "tokens, for memory: the recipe's model.max_tokens"),
+        "mean prompt": Figure(mean_prompt(shape, recipe.model, fill).tokens, "", example),
+        "parameters": Figure(shape.parameters(), "", f"counted from the shape; {shape.source}"),
+        "trained parameters": Figure(_trained_parameters(shape, recipe.weights), "", rows),
     }

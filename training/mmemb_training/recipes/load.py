@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -54,7 +54,7 @@ def load_recipe(name_or_path: str | Path) -> RunRecipe:
 
 
 def _packaged(name: str) -> str:
-    return (resources.files(cast(str, __package__)) / f"{name}.toml").read_text(encoding="utf-8")
+    return (resources.files(__package__) / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def _settings(text: str, label: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ which is how drivers report them within a percent or two; RESERVE covers the dif
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mmemb_deploy.errors import OptionError, check_known
 from mmemb_training.recipes.settings import check_bounds
@@ -91,7 +92,7 @@ def machine(
         raise OptionError("memory_gib is not given: pass each GPU's memory, or a device to take it from")
     known = Machine(name="unnamed", source="", memory_gib=1) if device is None else DEVICES[device]
     given = {"memory_gib": memory_gib, "tflops": tflops, "bandwidth": bandwidth}
-    changed = {name: value for name, value in given.items() if value is not None}
+    changed: Any = {name: value for name, value in given.items() if value is not None}
     sources = [known.source, *(f"{name} as given" for name in changed)]
     source = "; ".join(filter(None, sources))
     return replace(known, gpus=gpus, utilisation=utilisation, source=source, **changed)

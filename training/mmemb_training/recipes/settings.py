@@ -329,5 +329,11 @@ class RunRecipe:
         if method is None:
             return self
         check_known("method", method, get_args(Method))
-        known: Any = method
-        return replace(self, weights=replace(self.weights, method=known))
+        return changed(self, "weights.method", method)
+
+
+def changed(recipe: RunRecipe, path: str, value: Any) -> RunRecipe:
+    """Return a recipe with another value of "section.key". Raises OptionError for one that is out of bounds."""
+    section, key = path.split(".")
+    new: dict[str, Any] = {section: replace(getattr(recipe, section), **{key: value})}
+    return replace(recipe, **new)
