@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mmemb_deploy.reasoners.remote import RemoteReasoner
     from mmemb_deploy.results import Detail, EncodeResult, Timings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Detail": "results",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
+from logging import INFO, getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmemb_deploy.backends.choose import choose_backend
 from mmemb_deploy.backends.protocol import Engine
-from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.bundle.folder import NANO, Bundle
 from mmemb_deploy.bundle.manifest import TOKENIZER, Manifest
-from mmemb_deploy.errors import InputError, MissingExtraError, OptionError, check_known
+from mmemb_deploy.errors import InputError, MissingExtraError, OptionError, SchemaError, check_known
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.inputs.prompts import PAD, PATH_MARKERS, PromptEncoder
@@ -24,12 +26,15 @@ from mmemb_deploy.progress import counting
 from mmemb_deploy.results import Detail, EncodeResult, Timings
 from mmemb_deploy.routing.fast_path import FastPath
 from mmemb_deploy.routing.generation import Generator
-from mmemb_deploy.routing.pipeline import Item, Pipeline
+from mmemb_deploy.routing.items import Item
+from mmemb_deploy.routing.pipeline import Pipeline
 from mmemb_deploy.routing.router import MODES, Policy, Route
 from mmemb_deploy.routing.vision import VisionEncoder
 
 if TYPE_CHECKING:
     from mmemb_deploy.reasoners.remote import RemoteReasoner
+
+LOGGER = getLogger("mmemb_deploy")
 
 
 class Embedder:
@@ -41,14 +46,20 @@ class Embedder:
     """
 
     def __init__(
-        self, manifest: Manifest, encoder: RowEncoder, engine: Engine, reasoner: RemoteReasoner | None = None
+        self,
+        manifest: Manifest,
+        encoder: RowEncoder,
+        engine: Engine,
+        reasoner: RemoteReasoner | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         """Assemble an embedder from its parts; `load` does it for bundles."""
         self.manifest = manifest
         self.backend = engine.name
         self.reasoner = reasoner
-        model, markers = manifest.model, manifest.markers
+        self.notes = tuple(notes)
         self.encoder = encoder
+        model = manifest.model
         vision = VisionEncoder(
             engine.vision,
             manifest.vision,
@@ -57,13 +68,12 @@ class Embedder:
             max_patches=manifest.batch.patches,
             cache_bytes=manifest.batch.vision_bytes,
         )
-        fast_path = FastPath(vision, engine.decoder, engine.gate, markers[PAD])
+        fast_path = FastPath(vision, engine.decoder, engine.gate, encoder.prompt.ids[PAD])
+        generator = Generator(engine.decoder, encoder.prompt)
         if reasoner is not None and manifest.gate is None:
             raise OptionError(f"reasoner is {reasoner.name}: this bundle does not reason, so pass none")
-        self._remote = None if reasoner is None else reasoner.generator(encoder.prompt, manifest.limits)
-        self.pipeline = Pipeline(
-            fast_path, Generator(engine.decoder, encoder.prompt), model, manifest.batch, self._remote
-        )
+        self._remote = None if reasoner is None else reasoner.writer(encoder.prompt, generator, manifest.limits)
+        self.pipeline = Pipeline(fast_path, generator, model, manifest.batch, self._remote)
 
     @classmethod
     def load(
@@ -73,16 +83,19 @@ class Embedder:
         backend: str = "auto",
         threads: int | None = None,
         reasoner: RemoteReasoner | None = None,
+        digest: str | None = None,
     ) -> Embedder:
         """Load a bundle from a folder, or the embedded nano bundle.
 
-        `backend` is "auto", "onnxruntime", "onnxruntime-cuda", "tensorrt" or "tensorrt-rtx"; the last two load what
-        `mmemb build` made, and only "auto" and "onnxruntime" run on the CPU.
+        `backend` is "onnxruntime" (the CPU), "onnxruntime-cuda", "tensorrt" or "tensorrt-rtx", which load what `mmemb
+        build` made, or "auto": the best of them that this bundle and this machine have. `notes` of the embedder says
+        which that was and why, and what of the bundle's certificate may not hold here.
         `threads` bounds the threads of one operator on the CPU, None takes all cores.
         `reasoner` writes the rationales in place of the bundle's own generator, which then follows them.
+        `digest` is what `mmemb inspect` printed of the bundle: any other bundle is refused.
         Raises BundleError and its kin for a bundle that fails a check, BackendError where the backend cannot run.
         """
-        opened = Bundle.nano() if bundle is None else Bundle.open(Path(bundle))
+        opened = Bundle.open(NANO if bundle is None else Path(bundle), digest)
         return cls.of_bundle(opened, backend=backend, threads=threads, reasoner=reasoner)
 
     @classmethod
@@ -96,7 +109,12 @@ class Embedder:
     ) -> Embedder:
         """Load the graphs of a bundle that is open."""
         encoder = row_encoder(bundle)
-        return cls(bundle.manifest, encoder, choose_backend(backend, threads).load(bundle), reasoner)
+        chosen, why = choose_backend(backend, bundle, threads)
+        engine = chosen.load(bundle)
+        notes = [(INFO, f"runs on {engine.name}: {why}"), *bundle.notes()]
+        for level, note in notes:
+            LOGGER.log(level, note)
+        return cls(bundle.manifest, encoder, engine, reasoner, [note for _, note in notes])
 
     @property
     def dim(self) -> int:
@@ -108,44 +126,43 @@ class Embedder:
         """Whether the bundle has a gate and a reasoning path."""
         return self.manifest.gate is not None
 
-    @overload
-    def encode(
-        self,
-        inputs: Sequence[Any],
-        *,
-        return_details: Literal[True],
-        errors: str = ...,
-        **options: Unpack[EncodeOptions],
-    ) -> EncodeResult: ...
-
-    @overload
-    def encode(
-        self, inputs: Sequence[Any], *, errors: Literal["return"], **options: Unpack[EncodeOptions]
-    ) -> EncodeResult: ...
-
-    @overload
-    def encode(
-        self, inputs: Sequence[Any], *, errors: Literal["raise"] = ..., **options: Unpack[EncodeOptions]
-    ) -> NDArray[Any]: ...
-
-    def encode(
-        self,
-        inputs: Sequence[Any],
-        *,
-        return_details: bool = False,
-        errors: str = "raise",
-        **options: Unpack[EncodeOptions],
-    ) -> NDArray[Any] | EncodeResult:
+    def encode(self, inputs: Sequence[Any], **options: Unpack[EncodeOptions]) -> NDArray[Any]:
         """Embed inputs as queries: float32 (inputs, dim), L2-normalised, in their order.
 
         An input is a str (always text), a PIL image, an array, or a dict with any of "text", "image", "images",
-        "video"; see `mmemb_deploy.inputs.parse`. `options` are those of `mmemb_deploy.options.Options`. A result
-        does not depend on the other inputs of the call. Every input is checked, decoded and resized before anything
-        runs, so the call holds at most `max_pixels` bytes x 3 of each image at a time.
+        "video"; see `mmemb_deploy.inputs.parse`. `options` are those of `mmemb_deploy.options.Options`. How little a
+        result depends on the other inputs of the call is in the bundle's certificate (`BatchParity`). Every input is
+        checked, decoded and resized before anything runs, so the call holds at most `max_pixels` bytes x 3 of each
+        image at a time.
 
-        With `return_details` or `errors="return"` an EncodeResult is returned. Raises InputError, naming its index, for
-        an input that cannot be processed, unless `errors="return"`; OptionError for an option; BackendError, naming an
-        index too, where a reasoner fails and is not to be replaced by the direct embedding.
+        Raises InputError, naming its index, for an input that cannot be processed; OptionError for an option;
+        BackendError, naming an index too, where a reasoner fails and is not to be replaced by the direct embedding.
+        `encode_detailed` also says which way each input went, and can return errors instead. (`return_details=True` and
+        `errors="return"` return here what it returns; they are deprecated.)
+        """
+        if moved := {"return_details", "errors"} & options.keys():
+            formerly: NDArray[Any] = self._formerly(moved, inputs, dict(options))
+            return formerly
+        return self.encode_detailed(inputs, **options).embeddings
+
+    encode_query = encode
+
+    def encode_document(self, inputs: Sequence[Any], **options: Unpack[EncodeOptions]) -> NDArray[Any]:
+        """Embed what is searched: `encode` with the bundle's document instruction, on the fast path unless asked."""
+        return self.encode(inputs, **(self.document_options | options))
+
+    @property
+    def document_options(self) -> EncodeOptions:
+        """Options by which `encode` and `encode_detailed` embed what is searched."""
+        return {"instruction": self.manifest.prompt.document_instruction, "reasoning": "never"}
+
+    def encode_detailed(
+        self, inputs: Sequence[Any], *, errors: Literal["raise", "return"] = "raise", **options: Unpack[EncodeOptions]
+    ) -> EncodeResult:
+        """Embed inputs as `encode` does, and say of each which way it went and what it thought.
+
+        With `errors="return"`, an input that cannot be processed gets a row of NaN and its InputError in the result,
+        and the others are embedded.
         """
         settings = Options.of(dict(options))
         check_known("errors", errors, ("raise", "return"))
@@ -162,38 +179,18 @@ class Embedder:
         for item in items:
             embeddings[item.index] = item.embedding_D
             details[item.index] = self._detail(item)
-        finished = _finish(embeddings, settings)
-        if return_details or errors == "return":
-            return EncodeResult(finished, details, failures)
-        return finished
+        return EncodeResult(_finish(embeddings, settings), details, failures)
 
-    encode_query = encode
-
-    @overload
-    def encode_document(
-        self,
-        inputs: Sequence[Any],
-        *,
-        return_details: Literal[True],
-        errors: str = ...,
-        **options: Unpack[EncodeOptions],
-    ) -> EncodeResult: ...
-
-    @overload
-    def encode_document(
-        self, inputs: Sequence[Any], *, errors: Literal["return"], **options: Unpack[EncodeOptions]
-    ) -> EncodeResult: ...
-
-    @overload
-    def encode_document(
-        self, inputs: Sequence[Any], *, errors: Literal["raise"] = ..., **options: Unpack[EncodeOptions]
-    ) -> NDArray[Any]: ...
-
-    def encode_document(self, inputs: Sequence[Any], **options: Any) -> NDArray[Any] | EncodeResult:
-        """Embed what is searched: `encode` with the bundle's document instruction, on the fast path unless asked."""
-        defaults: dict[str, Any] = {"instruction": self.manifest.prompt.document_instruction, "reasoning": "never"}
-        result: NDArray[Any] | EncodeResult = self.encode(inputs, **(defaults | options))
-        return result
+    def _formerly(self, moved: set[str], inputs: Sequence[Any], options: dict[str, Any]) -> Any:
+        """Answer a call of `encode` in its former form."""
+        warnings.warn(
+            f"encode(..., {', '.join(sorted(moved))}) is deprecated: call encode_detailed",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        details, errors = options.pop("return_details", False), options.pop("errors", "raise")
+        result = self.encode_detailed(inputs, errors=errors, **options)
+        return result if details or errors == "return" else result.embeddings
 
     @staticmethod
     def similarity(queries: NDArray[Any], documents: NDArray[Any]) -> Floats:
@@ -243,21 +240,21 @@ class Embedder:
         if instruction is None:
             instruction = self.manifest.prompt.query_instruction
         rationales = options.rationales or [None] * len(inputs)
+        chat_of = None if self._remote is None or options.reasoning == "never" else self._remote.chats()
         for index, (content, rationale) in enumerate(zip(inputs, rationales, strict=True)):
             began = time.perf_counter()
             try:
                 request = parse(content, self.manifest.limits)
                 row = self.encoder.row(request, instruction)
-                given = None if rationale is None else self.encoder.prompt.tokenize(rationale)
+                given = self.encoder.prompt.tokenize(rationale) if isinstance(rationale, str) else rationale
                 self._check_length(row, given or [])
-                chat = None
-                if self._remote is not None and given is None and options.reasoning != "never":
-                    chat = self._remote.chat(content, request, instruction)
+                chat = chat_of(content, request, instruction) if chat_of is not None and given is None else None
             except InputError as error:
                 if not keep_going:
                     raise error.at(index) from error
                 failures.append(error.at(index))
             else:
+                given = None if given is None else list(given)
                 items.append(Item(index, row, time.perf_counter() - began, given, chat))
         return items, failures
 
@@ -272,13 +269,12 @@ class Embedder:
 
     def _detail(self, item: Item) -> Detail:
         reasoned = item.reasoned
-        source = "caller" if item.given is not None else "bundle" if self.reasoner is None else self.reasoner.name
         return Detail(
             route=Route.FAST if reasoned is None else Route.REASON,
             gate_score=item.score,
             rationale=None if reasoned is None else self.encoder.prompt.decode(reasoned.token_ids),
             rationale_ids=() if reasoned is None else tuple(reasoned.token_ids),
-            rationale_source=None if reasoned is None else source,
+            rationale_source=item.source,
             truncated=reasoned is not None and reasoned.truncated,
             fallback=item.fallback,
             timings=Timings(item.preprocess, item.fast_path, item.generation),
@@ -286,13 +282,23 @@ class Embedder:
 
 
 def row_encoder(bundle: Bundle) -> RowEncoder:
-    """Return what turns a bundle's inputs into rows. Raises MissingExtraError where tokenizers is not installed."""
+    """Return what turns a bundle's inputs into rows.
+
+    Raises MissingExtraError where tokenizers is not installed, SchemaError where the manifest's markers are not the
+    tokenizer's.
+    """
     try:
         from tokenizers import Tokenizer
     except ModuleNotFoundError as error:
         raise MissingExtraError("tokenizers", "cpu") from error
-    tokenizer = Tokenizer.from_file(str(bundle.folder / TOKENIZER))
-    return RowEncoder(PromptEncoder(tokenizer, bundle.manifest.prompt), bundle.manifest.vision)
+    prompt = PromptEncoder(Tokenizer.from_file(str(bundle.folder / TOKENIZER)), bundle.manifest.prompt)
+    for marker, token in prompt.ids.items():
+        if bundle.manifest.markers.get(marker) != token:
+            raise SchemaError(
+                f"{bundle.folder}: markers.{marker} is {bundle.manifest.markers.get(marker)}, and the tokenizer's is "
+                f"{token}; copy the bundle again, or export it again"
+            )
+    return RowEncoder(prompt, bundle.manifest.vision)
 
 
 def _finish(embeddings: Floats, options: Options) -> NDArray[Any]:

@@ -18,7 +18,7 @@ class EncodeOptions(TypedDict, total=False):
     reasoning: str
     threshold: float | None
     reasoning_rate: float | None
-    rationales: Sequence[str | None] | None
+    rationales: Sequence[str | Sequence[int] | None] | None
     max_rationale_tokens: int | None
     batch_size: int
     truncate_dim: int | None
@@ -42,8 +42,9 @@ class Options:
     reasoning_rate: float | None = None
     """Share of this call's inputs that reason under "auto", highest scores first, in place of a threshold."""
 
-    rationales: Sequence[str | None] | None = None
-    """Rationales written elsewhere, one per input: an input that has one follows it, None leaves it to the gate."""
+    rationales: Sequence[str | Sequence[int] | None] | None = None
+    """Rationales written elsewhere, one per input, as words or token ids: an input that has one follows it, None leaves
+    it to the gate."""
 
     max_rationale_tokens: int | None = None
     """Tokens after which a rationale is closed; None takes the bundle's limit."""

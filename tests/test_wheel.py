@@ -19,8 +19,8 @@ PACKAGES = (
     "benchmarks/mmemb_benchmarks",
 )
 OTHERS = {"optimum/commands/register/register_mmemb.py"}  # in a namespace that optimum leaves open
-DIST_INFO = {f"mmemb_deploy-0.1.0.dist-info/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt")} | {
-    "mmemb_deploy-0.1.0.dist-info/licenses/LICENSE"
+DIST_INFO = {f"mmemb_deploy-0.2.0.dist-info/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt")} | {
+    "mmemb_deploy-0.2.0.dist-info/licenses/LICENSE"
 }
 SIZE_LIMIT = 16_000_000  # bytes; the embedded bundle is nearly all of it
 

@@ -93,14 +93,14 @@ class MtebModel:
             options["instruction"] = instruction
         if not is_document:
             options["reasoning"] = self.reasoning
-        encode = self.embedder.encode_document if is_document else self.embedder.encode_query
+        options = self.embedder.document_options | options if is_document else options
         usage = self.usage.setdefault((task_metadata.name, hf_subset, hf_split), Usage())
         pieces: list[NDArray[Any]] = []
         with counting(len(cast("Sized", inputs.dataset)), shown=kwargs.get("show_progress_bar", False)) as done:
             for batch in inputs:
                 contents = _contents(cast("dict[str, Any]", batch), self.frames)
                 full = [place for place, content in enumerate(contents) if content]
-                result = encode([contents[place] for place in full], return_details=True, **options)
+                result = self.embedder.encode_detailed([contents[place] for place in full], **options)
                 embeddings_ND = np.zeros((len(contents), self.embedder.dim), result.embeddings.dtype)
                 embeddings_ND[full] = result.embeddings
                 pieces.append(embeddings_ND)

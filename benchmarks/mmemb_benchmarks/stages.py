@@ -45,8 +45,8 @@ class _Decoder:
         return _timed(self._spent, "prefill", lambda: self._decoder.prefill(batch, visual_tokens_VD, deepstack_LVD))
 
     @contextmanager
-    def stack(self, caches: Sequence[Any], room: int) -> Generator[Any]:
-        stacked = self._decoder.stack(caches, room)
+    def stack(self, caches: Sequence[Any], capacity: int) -> Generator[Any]:
+        stacked = self._decoder.stack(caches, capacity)
         yield _timed(self._spent, "decode", stacked.__enter__)
         stacked.__exit__(None, None, None)
 

@@ -76,7 +76,7 @@ def load_forgetful(bundle: Path | None, backend: str, threads: int | None) -> tu
     manifest = opened.manifest
     batch = manifest.batch.model_copy(update={"vision_bytes": 0})
     forgetful = Bundle(opened.folder, manifest.model_copy(update={"batch": batch}))
-    return forgetful, choose_backend(backend, threads).load(forgetful)
+    return forgetful, choose_backend(backend, forgetful, threads)[0].load(forgetful)
 
 
 def assemble(bundle: Bundle, engine: Engine) -> Embedder:

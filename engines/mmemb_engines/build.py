@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmemb_deploy.backends.cuda import Cuda, probe
-from mmemb_deploy.backends.tensorrt.api import FLAVOURS, TENSORRT, Library, Network, Watcher, load_library
-from mmemb_deploy.backends.tensorrt.engine import engines_for
+from mmemb_deploy.backends.tensorrt.api import LIBRARIES, TENSORRT, Library, Network, Watcher, load_library
+from mmemb_deploy.backends.tensorrt.backend import engines_for
 from mmemb_deploy.backends.tensorrt.files import (
     ENGINES,
     TIMINGS,
@@ -38,27 +38,26 @@ def check_portable(bundle: Bundle) -> None:
             )
 
 
-def device_sets(bundle: Bundle, flavour: str, targets: tuple[str, ...]) -> tuple[Library, list[EngineSet]]:
+def device_sets(bundle: Bundle, name: str, targets: tuple[str, ...]) -> tuple[Library, list[EngineSet]]:
     """Load a library and return a set, still empty, for every device to build for: targets, or the GPU at hand.
 
     Raises OptionError for targets that the library cannot build for, MissingExtraError, and BackendError where a GPU is
     needed and there is none, or it has no room for the weights.
     """
-    check_known("flavour", flavour, FLAVOURS)
-    if flavour == TENSORRT and targets:
-        raise OptionError("targets are for the flavour 'tensorrt-rtx': TensorRT builds for the GPU that it runs on")
+    check_known("library", name, LIBRARIES)
+    if name == TENSORRT and targets:
+        raise OptionError("targets are for the library 'tensorrt-rtx': TensorRT builds for the GPU that it runs on")
     if not targets:
         gpu = probe()  # before the library is loaded, and before it can fail its own way
-        library = load_library(flavour)
+        library = load_library(name)
         weights = max((bundle.folder / file).stat().st_size for file in bundle.manifest.files)
         Cuda().check_memory(weights, f"building engines from {bundle.folder}")
         return library, [engines_for(library, gpu)]
-    library = load_library(flavour)
+    library = load_library(name)
     for target in targets:
         check_known("target", target, library.targets())
     return library, [
-        EngineSet(flavour=flavour, version=library.version, device=target, target=target, engines={})
-        for target in targets
+        EngineSet(library=name, version=library.version, device=target, target=target, engines={}) for target in targets
     ]
 
 
@@ -79,7 +78,7 @@ def build_engines(bundle: Bundle, library: Library, wanted: EngineSet, demand: D
             if _kept(folder, engines.get(name), wanted.key(graph, boxes)):
                 continue
             engines[name] = _build(bundle, library, wanted, name, boxes, graph, watch(name))
-            current = wanted.model_copy(update={"engines": engines})  # without parity: it was of other engines
+            current = wanted.model_copy(update={"engines": engines})  # without a certificate: it was of other engines
             write_set(bundle, current)
         _drop_others(folder, current)
     except OSError as error:
@@ -109,7 +108,7 @@ def _build(
     began = time.perf_counter()
     plan, learned = Network(library, bundle.graph(name)).build(
         boxes,
-        target=wanted.target if wanted.flavour != TENSORRT else None,
+        target=wanted.target if wanted.library != TENSORRT else None,
         timings=timings.read_bytes() if timings.is_file() else b"",
         watcher=watcher,
     )

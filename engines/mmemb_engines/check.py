@@ -39,7 +39,7 @@ def check_graphs(
             try:
                 network = Network(library, bundle.graph(name))
                 parsed = True
-                target = None if device.flavour == TENSORRT else device.target
+                target = None if device.library == TENSORRT else device.target
                 boxes = profiles(name, bundle.manifest, demand)
                 plan, _ = network.build(boxes, target=target, timings=b"", watcher=watch(name))
                 size = plan.nbytes

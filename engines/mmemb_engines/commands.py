@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmemb_deploy.backends.tensorrt.api import LIBRARIES, TENSORRT
+
 if TYPE_CHECKING:
     from mmemb_deploy.backends.tensorrt.files import EngineSet
     from mmemb_engines.check import Checked
@@ -22,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 def build(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, with portable graphs.")],
-    flavour: Annotated[str, typer.Option(help="tensorrt, or tensorrt-rtx.")] = "tensorrt",
+    library: Annotated[str, typer.Option("--library", "--flavour", help=f"{' or '.join(LIBRARIES)}.")] = TENSORRT,
     targets: Annotated[
         str | None,
         typer.Option(help="Compute capabilities to build for without a GPU, as sm80,sm89: tensorrt-rtx only."),
@@ -34,23 +36,23 @@ def build(
     ] = None,
     reference: Annotated[
         Path | None,
-        typer.Option(help="A float32 bundle of the same checkpoint to verify against; BUNDLE itself by default."),
+        typer.Option(help="A float32 bundle of the same checkpoint to verify against; what BUNDLE keeps by default."),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Print what parses and builds, and keep nothing; exit 1 if a graph fails.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
-    """Build a bundle's graphs into TensorRT engines for this machine, and verify them against ONNX Runtime in float32.
+    """Build a bundle's graphs into TensorRT engines for this machine, and verify them against the bundle's reference.
 
     Engines lie in the bundle, by GPU and version; those whose graph, profiles and version have not changed are kept.
     """
     from mmemb_deploy.bundle.folder import Bundle
+    from mmemb_deploy.evaluation.parity import reference_of
     from mmemb_engines.build import build_engines, check_portable, device_sets
     from mmemb_engines.check import check_graphs
-    from mmemb_engines.profiles import demand_of_limits, demand_of_traffic
-    from mmemb_engines.traffic import read_traffic
-    from mmemb_engines.verify import reference_bundle, verify_engines
+    from mmemb_engines.profiles import demand_of_limits, demand_of_traffic, read_traffic
+    from mmemb_engines.verify import verify_engines
     from mmemb_engines.watch import watching
 
     opened = Bundle.open(bundle)
@@ -62,14 +64,14 @@ def build(
         demand = demand_of_traffic(manifest, batch, read_traffic(opened, traffic))
     against = None
     if not check and not targets:  # the GPU at hand can run what is built
-        against = reference_bundle(opened, None if reference is None else Bundle.open(reference))
-    library, devices = device_sets(opened, flavour, tuple(targets.split(",")) if targets else ())
+        against = reference_of(opened, None if reference is None else Bundle.open(reference))
+    loaded, devices = device_sets(opened, library, tuple(targets.split(",")) if targets else ())
     with watching(shown=not as_json) as watch:
         if check:
-            rows = list(check_graphs(opened, library, devices, demand, watch))
-            _print_checked(rows, f"{flavour} {library.version}", as_json=as_json)
+            rows = list(check_graphs(opened, loaded, devices, demand, watch))
+            _print_checked(rows, f"{library} {loaded.version}", as_json=as_json)
             raise typer.Exit(0 if all(row.built for row in rows) else 1)
-        sets = [build_engines(opened, library, device, demand, watch) for device in devices]
+        sets = [build_engines(opened, loaded, device, demand, watch) for device in devices]
     if against is not None:
         sets = [verify_engines(opened, engines, against) for engines in sets]
     _print_built(opened.folder, sets, as_json=as_json)
@@ -104,7 +106,9 @@ def _print_built(folder: Path, sets: Sequence[EngineSet], *, as_json: bool) -> N
         print(f"{folder / 'engines' / engines.folder}")
         for name, built in engines.engines.items():
             print(f"  {name}: {built.precision}, {built.seconds:.1f} s, {built.size / 2**20:.2f} MiB")
-        if engines.parity is None:
+        if engines.certificate is None:
             print("  not verified: these engines were built ahead of time, for a GPU that is not here")
         else:
-            print(f"  verified: min cosine {engines.parity.min_cosine:.7f}, {engines.parity.gate_flips} gate flips")
+            parities = engines.certificate.parities.values()
+            worst, flips = min(each.min_cosine for each in parities), sum(each.gate_flips for each in parities)
+            print(f"  verified: min cosine {worst:.7f}, {flips} gate flips")

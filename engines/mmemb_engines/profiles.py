@@ -10,29 +10,34 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mmemb_deploy.backends.kv_cache.device import BUCKET
 from mmemb_deploy.backends.tensorrt.files import ProfileShapes
 from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import GraphFacts, Manifest
-from mmemb_deploy.errors import OptionError
+from mmemb_deploy.embedder import row_encoder
+from mmemb_deploy.errors import InputError, OptionError
+from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.preprocess import MAX_ASPECT_RATIO, VisionSpec
 from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_deploy.inputs.rows import Row
+from mmemb_deploy.jobs.files import read_source
 
-USUAL_TOKENS, USUAL_PATCHES = 256, 1024  # of a prompt and an image, until traffic says otherwise
+OPT_TOKENS, OPT_PATCHES = 256, 1024  # of a prompt and an image, until traffic says otherwise
 
 
 @dataclass(frozen=True)
 class Range:
-    """Sizes of an axis: the least, the one to be fastest at, and the largest."""
+    """Sizes of an axis: the smallest, the one to be fastest at, and the largest."""
 
-    least: int
-    usual: int
-    most: int
+    min: int
+    opt: int
+    max: int
 
     def __post_init__(self) -> None:
-        assert 1 <= self.least <= self.usual <= self.most, self
+        assert 1 <= self.min <= self.opt <= self.max, self
 
 
 Axes = dict[str, Range]  # an axis as the manifest names it
@@ -48,16 +53,16 @@ class Demand:
     tokens: int
     """Most tokens of a prompt."""
 
-    usual_tokens: int
+    opt_tokens: int
     """Tokens of a prompt to be fastest at."""
 
-    usual_visual_tokens: int
+    opt_visual_tokens: int
     """Visual tokens of a prompt to be fastest at."""
 
     patches: int
     """Most patches of an image."""
 
-    usual_patches: int
+    opt_patches: int
     """Patches of an image to be fastest at."""
 
     new_tokens: int
@@ -72,15 +77,15 @@ def demand_of_limits(manifest: Manifest, rows: int) -> Demand:
     new_tokens = manifest.model.max_rationale_tokens + PATH_MARKERS
     tokens = manifest.batch.row_tokens - new_tokens
     patches = most_patches(manifest.vision)
-    usual_patches = _merged(min(patches, USUAL_PATCHES), manifest.vision)
-    usual_tokens = min(tokens, USUAL_TOKENS)
+    opt_patches = _merged(min(patches, OPT_PATCHES), manifest.vision)
+    opt_tokens = min(tokens, OPT_TOKENS)
     return Demand(
         rows=_rows(manifest, rows),
         tokens=tokens,
-        usual_tokens=usual_tokens,
-        usual_visual_tokens=min(usual_tokens, usual_patches // manifest.vision.merge_size**2),
+        opt_tokens=opt_tokens,
+        opt_visual_tokens=min(opt_tokens, opt_patches // manifest.vision.merge_size**2),
         patches=patches,
-        usual_patches=usual_patches,
+        opt_patches=opt_patches,
         new_tokens=new_tokens,
         slots=_slots(manifest.batch.row_tokens),
     )
@@ -100,13 +105,26 @@ def demand_of_traffic(manifest: Manifest, rows: int, sample: Sequence[Row]) -> D
     return Demand(
         rows=limits.rows,
         tokens=tokens,
-        usual_tokens=min(tokens, _median(lengths)),
-        usual_visual_tokens=_median([row.visual_tokens for row in sample]),
+        opt_tokens=min(tokens, _median(lengths)),
+        opt_visual_tokens=_median([row.visual_tokens for row in sample]),
         patches=max(grids),
-        usual_patches=_median(grids),
+        opt_patches=_median(grids),
         new_tokens=limits.new_tokens,
         slots=_slots(tokens + limits.new_tokens),
     )
+
+
+def read_traffic(bundle: Bundle, source: Path) -> list[Row]:
+    """Read what `mmemb embed` reads. Raises OptionError for a source, InputError at the input that cannot be read."""
+    manifest = bundle.manifest
+    encoder = row_encoder(bundle)
+    rows = []
+    for index, content in enumerate(read_source(source).inputs):
+        try:
+            rows.append(encoder.row(parse(content, manifest.limits), manifest.prompt.query_instruction))
+        except InputError as error:
+            raise error.at(index) from error
+    return rows
 
 
 def profiles(name: str, manifest: Manifest, demand: Demand) -> tuple[ProfileShapes, ...]:
@@ -116,20 +134,21 @@ def profiles(name: str, manifest: Manifest, demand: Demand) -> tuple[ProfileShap
 
 
 def _vision(manifest: Manifest, demand: Demand) -> Iterator[Axes]:
-    least = manifest.vision.merge_size**2
+    smallest = manifest.vision.merge_size**2
     for images, patches in boxes(demand.rows, demand.patches, manifest.batch.patches):
-        most = _merged(patches, manifest.vision)
-        yield {"images": Range(1, images, images), "patches": Range(least, min(demand.usual_patches, most), most)}
+        largest = _merged(patches, manifest.vision)
+        opt = min(demand.opt_patches, largest)
+        yield {"images": Range(1, images, images), "patches": Range(smallest, opt, largest)}
 
 
 def _prefill(manifest: Manifest, demand: Demand) -> Iterator[Axes]:
     for rows, tokens in boxes(demand.rows, demand.tokens, manifest.batch.tokens):
         visual_tokens = 1 + min(rows * tokens, max(tokens, manifest.batch.tokens))
-        usual = min(demand.usual_tokens, tokens)
+        opt = min(demand.opt_tokens, tokens)
         yield {
             "batch": Range(1, rows, rows),
-            "tokens": Range(1, usual, tokens),
-            "visual_tokens": Range(1, min(1 + rows * demand.usual_visual_tokens, visual_tokens), visual_tokens),
+            "tokens": Range(1, opt, tokens),
+            "visual_tokens": Range(1, min(1 + rows * demand.opt_visual_tokens, visual_tokens), visual_tokens),
         }
 
 
@@ -139,13 +158,13 @@ def _gate(_: Manifest, demand: Demand) -> Iterator[Axes]:
 
 def _decode(_: Manifest, demand: Demand) -> Iterator[Axes]:
     """Yield one profile of a single token a step, and one of a whole rationale."""
-    past = Range(1, min(_slots(demand.usual_tokens + demand.new_tokens), demand.slots), demand.slots)
+    past = Range(1, min(_slots(demand.opt_tokens + demand.new_tokens), demand.slots), demand.slots)
     for new in (Range(1, 1, 1), Range(1, demand.new_tokens, demand.new_tokens)):
         yield {
             "batch": Range(1, demand.rows, demand.rows),
             "new_tokens": new,
             "past_tokens": past,
-            "all_tokens": Range(past.least + new.least, past.usual + new.usual, past.most + new.most),
+            "all_tokens": Range(past.min + new.min, past.opt + new.opt, past.max + new.max),
         }
 
 
@@ -168,7 +187,7 @@ def most_patches(spec: VisionSpec) -> int:
 
     Both sides are rounded up to whole visual tokens at most, which costs most where one side is shortest.
     """
-    pixels = max(spec.max_pixels, spec.video_max_pixels / spec.temporal_patch_size)
+    pixels = max(spec.max_pixels, spec.frame_max_pixels)
     sides = math.sqrt(pixels / MAX_ASPECT_RATIO), math.sqrt(pixels * MAX_ASPECT_RATIO)
     bound = (sides[0] + spec.factor) * (sides[1] + spec.factor)
     return _merged(int(bound) // spec.patch_size**2, spec)
@@ -179,9 +198,9 @@ def _shapes(graph: GraphFacts, axes: Axes) -> ProfileShapes:
     for tensor in graph.inputs:
         sizes = [Range(size, size, size) if isinstance(size, int) else axes[size] for size in tensor.shape]
         shapes[tensor.name] = (
-            tuple(size.least for size in sizes),
-            tuple(size.usual for size in sizes),
-            tuple(size.most for size in sizes),
+            tuple(size.min for size in sizes),
+            tuple(size.opt for size in sizes),
+            tuple(size.max for size in sizes),
         )
     return shapes
 

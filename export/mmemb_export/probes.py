@@ -23,17 +23,6 @@ def synthetic_probes(count: int, seed: int = 0) -> list[Pair]:
     ]
 
 
-def modality(content: Any) -> str:
-    """Return the modality of an input: a part of it that is not text decides."""
-    if not isinstance(content, dict):
-        return "text" if isinstance(content, str) else "image"
-    if "video" in content:
-        return "video"
-    if "images" in content:
-        return "images" if len(content["images"]) > 1 else "image"
-    return "image" if "image" in content else "text"
-
-
 def _content(kind: str, rng: np.random.Generator) -> dict[str, Any]:
     content: dict[str, Any] = {"text": "".join(rng.choice(list(_ALPHABET), size=int(rng.integers(1, 60))))}
     if kind == "image":

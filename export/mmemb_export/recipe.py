@@ -9,7 +9,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from mmemb_deploy.bundle import abi
-from mmemb_deploy.bundle.manifest import Bounds, GraphFacts, TensorFacts
+from mmemb_deploy.bundle.certificate import Bounds
+from mmemb_deploy.bundle.manifest import GraphFacts, TensorFacts
+from mmemb_deploy.bundle.precision import FLOATS, PRECISIONS, coarsest
 from mmemb_deploy.errors import OptionError, check_known
 from mmemb_export.fuse import fuse
 from mmemb_export.graphs import DECODER, fused_graphs, portable_graphs
@@ -21,13 +23,8 @@ from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.runtime import MAX_BATCH_TOKENS
 
 FORMS = ("portable", "fused")
-FLOATS = ("float32", "float16", "bfloat16")
-PRECISIONS = (*FLOATS, "int8", "fp8", "int4")  # finest first
-FUSED = ("float32", "int8", "int4")
+FUSED = tuple(name for name, precision in PRECISIONS.items() if precision.fused)
 BATCH_TOKENS = {"portable": MAX_BATCH_TOKENS, "fused": 1024}  # of a padded batch: more leave a CPU's caches
-MIN_COSINE = {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.995, "int8": 0.999, "fp8": 0.98, "int4": 0.98}
-TOKEN_AGREEMENT = {"float32": 0.995, "float16": 0.97, "bfloat16": 0.9, "int8": 0.97, "fp8": 0.9, "int4": 0.9}
-FLIPS = {"float32": 0.0, "float16": 0.01, "bfloat16": 0.02, "int8": 0.01, "fp8": 0.05, "int4": 0.05}  # share of inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,18 +91,17 @@ class Recipe:
     @property
     def coarser(self) -> str:
         """The coarser of the two precisions."""
-        return max(self.precision, self.generator, key=PRECISIONS.index)
+        return coarsest((self.precision, self.generator))
 
     def bounds(self, inputs: int) -> Bounds:
         """Return what a certificate over so many inputs must reach: the bounds of the coarser precision."""
-        coarser = self.coarser
-        flips = FLIPS[coarser] if self.max_flips is None else self.max_flips
-        agreement = self.min_token_agreement
-        return Bounds(
-            min_cosine=MIN_COSINE[coarser] if self.min_cosine is None else self.min_cosine,
-            gate_flips=int(flips * inputs),
-            token_agreement=TOKEN_AGREEMENT[coarser] if agreement is None else agreement,
-        )
+        given = {
+            "min_cosine": self.min_cosine,
+            "gate_flips": None if self.max_flips is None else int(self.max_flips * inputs),
+            "token_agreement": self.min_token_agreement,
+        }
+        due = Bounds.of({self.precision, self.generator}, inputs)
+        return due.model_copy(update={name: value for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from mmemb_deploy.inputs import prompts
 from mmemb_deploy.inputs.parse import Request
-from mmemb_deploy.inputs.preprocess import Floats, patches
+from mmemb_deploy.inputs.preprocess import Floats, patches, resize_image
 from mmemb_deploy.inputs.rows import Row
 from mmemb_training.checkpoint import Checkpoint
 
@@ -23,7 +24,7 @@ class Expected:
     """One full forward pass over a prompt and a rationale's path, which is empty in a layout without reasoning."""
 
     direct_D: Floats  # at the prompt's last token, L2-normalised
-    reasons: bool  # `<think>` is more likely than stop
+    score: float  # probability of `<think>` against stop; NaN in a layout without reasoning
     reasoned_D: Floats  # at the path's last token, L2-normalised
     greedy: list[int]  # the likeliest token after `<think>` and after every token that follows
 
@@ -32,7 +33,7 @@ class Reference:
     """`Qwen3VLForConditionalGeneration` and `Qwen2VLImageProcessorPil`, as transformers ships them.
 
     Token ids come from the shared prompt code; a video's patches from `mmemb_deploy.inputs.preprocess`, since
-    transformers' video processor needs torchvision.
+    transformers' video processor needs torchvision, and from there images as well that qwen-vl-utils would resize.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -56,10 +57,14 @@ class Reference:
             "mm_token_type_ids": kinds_1S.int(),
         }
         if request.images:
-            processed = self._processor(images=list(request.images), return_tensors="pt")
+            images = list(request.images)
+            resize = self._vision.resize == "transformers"
+            if not resize:
+                images = [Image.fromarray(resize_image(image, self._vision).pixels_THWC[0]) for image in images]
+            processed = self._processor(images=images, do_resize=resize, return_tensors="pt")
             inputs |= {"pixel_values": processed["pixel_values"], "image_grid_thw": processed["image_grid_thw"]}
-        images = len(request.images)
-        frames = row.visuals[: -images or None] if layout.video_first else row.visuals[images:]
+        still = len(request.images)
+        frames = row.visuals[: -still or None] if layout.video_first else row.visuals[still:]
         if frames:
             inputs |= {
                 "pixel_values_videos": torch.from_numpy(
@@ -72,10 +77,12 @@ class Reference:
             hidden_SD: Tensor = self._model.model(**inputs).last_hidden_state[0]
             disc = row.length - 1
             logits_TV = self._model.lm_head(hidden_SD[disc : disc + len(rationale_ids) + 2])
-        think, stop = ids.get(prompts.THINK), ids[prompts.STOP]
+        score = float("nan")
+        if layout.reasons:
+            score = float(torch.sigmoid(logits_TV[0, ids[prompts.THINK]] - logits_TV[0, ids[prompts.STOP]]))
         return Expected(
             direct_D=F.normalize(hidden_SD[disc], dim=-1).numpy(),
-            reasons=think is not None and bool(logits_TV[0, think] > logits_TV[0, stop]),
+            score=score,
             reasoned_D=F.normalize(hidden_SD[-1], dim=-1).numpy(),
             greedy=logits_TV[1:].argmax(dim=-1).tolist(),
         )

@@ -17,14 +17,16 @@ from typing import Any
 
 from mmemb_deploy.bundle.folder import Bundle, bundle_files, file_hash
 from mmemb_deploy.bundle.manifest import TOKENIZER, Manifest, write_manifest
+from mmemb_deploy.bundle.precision import FLOATS
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import CertificateError, OptionError
 from mmemb_deploy.evaluation.calibration import calibrate
 from mmemb_deploy.evaluation.pairs import Pair
+from mmemb_deploy.evaluation.parity import REFERENCE, answer, batch_parity
 from mmemb_export.activations import ranges, sensitivity
-from mmemb_export.certify import answer, certify
+from mmemb_export.certify import certify
 from mmemb_export.probes import synthetic_probes
-from mmemb_export.recipe import FLOATS, Choices, Recipe, write_graphs
+from mmemb_export.recipe import Choices, Recipe, write_graphs
 from mmemb_export.weights import CheckpointWeights
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint, outline_checkpoint
 from mmemb_training.runtime import manifest as uncertified
@@ -100,9 +102,9 @@ def _certified(
         manifest = manifest.model_copy(update={"graphs": facts, "files": files})
         report(f"certifying on {len(probes)} inputs")
         with _runnable(source, folder, manifest, recipe, choices) as embedder:
-            answers = answer(embedder, probes)
+            answers, batch = answer(embedder, probes), batch_parity(embedder, probes)
         checkpoint = load_checkpoint(source)
-        certificate = certify(answers, checkpoint, bounds)
+        certificate, reference = certify(probes, answers, batch, checkpoint, bounds)
         try:
             certificate.check()
         except CertificateError as error:
@@ -113,7 +115,9 @@ def _certified(
             choices = replace(choices, kept=tuple(ranking[: max(1, 2 * len(choices.kept))]))
             report(f"{error}; keeping in {recipe.floats}: {', '.join(choices.kept)}")
         else:
-            return manifest.model_copy(update={"certificate": certificate}), choices
+            reference.sample().write(folder)
+            files[REFERENCE] = file_hash(folder / REFERENCE)
+            return manifest.model_copy(update={"certificate": certificate, "files": files}), choices
 
 
 def _measured(source: Path, recipe: Recipe, probes: Sequence[Pair]) -> Choices:

@@ -59,7 +59,7 @@ def probe(load: Callable[[str], Any] = ctypes.CDLL) -> Gpu:
     return Gpu(name.value.decode(), f"sm{major.value}{minor.value}")
 
 
-class Memory:
+class Allocation:
     """Bytes on the device, from `address` on; they are given back when nothing refers to them any more."""
 
     def __init__(self, cuda: Cuda, nbytes: int) -> None:
@@ -104,19 +104,19 @@ class Cuda:
                 "else uses the GPU, or build engines for less with `mmemb build --batch`"
             )
 
-    def allocate(self, nbytes: int) -> Memory:
+    def allocate(self, nbytes: int) -> Allocation:
         """Return memory that is all zeros."""
-        memory = Memory(self, nbytes)
+        memory = Allocation(self, nbytes)
         self.call("cudaMemsetAsync", memory.address, 0, nbytes, self.stream)
         return memory
 
-    def upload(self, array: NDArray[Any], memory: Memory) -> None:
+    def upload(self, array: NDArray[Any], memory: Allocation) -> None:
         """Copy an array to the start of memory."""
         contiguous = np.ascontiguousarray(array)
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.call("cudaMemcpyAsync", memory.address, contiguous.ctypes.data, contiguous.nbytes, kind, self.stream)
 
-    def download(self, memory: Memory, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    def download(self, memory: Allocation, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Wait for all that was started; return the start of memory as an array."""
         array = np.empty(shape, dtype)
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
@@ -127,10 +127,10 @@ class Cuda:
     def copy(self, source: Plane, target: Plane, width: int, height: int) -> None:
         """Copy `height` lines of `width` bytes inside the device."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        places = target.address, target.pitch, source.address, source.pitch
-        self.call("cudaMemcpy2DAsync", *places, width, height, kind, self.stream)
+        planes = target.address, target.pitch, source.address, source.pitch
+        self.call("cudaMemcpy2DAsync", *planes, width, height, kind, self.stream)
 
-    def capture(self, start: Callable[[], None]) -> Graph:
+    def capture(self, start: Callable[[], None]) -> CudaGraph:
         """Record what `start` puts on the stream, without running it."""
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.call("cudaStreamBeginCapture", self.stream, mode)
@@ -139,12 +139,12 @@ class Cuda:
         finally:
             recorded = self.call("cudaStreamEndCapture", self.stream)
         try:
-            return Graph(self, recorded)
+            return CudaGraph(self, recorded)
         finally:
             self.call("cudaGraphDestroy", recorded)
 
 
-class Graph:
+class CudaGraph:
     """A recorded run that starts with one call."""
 
     def __init__(self, cuda: Cuda, recorded: Any) -> None:

@@ -36,8 +36,13 @@ class OnnxRuntime:
         self._options.log_severity_level = 3  # errors; they are raised as well
 
     def load(self, bundle: Bundle) -> Engine:
-        """Load every graph; raises BackendError if ONNX Runtime refuses one."""
+        """Load every graph; raises BackendError for a float type that a CPU lacks, or if ONNX Runtime refuses one."""
         graphs = bundle.manifest.graphs
+        if bundle.manifest.cache_dtype != "float32":
+            raise BackendError(
+                f"{bundle.folder} computes in {bundle.manifest.cache_dtype}, which ONNX Runtime does not on a CPU: run "
+                "it on an NVIDIA GPU, or export the checkpoint again with --form fused"
+            )
         files = {file: self._open(bundle.folder / file) for file in {facts.file for facts in graphs.values()}}
         sessions = {name: OrtSession(facts.file, files[facts.file]) for name, facts in graphs.items()}
         decoder = self._decoder(bundle.manifest, sessions[abi.EMBEDDER], sessions.get(abi.GENERATOR))

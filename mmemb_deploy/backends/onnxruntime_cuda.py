@@ -10,12 +10,13 @@ import numpy as np
 
 from mmemb_deploy.backends.cuda import Cuda, Gpu, probe
 from mmemb_deploy.backends.device import Shape
-from mmemb_deploy.backends.kv_cache.device import ResidentDecoder, value_bytes
+from mmemb_deploy.backends.kv_cache.device import ResidentDecoder
 from mmemb_deploy.backends.onnxruntime import OrtSession
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import GraphFacts
+from mmemb_deploy.bundle.precision import value_bytes
 from mmemb_deploy.errors import BackendError, MissingExtraError
 
 try:
@@ -50,7 +51,7 @@ class OnnxRuntimeCuda:
                 graphs[abi.EMBEDDER],
                 graphs.get(abi.GENERATOR),
                 bundle.manifest.model,
-                value_bytes(facts[abi.EMBEDDER]),
+                value_bytes(bundle.manifest.cache_dtype),
             ),
             OrtSession(facts[abi.GATE].file, sessions[abi.GATE]) if abi.GATE in sessions else None,
         )

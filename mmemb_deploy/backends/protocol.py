@@ -74,8 +74,8 @@ class Decoder(Protocol[C]):
         """Run prompts; `batch.visual_index_BT` says which row of `visual_tokens_VD` a token shows."""
         ...
 
-    def stack(self, caches: Sequence[C], room: int) -> AbstractContextManager[C]:
-        """Give one cache of all rows, to be extended by at most `room` tokens; its memory is its own until the end."""
+    def stack(self, caches: Sequence[C], capacity: int) -> AbstractContextManager[C]:
+        """Give one cache of all rows, to be extended by at most `capacity` tokens; its memory is its own meanwhile."""
         ...
 
     def extend(self, cache: C, token_ids_BT: Ints, lengths_B: Ints) -> Extended[C]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from logging import INFO, WARNING
 from pathlib import Path, PurePosixPath
 
-from mmemb_deploy.bundle.manifest import MANIFEST, Manifest, read_manifest
+from mmemb_deploy.bundle.manifest import MANIFEST, Manifest, manifest_digest, read_manifest
+from mmemb_deploy.bundle.precision import PRECISIONS, coarsest
 from mmemb_deploy.errors import CertificateError, IntegrityError
+from mmemb_deploy.machine import cpu_features
 
 NANO = Path(__file__).parents[1] / "assets" / "nano"  # the bundle that ships with this package
 
@@ -29,11 +32,16 @@ class Bundle:
         return self.folder / self.manifest.graphs[name].file
 
     @classmethod
-    def open(cls, folder: Path) -> Bundle:
+    def open(cls, folder: Path, digest: str | None = None) -> Bundle:
         """Read a bundle and check its schema, its files' hashes and its certificate.
 
-        Raises BundleError if there is none at `folder`, and its subclasses for what is wrong with it.
+        `digest` is what the manifest's own must be (`manifest_digest`); None takes the manifest at its word. Raises
+        BundleError if there is none at `folder`, and its subclasses for what is wrong with it.
         """
+        if digest is not None and digest != (found := manifest_digest(folder)):
+            raise IntegrityError(
+                f"{folder / MANIFEST} has the digest {found}, not {digest}: it was changed, or is another bundle's"
+            )
         bundle = cls(folder, read_manifest(folder))
         check_files(folder, bundle.manifest.files)
         if bundle.manifest.certificate is None:
@@ -41,10 +49,26 @@ class Bundle:
         bundle.manifest.certificate.check()
         return bundle
 
-    @classmethod
-    def nano(cls) -> Bundle:
-        """Open the bundle that ships with this package."""
-        return cls.open(NANO)
+    def notes(self) -> Iterator[tuple[int, str]]:
+        """Yield what to know of the certificate before relying on it here, each with a level of `logging`."""
+        certificate, precisions = self.manifest.certificate, self.manifest.precisions
+        if certificate is None:  # export is still measuring it
+            return
+        for lowered in certificate.lowered(precisions):
+            yield (
+                WARNING,
+                f"the certificate of {self.folder} was given an easier bound than its precision has: {lowered}",
+            )
+        here, measure = cpu_features(), "`mmemb verify --measure` measures it on this machine"
+        if not certificate.cpu:
+            yield WARNING, f"the certificate of {self.folder} does not say on which CPU it was measured: {measure}"
+        elif certificate.cpu != here:
+            level = WARNING if PRECISIONS[coarsest(precisions)].kernels_differ else INFO
+            there = " ".join(certificate.cpu)
+            yield (
+                level,
+                f"the certificate of {self.folder} was measured on {there}, this is {' '.join(here)}: {measure}",
+            )
 
 
 def check_files(folder: Path, hashes: dict[str, str]) -> None:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mmemb_deploy.bundle import abi
-from mmemb_deploy.errors import BundleError, CertificateError, SchemaError
+from mmemb_deploy.bundle.certificate import Certificate, Part, Share
+from mmemb_deploy.bundle.precision import PRECISIONS
+from mmemb_deploy.errors import BundleError, SchemaError
 from mmemb_deploy.files import write_whole
 from mmemb_deploy.inputs.parse import Limits
 from mmemb_deploy.inputs.preprocess import VisionSpec
 from mmemb_deploy.inputs.prompts import PromptFormat
 
-NANO = Path(__file__).parent / "assets" / "nano"  # the bundle that ships with this package
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
-SCHEMA_VERSION = 1
-
-Share = Annotated[float, Field(ge=0, le=1)]
+SCHEMA_VERSION = 2
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelFacts(_Part):
+class ModelFacts(Part):
     """Sizes of the model that the runtime needs to hold its tensors."""
 
     name: str
@@ -40,7 +36,7 @@ class ModelFacts(_Part):
     dims: tuple[int, ...]  # embedding sizes that training supports, largest first
 
 
-class BatchLimits(_Part):
+class BatchLimits(Part):
     """What bounds the memory of a call; more inputs than fit are processed in more batches."""
 
     row_tokens: int  # of one prompt and its rationale; a longer input is refused
@@ -50,7 +46,7 @@ class BatchLimits(_Part):
     vision_bytes: int = 256 * 2**20  # of the images' features that are remembered, so that an image is encoded once
 
 
-class TensorFacts(_Part):
+class TensorFacts(Part):
     """One input or output of a graph; a string in `shape` names an axis that varies."""
 
     name: str
@@ -58,7 +54,7 @@ class TensorFacts(_Part):
     shape: tuple[int | str, ...]
 
 
-class GraphFacts(_Part):
+class GraphFacts(Part):
     """One graph: its file, the precision of its weights, and its tensors."""
 
     file: str
@@ -73,7 +69,7 @@ class GraphFacts(_Part):
         return any(tensor.name == abi.LENGTHS for tensor in self.inputs)
 
 
-class CurvePoint(_Part):
+class CurvePoint(Part):
     """What one gate threshold gives on the calibration pairs."""
 
     threshold: float
@@ -85,7 +81,7 @@ class CurvePoint(_Part):
     latency_ms: float  # expected per input, from the mean of each route on the machine that calibrated
 
 
-class GateFacts(_Part):
+class GateFacts(Part):
     """The gate's default threshold (a score at or above it reasons) and where it comes from."""
 
     threshold: float
@@ -93,57 +89,7 @@ class GateFacts(_Part):
     curve: tuple[CurvePoint, ...]
 
 
-class Parity(_Part):
-    """Agreement of the runtime with the reference on inputs of one modality."""
-
-    inputs: int
-    min_cosine: float
-    mean_cosine: float
-    gate_flips: int
-
-
-class Bounds(_Part):
-    """What a certificate must reach."""
-
-    min_cosine: float
-    gate_flips: int
-    token_agreement: float
-
-
-class Certificate(_Part):
-    """Measured agreement of this bundle, run by this runtime, with the checkpoint, run by transformers."""
-
-    reference: str
-    runtime: str
-    modalities: dict[str, Parity]
-    reasoned: Parity | None  # embeddings after the runtime's own rationales, against one full forward pass over each
-    token_agreement: Share  # share of rationale tokens that equal the reference's greedy choice; 1 if there are none
-    retrieval_overlap: Share  # share of inputs whose nearest other input is the reference's too
-    bounds: Bounds
-
-    @property
-    def parities(self) -> dict[str, Parity]:
-        """Return the agreement of direct embeddings by modality, and of reasoned ones where the bundle reasons."""
-        return self.modalities if self.reasoned is None else {**self.modalities, "reasoned": self.reasoned}
-
-    def check(self) -> None:
-        """Raise CertificateError, naming the first figure that misses its bound."""
-        for name, parity in self.parities.items():
-            if not parity.min_cosine >= self.bounds.min_cosine:
-                raise CertificateError(
-                    f"certificate: min cosine of {name} is {parity.min_cosine}, below {self.bounds.min_cosine}"
-                )
-            if parity.gate_flips > self.bounds.gate_flips:
-                raise CertificateError(
-                    f"certificate: {parity.gate_flips} gate flips for {name}, above {self.bounds.gate_flips}"
-                )
-        if not self.token_agreement >= self.bounds.token_agreement:
-            raise CertificateError(
-                f"certificate: token agreement is {self.token_agreement}, below {self.bounds.token_agreement}"
-            )
-
-
-class Manifest(_Part):
+class Manifest(Part):
     """What `manifest.json` holds."""
 
     schema_version: int
@@ -160,13 +106,27 @@ class Manifest(_Part):
     certificate: Certificate | None  # None only while export is still measuring it
     provenance: dict[str, Any]
 
+    @property
+    def precisions(self) -> list[str]:
+        """Return the precisions of its graphs, the finest first."""
+        found = {graph.precision for graph in self.graphs.values()}
+        return [name for name in PRECISIONS if name in found]
+
+    @property
+    def cache_dtype(self) -> str:
+        """Return the float type of the KV cache, and so of what its decoder computes in."""
+        (first, *_) = abi.present_names(1)
+        return next(tensor.dtype for tensor in self.graphs[abi.EMBEDDER].outputs if tensor.name == first)
+
+    @property
+    def fused(self) -> bool:
+        """Whether its decoder is in ONNX Runtime's own operators, for the CPU."""
+        return self.graphs[abi.EMBEDDER].fused
+
 
 def read_manifest(folder: Path) -> Manifest:
     """Read and validate a manifest; raises BundleError where there is none, SchemaError where it cannot be read."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
-    text = path.read_text()
+    path, text = folder / MANIFEST, manifest_bytes(folder)
     try:
         header = _Header.model_validate_json(text)
         if header.schema_version > SCHEMA_VERSION:
@@ -187,6 +147,19 @@ def read_manifest(folder: Path) -> Manifest:
     if unlisted := sorted(unhashed - manifest.files.keys()):
         raise SchemaError(f"{path} lists no hash of {unlisted[0]}; export the bundle again")
     return manifest
+
+
+def manifest_bytes(folder: Path) -> bytes:
+    """Return a manifest as it is; raises BundleError where there is none."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
+    return path.read_bytes()
+
+
+def manifest_digest(folder: Path) -> str:
+    """Return the sha256 of a manifest, in hexadecimal: since it holds every file's hash, it stands for the bundle."""
+    return hashlib.sha256(manifest_bytes(folder)).hexdigest()
 
 
 class _Header(BaseModel):

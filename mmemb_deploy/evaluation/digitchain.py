@@ -103,8 +103,8 @@ def drawings(split: Split) -> Drawings:
     digits: Any = load_digits()
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(digits.target))
     ends = np.cumsum(list(_SPLIT_SIZES.values()))
-    place = list(_SPLIT_SIZES).index(split)
-    chosen = order[ends[place] - _SPLIT_SIZES[split] : ends[place]]
+    index = list(_SPLIT_SIZES).index(split)
+    chosen = order[ends[index] - _SPLIT_SIZES[split] : ends[index]]
     images, values = digits.images[chosen], digits.target[chosen].astype(np.int64)
     flat = images.reshape(len(images), -1)
     distance = np.linalg.norm(flat[:, None] - flat[None], axis=-1)
@@ -140,9 +140,9 @@ class DigitChain:
     def __init__(self, split: Split, seed: int, rendering: int = 0) -> None:
         self.drawings = drawings(split)
         self._distortion = 2 if split == "train" else 1
-        place = list(_SPLIT_SIZES).index(split)
-        self._rng = np.random.default_rng([seed, place])
-        self._noise = np.random.default_rng([seed, place, rendering + 1])
+        index = list(_SPLIT_SIZES).index(split)
+        self._rng = np.random.default_rng([seed, index])
+        self._noise = np.random.default_rng([seed, index, rendering + 1])
 
     def examples(self, family: str, count: int) -> list[Example]:
         """Draw `count` examples of one family."""
@@ -205,7 +205,7 @@ class DigitChain:
         drawing: int | None,
     ) -> Example:
         value, _ = solve(terms, operators)
-        shuffled = tuple(candidates[place] for place in self._rng.permutation(len(candidates)))
+        shuffled = tuple(candidates[index] for index in self._rng.permutation(len(candidates)))
         relevant = tuple(shown.value == value if drawing is None else shown.drawing == drawing for shown in shuffled)
         return Example(family, instruction, content, tuple(terms), tuple(operators), value, shuffled, relevant)
 

@@ -94,13 +94,13 @@ def encode_queries(embedder: Embedder, pairs: Sequence[Pair], **options: Unpack[
     details: dict[int, Detail] = {}
     rationales = options.pop("rationales", None)
     for instruction in {pair.instruction for pair in pairs}:
-        places = [place for place, pair in enumerate(pairs) if pair.instruction == instruction]
+        chosen = [index for index, pair in enumerate(pairs) if pair.instruction == instruction]
         options["instruction"] = instruction
-        options["rationales"] = None if rationales is None else [rationales[place] for place in places]
-        result = embedder.encode([pairs[place].query for place in places], return_details=True, **options)
-        embeddings_QD[places] = result.embeddings
-        details |= {place: detail for place, detail in zip(places, result.details, strict=True) if detail is not None}
-    return Encoded(embeddings_QD, [details[place] for place in range(len(pairs))])
+        options["rationales"] = None if rationales is None else [rationales[index] for index in chosen]
+        result = embedder.encode_detailed([pairs[index].query for index in chosen], **options)
+        embeddings_QD[chosen] = result.embeddings
+        details |= {index: detail for index, detail in zip(chosen, result.details, strict=True) if detail is not None}
+    return Encoded(embeddings_QD, [details[index] for index in range(len(pairs))])
 
 
 def encode_alone(
@@ -149,9 +149,9 @@ class Judge:
             ]
         )
 
-    def ranking(self, place: int, query_D: Floats) -> list[int]:
+    def ranking(self, index: int, query_D: Floats) -> list[int]:
         """Return the candidates of one pair, best first."""
-        return [int(index) for index in np.argsort(-(self._candidates[place] @ query_D), kind="stable")]
+        return [int(found) for found in np.argsort(-(self._candidates[index] @ query_D), kind="stable")]
 
 
 def _words(candidate: Any) -> str | None:

@@ -57,6 +57,7 @@ class Request:
     images: tuple[Image.Image, ...]
     frames: tuple[Image.Image, ...]  # of one size
     timestamps: tuple[float, ...]  # seconds, one per frame, never falling
+    next_timestamp: float = 0.0  # of the frame that would follow
 
 
 def parse(item: object, limits: Limits = Limits()) -> Request:
@@ -69,7 +70,7 @@ def parse(item: object, limits: Limits = Limits()) -> Request:
     text = _text(parts.get("text", ""), limits)
     images = _images(parts, limits)
     video = _video(parts["video"], limits) if "video" in parts else ()
-    timestamps = _timestamps(parts, len(video))
+    timestamps, next_timestamp = _timestamps(parts, len(video))
     if not (text.strip() or images or video):
         raise InputError("there is nothing to embed: give a text that is not blank, an image or a video")
     return Request(
@@ -77,6 +78,7 @@ def parse(item: object, limits: Limits = Limits()) -> Request:
         tuple(load_image(image, name, limits.max_image_pixels) for name, image in images),
         _frames(video, limits),
         timestamps,
+        next_timestamp,
     )
 
 
@@ -129,7 +131,7 @@ def _images(parts: Mapping[str, object], limits: Limits) -> list[tuple[str, obje
     images = cast("Sequence[object]", images)
     if len(images) > limits.max_images:
         raise InputError(f"'images' has {len(images)} images, above max_images = {limits.max_images}; pass fewer")
-    return [(f"'images'[{place}]", image) for place, image in enumerate(images)]
+    return [(f"'images'[{index}]", image) for index, image in enumerate(images)]
 
 
 def _video(video: object, limits: Limits) -> Sequence[object]:
@@ -152,17 +154,17 @@ def _video(video: object, limits: Limits) -> Sequence[object]:
 
 
 def _frames(video: Sequence[object], limits: Limits) -> tuple[Image.Image, ...]:
-    frames = tuple(load_image(frame, f"'video'[{place}]", limits.max_image_pixels) for place, frame in enumerate(video))
-    for place, frame in enumerate(frames):
+    frames = tuple(load_image(frame, f"'video'[{index}]", limits.max_image_pixels) for index, frame in enumerate(video))
+    for index, frame in enumerate(frames):
         if frame.size != frames[0].size:
             raise InputError(
-                f"'video'[{place}] is {pixel_size(frame.size)} pixels but 'video'[0] is {pixel_size(frames[0].size)}; "
+                f"'video'[{index}] is {pixel_size(frame.size)} pixels but 'video'[0] is {pixel_size(frames[0].size)}; "
                 "resize the frames to one size"
             )
     return frames
 
 
-def _timestamps(parts: Mapping[str, object], frames: int) -> tuple[float, ...]:
+def _timestamps(parts: Mapping[str, object], frames: int) -> tuple[tuple[float, ...], float]:
     given = [key for key in ("fps", "timestamps") if key in parts]
     if given and not frames:
         raise InputError(f"{given[0]!r} is given without a 'video'; add the video or leave it out")
@@ -172,7 +174,7 @@ def _timestamps(parts: Mapping[str, object], frames: int) -> tuple[float, ...]:
         fps = _number(parts.get("fps", DEFAULT_FPS), "'fps'")
         if fps <= 0:
             raise InputError(f"'fps' is {fps}; pass the frames per second, above 0")
-        return tuple(place / fps for place in range(frames))
+        return tuple(index / fps for index in range(frames)), frames / fps
     times = parts["timestamps"]
     if isinstance(times, np.ndarray):
         times = cast("object", times.tolist())
@@ -181,14 +183,14 @@ def _timestamps(parts: Mapping[str, object], frames: int) -> tuple[float, ...]:
     times = cast("Sequence[object]", times)
     if len(times) != frames:
         raise InputError(f"'timestamps' has {len(times)} times for {frames} frames; pass one per frame")
-    seconds = tuple(_number(time, f"'timestamps'[{place}]") for place, time in enumerate(times))
-    for place, (before, after) in enumerate(zip((0.0, *seconds), seconds, strict=False)):
+    seconds = tuple(_number(time, f"'timestamps'[{index}]") for index, time in enumerate(times))
+    for index, (before, after) in enumerate(zip((0.0, *seconds), seconds, strict=False)):
         if after < before:
             raise InputError(
-                f"'timestamps'[{place}] is {after} s, below {before} s before it; "
+                f"'timestamps'[{index}] is {after} s, below {before} s before it; "
                 "pass times from 0 s that never fall, and the frames in that order"
             )
-    return seconds
+    return seconds, seconds[-1] + (seconds[-1] - seconds[-2] if frames > 1 else 1 / DEFAULT_FPS)
 
 
 def _number(value: object, name: str) -> float:

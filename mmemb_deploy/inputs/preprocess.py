@@ -2,6 +2,7 @@
 
 Follows transformers 5.23: `Qwen2VLImageProcessorPil`, `Qwen3VLVideoProcessor`, `vision_utils` and
 `Qwen3VLModel.get_rope_index`. Video frames are resized by Pillow, as images are, where transformers uses torchvision.
+Where a spec names qwen-vl-utils, images and frames are resized, and frames timed, as its release 0.0.14 does it.
 Axes: T frames of one temporal patch, H height, W width, C channels (RGB), P patches, S tokens of a prompt, A the three
 rotary axes (time, height, width).
 """
@@ -12,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +25,23 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
 
+Resize = Literal["transformers", "qwen-vl-utils"]
+
 MAX_ASPECT_RATIO = 200
+# Constants of qwen-vl-utils. It resizes a frame twice: alone, as an image whose tokens have twice their side, and then
+# like all frames of its video.
+LONE_FRAME_TOKENS = 4, 16384  # fewest and most, of that size
+FRAME_MAX_TOKENS = 768
+FRAME_MARGIN = 1.05  # a frame's most pixels are at least its fewest times this
 
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """What preprocessing must know of a vision tower. Pixels are counted after resizing, lengths in pixels."""
+    """What preprocessing must know of a vision tower. Pixels are counted after resizing, lengths in pixels.
+
+    `resize` names the library whose rules hold. The bounds of a video count the pixels of all its frames by those of
+    transformers; by those of qwen-vl-utils the lower counts one frame's, the upper one frame's of each temporal patch.
+    """
 
     patch_size: int
     merge_size: int
@@ -42,11 +55,19 @@ class VisionSpec:
     position_side: int  # the learned position table is position_side x position_side
     head_dim: int
     rope_theta: float
+    resize: Resize = "transformers"
 
     @property
     def factor(self) -> int:
         """Side of one visual token, in pixels."""
         return self.patch_size * self.merge_size
+
+    @property
+    def frame_max_pixels(self) -> float:
+        """Most pixels of a frame, which the frames of the shortest video may have."""
+        if self.resize == "qwen-vl-utils":
+            return _frame_bounds(1, self)[1]
+        return self.video_max_pixels / self.temporal_patch_size
 
 
 @dataclass(frozen=True)
@@ -74,21 +95,37 @@ def resized_size(height: int, width: int, spec: VisionSpec) -> tuple[int, int]:
     Raises InputError if a side is zero or the aspect ratio exceeds 200.
     """
     _check_sides(height, width)
-    return _fit(1, height, width, spec.factor, 1, (spec.min_pixels, spec.max_pixels))
+    smallest = spec.factor if spec.resize == "qwen-vl-utils" else 0
+    return _fit(height, width, spec.factor, (spec.min_pixels, spec.max_pixels), smallest=smallest)
 
 
 def resized_video_size(frames: int, height: int, width: int, spec: VisionSpec) -> tuple[int, int]:
-    """Return the (height, width) every frame of a video is resized to; pixels are bounded over all frames.
+    """Return the (height, width) every frame of a video is resized to; frames share out the video's pixels.
 
     A video shorter than a temporal patch counts as one temporal patch, which is what its repeated last frame fills.
     Raises InputError as `resized_size` does.
     """
     _check_sides(height, width)
+    if spec.resize == "qwen-vl-utils":
+        height, width = _lone_frame_size(height, width, spec)
+        return _fit(height, width, spec.factor, _frame_bounds(frames, spec), smallest=spec.factor)
     if min(height, width) < spec.factor:
         scale = max(spec.factor / height, spec.factor / width)
         height, width = int(height * scale), int(width * scale)
-    step = spec.temporal_patch_size
-    return _fit(max(frames, step), height, width, spec.factor, step, (spec.video_min_pixels, spec.video_max_pixels))
+    step, bounds = spec.temporal_patch_size, (spec.video_min_pixels, spec.video_max_pixels)
+    return _fit(height, width, spec.factor, bounds, smallest=0, frames=max(frames, step), step=step)
+
+
+def _lone_frame_size(height: int, width: int, spec: VisionSpec) -> tuple[int, int]:
+    factor = 2 * spec.factor
+    few, many = LONE_FRAME_TOKENS
+    return _fit(height, width, factor, (few * factor**2, many * factor**2), smallest=factor)
+
+
+def _frame_bounds(frames: int, spec: VisionSpec) -> tuple[float, float]:
+    share = spec.video_max_pixels / math.ceil(frames / spec.temporal_patch_size)
+    most = max(min(FRAME_MAX_TOKENS * spec.factor**2, share), int(spec.video_min_pixels * FRAME_MARGIN))
+    return spec.video_min_pixels, most
 
 
 def _check_sides(height: int, width: int) -> None:
@@ -100,9 +137,12 @@ def _check_sides(height: int, width: int) -> None:
         )
 
 
-def _fit(frames: int, height: int, width: int, factor: int, step: int, bounds: tuple[int, int]) -> tuple[int, int]:
-    # As in `smart_resize`: the rounded frame count decides whether to scale, the true one decides by how much.
-    rounded = round(height / factor) * factor, round(width / factor) * factor
+def _fit(
+    height: int, width: int, factor: int, bounds: tuple[float, float], *, smallest: int, frames: int = 1, step: int = 1
+) -> tuple[int, int]:
+    # As in `smart_resize`: the rounded frame count decides whether to scale, the true one decides by how much. Where a
+    # frame is so thin that qwen-vl-utils would shrink a side to nothing, and fail, one token remains.
+    rounded = max(smallest, round(height / factor) * factor), max(smallest, round(width / factor) * factor)
     total = round(frames / step) * step * rounded[0] * rounded[1]
     min_pixels, max_pixels = bounds
     if total > max_pixels:
@@ -129,21 +169,38 @@ def resize_video(frames: Sequence[Image.Image], spec: VisionSpec) -> list[Visual
     The frames have one size; there is at least one.
     """
     height, width = resized_video_size(len(frames), frames[0].height, frames[0].width, spec)
-    pixels = [_resized(frame, height, width) for frame in frames]
+    if spec.resize == "qwen-vl-utils":
+        lone = _lone_frame_size(frames[0].height, frames[0].width, spec)
+        pixels = [_resized_in_float(_resized(frame, *lone), height, width) for frame in frames]
+    else:
+        pixels = [_resized(frame, height, width) for frame in frames]
     step = spec.temporal_patch_size
     pixels += [pixels[-1]] * (-len(pixels) % step)
     return [_visual(np.stack(pixels[start : start + step]), spec) for start in range(0, len(pixels), step)]
 
 
-def patch_times(timestamps: Sequence[float], spec: VisionSpec) -> list[float]:
-    """Return the time of each temporal patch, in seconds: the mean of its first and last frame's."""
+def patch_times(timestamps: Sequence[float], next_timestamp: float, spec: VisionSpec) -> list[float]:
+    """Return the time of each temporal patch, in seconds: the mean of its first and last frame's.
+
+    The frame that fills the last patch has the last frame's time, or with qwen-vl-utils the next one's.
+    """
     step = spec.temporal_patch_size
-    times = [*timestamps, *[timestamps[-1]] * (-len(timestamps) % step)]
+    fill = next_timestamp if spec.resize == "qwen-vl-utils" else timestamps[-1]
+    times = [*timestamps, *[fill] * (-len(timestamps) % step)]
     return [(times[start] + times[start + step - 1]) / 2 for start in range(0, len(times), step)]
 
 
 def _resized(image: Image.Image, height: int, width: int) -> Pixels:
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), dtype=np.uint8)
+
+
+def _resized_in_float(pixels_HWC: Pixels, height: int, width: int) -> Pixels:
+    # As torchvision resizes a tensor: Pillow's bicubic, but without rounding and clipping between its two passes.
+    bands = [
+        np.asarray(Image.fromarray(band).resize((width, height), Image.Resampling.BICUBIC))
+        for band in pixels_HWC.transpose(2, 0, 1).astype(np.float32)
+    ]
+    return np.stack(bands, axis=-1).clip(0, 255).round().astype(np.uint8)
 
 
 def _visual(pixels_THWC: Pixels, spec: VisionSpec) -> Visual:

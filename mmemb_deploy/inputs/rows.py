@@ -30,7 +30,7 @@ class Row:
     token_ids_S: Ints
     position_ids_3S: Ints
     visuals: tuple[Visual, ...]
-    visual_index_S: Ints  # 1 + the visual token's place in this row, 0 for a word
+    visual_index_S: Ints  # 1 + the visual token's index in this row, 0 for a word
     prefix: int = 0  # tokens at its start that do not depend on the input: system message and instruction
 
     @property
@@ -68,10 +68,10 @@ class RowEncoder:
         self._pads = prompt.ids[IMAGE_PAD], prompt.ids[VIDEO_PAD]
 
     def row(self, request: Request, instruction: str) -> Row:
-        """Resize, tokenise and place one request. Raises InputError for an image that cannot be resized."""
+        """Resize, tokenise and lay out one request. Raises InputError for an image that cannot be resized."""
         images = [resize_image(image, self.vision) for image in request.images]
         frames = resize_video(request.frames, self.vision) if request.frames else []
-        times = patch_times(request.timestamps, self.vision) if request.frames else []
+        times = patch_times(request.timestamps, request.next_timestamp, self.vision) if request.frames else []
         ids = self.prompt.prompt(
             instruction,
             request.text,
@@ -116,11 +116,11 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
     position_ids_3BT = np.zeros((3, *shape), np.int64)
     mask_BT, visual_index_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     before = 0
-    for place, row in enumerate(rows):
-        token_ids_BT[place, : row.length] = row.token_ids_S
-        position_ids_3BT[:, place, : row.length] = row.position_ids_3S
-        mask_BT[place, : row.length] = 1
-        visual_index_BT[place, : row.length] = np.where(row.visual_index_S > 0, row.visual_index_S + before, 0)
+    for index, row in enumerate(rows):
+        token_ids_BT[index, : row.length] = row.token_ids_S
+        position_ids_3BT[:, index, : row.length] = row.position_ids_3S
+        mask_BT[index, : row.length] = 1
+        visual_index_BT[index, : row.length] = np.where(row.visual_index_S > 0, row.visual_index_S + before, 0)
         before += row.visual_tokens
     visuals = tuple(visual for row in rows for visual in row.visuals)
     next_position_B = np.array([row.next_position for row in rows], np.int64)
@@ -139,8 +139,8 @@ def _shared_prefix(rows: Sequence[Row]) -> int:
 
 
 def by_grid(visuals: Sequence[Visual]) -> dict[tuple[int, int], list[int]]:
-    """Group the places of visuals by their grid, so that each group can be encoded as one batch."""
+    """Group the indices of visuals by their grid, so that each group can be encoded as one batch."""
     groups: dict[tuple[int, int], list[int]] = {}
-    for place, visual in enumerate(visuals):
-        groups.setdefault(visual.grid, []).append(place)
+    for index, visual in enumerate(visuals):
+        groups.setdefault(visual.grid, []).append(index)
     return groups

@@ -151,18 +151,15 @@ def embed_source(
         "columns": COLUMNS,
     }
     claim(parts, job, begun=any(parts.glob("*.npz")))
-    encode = embedder.encode_document if document else embedder.encode_query
+    options = embedder.document_options | options if document else options
     starts = range(0, len(source.ids), CHUNK)
     for start in starts:
         part = parts / f"{start:09d}.npz"
         stop = min(start + CHUNK, len(source.ids))
         if not part.exists():
             try:
-                result = encode(
-                    source.inputs[start:stop],
-                    return_details=True,
-                    errors="return" if keep_going else "raise",
-                    **options,
+                result = embedder.encode_detailed(
+                    source.inputs[start:stop], errors="return" if keep_going else "raise", **options
                 )
             except InputError as error:
                 raise error.at(start + (error.index or 0)) from error
@@ -207,7 +204,7 @@ def _columns(
         "rationale_tokens": np.array([detail.rationale_tokens if detail else 0 for detail in details], np.int64),
         "truncated": np.array([bool(detail and detail.truncated) for detail in details]),
         "fallback": np.array([(detail.fallback or "") if detail else "" for detail in details]),
-        "error": np.array([errors.get(place, "") for place in range(len(ids))]),
+        "error": np.array([errors.get(index, "") for index in range(len(ids))]),
     }
 
 

@@ -39,8 +39,8 @@ class Message(BaseModel):
         return self.reasoning or self.reasoning_content or ""
 
 
-class Choice(BaseModel):
-    """One sample of an answer; `finish_reason` is "stop", or "length" where `max_tokens` cut it."""
+class Sample(BaseModel):
+    """One answer to a chat; `finish_reason` is "stop", or "length" where `max_tokens` cut it."""
 
     message: Message
     finish_reason: str | None = None
@@ -49,20 +49,20 @@ class Choice(BaseModel):
 class Completion(BaseModel):
     """The parts of a chat completion that are read; others are ignored, as servers differ in them."""
 
-    choices: list[Choice]
+    choices: list[Sample]
 
 
 @dataclass(frozen=True)
 class Reply:
     """The samples that answer one chat, or what failed after all retries."""
 
-    choices: list[Choice]
+    choices: list[Sample]
     error: str | None = None
 
 
 @dataclass(frozen=True)
-class ChatServer:
-    """An OpenAI-compatible server, and how patiently it is asked.
+class ChatClient:
+    """A client of one OpenAI-compatible server, and how patient it is.
 
     Raises OptionError for a value out of range, an address that is none, and a key variable that is not set;
     MissingExtraError without openai.
@@ -182,8 +182,8 @@ def image_part(image: Image.Image) -> dict[str, Any]:
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(map(str, problem["loc"]))
-    return f"{place}: {problem['msg']}" if place else problem["msg"]
+    where = ".".join(map(str, problem["loc"]))
+    return f"{where}: {problem['msg']}" if where else problem["msg"]
 
 
 def _run(work: Coroutine[Any, Any, list[Reply]]) -> list[Reply]:

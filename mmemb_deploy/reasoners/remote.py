@@ -6,23 +6,27 @@ the embedder then follows the answer from its own KV cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
+from mmemb_deploy.backends.protocol import Cache
 from mmemb_deploy.errors import BackendError, InputError, check_known
 from mmemb_deploy.inputs.parse import Limits, Request, parse
 from mmemb_deploy.inputs.prompts import END_THINK, MARKERS, THINK, PromptEncoder, PromptFormat
-from mmemb_deploy.reasoners.chat import Chat, ChatServer, Reply, image_part, text_part
+from mmemb_deploy.reasoners.chat import Chat, ChatClient, Reply, image_part, text_part
+from mmemb_deploy.routing.generation import Generator
+from mmemb_deploy.routing.items import Item, Reasoned
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam
 
 ON_FAILURE = ("raise", "direct")
+HELD_BYTES = 256 * 2**20  # of decoded pixels, in one call
 
 
 @dataclass(frozen=True, kw_only=True)
-class RemoteReasoner(ChatServer):
+class RemoteReasoner(ChatClient):
     """Writes the rationales of `Embedder.load(bundle, reasoner=RemoteReasoner("http://localhost:8000/v1", model="m"))`.
 
     The server must render chats by the checkpoint's own template, as vLLM does when it serves the checkpoint's folder.
@@ -44,76 +48,89 @@ class RemoteReasoner(ChatServer):
         """What details call it: the model and where it is served."""
         return f"{self.model} at {self.base_url}"
 
-    def generator(self, prompt: PromptEncoder, limits: Limits) -> RemoteGenerator:
-        """Return what writes rationales in one prompt format."""
-        return RemoteGenerator(self, prompt, limits)
+    def writer(self, prompt: PromptEncoder, generator: Generator, limits: Limits) -> RemoteWriter:
+        """Return what writes rationales in one prompt format, and lets a generator follow them."""
+        return RemoteWriter(self, prompt, generator, limits)
 
 
-@dataclass(frozen=True)
-class Rationale:
-    """A rationale's token ids without its markers, and whether the token limit closed it; or why there is none."""
+class RemoteWriter:
+    """Asks a reasoner for the rationales that the bundle's own generator would write, greedily, and follows them."""
 
-    token_ids: list[int]
-    truncated: bool = False
-    failure: str | None = None
-
-
-class RemoteGenerator:
-    """Asks a reasoner for the rationales that the bundle's own generator would write, greedily."""
-
-    def __init__(self, reasoner: RemoteReasoner, prompt: PromptEncoder, limits: Limits) -> None:
+    def __init__(self, reasoner: RemoteReasoner, prompt: PromptEncoder, generator: Generator, limits: Limits) -> None:
         self.name = reasoner.name
-        self._reasoner, self._prompt, self._limits = reasoner, prompt, limits
+        self._reasoner, self._prompt, self._generator, self._limits = reasoner, prompt, generator, limits
 
-    def chat(self, content: object, request: Request, instruction: str) -> Chat:
-        """Return what builds an input's chat, from the caller's own content: its pixels are not held until then.
+    def chats(self) -> Callable[[object, Request, str], Chat]:
+        """Return what prepares an input's chat, for the inputs of one call.
 
-        Raises InputError for what a chat does not carry: a video's times, and words that spell a marker, which a server
-        would read as the marker.
+        HELD_BYTES of decoded pixels are held until they are sent; what exceeds them is decoded again then. Raises
+        InputError for what a chat does not carry: a video's times, and words that spell a marker, which a server would
+        read as the marker.
         """
-        _check_still(request)
-        for part, words in (("the instruction", instruction), ("'text'", request.text)):
-            for marker in MARKERS:
-                if marker in words:
-                    raise InputError(
-                        f"{part} spells {marker}, which a server reads as the marker itself: reword it, or embed this "
-                        "input with reasoning='never'"
-                    )
-        return lambda: policy_messages(self._prompt.format, instruction, parse(content, self._limits))
+        capacity = HELD_BYTES
 
-    def write(self, chats: Mapping[int, Chat], max_tokens: int) -> dict[int, Rationale]:
-        """Return a rationale of at most `max_tokens` words for every input, by its index.
+        def chat(content: object, request: Request, instruction: str) -> Chat:
+            nonlocal capacity
+            _check_still(request)
+            for part, words in (("the instruction", instruction), ("'text'", request.text)):
+                for marker in MARKERS:
+                    if marker in words:
+                        raise InputError(
+                            f"{part} spells {marker}, which a server reads as the marker itself: reword it, or embed "
+                            "this input with reasoning='never'"
+                        )
+            size = sum(3 * image.width * image.height for image in request.images)
+            if size > capacity:
+                return lambda: policy_messages(self._prompt.format, instruction, parse(content, self._limits))
+            capacity -= size
+            return lambda: policy_messages(self._prompt.format, instruction, request)
+
+        return chat
+
+    def write(self, items: Sequence[Item], caches: Sequence[Cache], max_tokens: int) -> list[Reasoned | str]:
+        """Ask for all items together; the tokens of an answer above `max_tokens` are cut.
 
         Raises BackendError, naming the input, for one without a rationale, unless the reasoner's `on_failure` is
         "direct".
         """
         replies = self._reasoner.ask(
-            list(chats.values()), deadline=self._reasoner.timeout, temperature=0, max_tokens=max_tokens, stop=END_THINK
+            [item.chat for item in items if item.chat is not None],
+            deadline=self._reasoner.timeout,
+            temperature=0,
+            max_tokens=max_tokens,
+            stop=END_THINK,
         )
-        written = {index: self._read(reply, max_tokens) for index, reply in zip(chats, replies, strict=True)}
-        if self._reasoner.on_failure == "raise":
-            for index, rationale in written.items():
-                if rationale.failure is not None:
-                    raise BackendError(
-                        f"input {index}: no rationale from {self.name}: {rationale.failure}. Check the server, or pass "
-                        "on_failure='direct' to take the direct embedding instead"
-                    )
-        return written
+        read = [self._read(reply) for reply in replies]
+        for item, answer in zip(items, read, strict=True):
+            if isinstance(answer, str) and self._reasoner.on_failure == "raise":
+                raise BackendError(
+                    f"input {item.index}: no rationale from {self.name}: {answer}. Check the server, or pass "
+                    "on_failure='direct' to take the direct embedding instead"
+                )
+        answered = [(cache, answer) for cache, answer in zip(caches, read, strict=True) if not isinstance(answer, str)]
+        rationales = [token_ids[:max_tokens] for _, (token_ids, _) in answered]
+        followed = iter(self._generator.follow([cache for cache, _ in answered], rationales) if answered else [])
+        return [
+            answer
+            if isinstance(answer, str)
+            else replace(next(followed), truncated=answer[1] or len(answer[0]) > max_tokens)
+            for answer in read
+        ]
 
-    def _read(self, reply: Reply, max_tokens: int) -> Rationale:
+    def _read(self, reply: Reply) -> tuple[list[int], bool] | str:
+        """Return a rationale's token ids and whether the limit cut it, or why there is none."""
         if reply.error is not None:
-            return Rationale([], failure=reply.error)
+            return reply.error
         if not reply.choices:
-            return Rationale([], failure="the answer has no choices")
-        choice = reply.choices[0]
-        if choice.finish_reason not in ("stop", "length"):
-            return Rationale([], failure=f"the answer ended by {choice.finish_reason!r}, not 'stop' or 'length'")
-        said = choice.message.thought or choice.message.content or ""
-        words = said.partition(END_THINK)[0].removeprefix(THINK)
-        if not words.strip():
-            return Rationale([], failure="the answer is empty")
-        ids = self._prompt.tokenize(words)
-        return Rationale(ids[:max_tokens], choice.finish_reason == "length" or len(ids) > max_tokens)
+            return "the answer has no choices"
+        sample = reply.choices[0]
+        if sample.finish_reason not in ("stop", "length"):
+            return f"the answer ended by {sample.finish_reason!r}, not 'stop' or 'length'"
+        said = sample.message.thought or sample.message.content or ""
+        rationale = said.partition(END_THINK)[0].removeprefix(THINK)
+        if not rationale.strip():
+            return "the answer is empty"
+        return self._prompt.tokenize(rationale), sample.finish_reason == "length"
 
 
 def policy_messages(prompt: PromptFormat, instruction: str, request: Request) -> list[ChatCompletionMessageParam]:

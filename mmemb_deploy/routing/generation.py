@@ -14,22 +14,14 @@ import numpy as np
 from mmemb_deploy.backends.protocol import Cache, Decoder, Extended
 from mmemb_deploy.inputs.preprocess import Floats, Ints
 from mmemb_deploy.inputs.prompts import END_THINK, GEN_EMB, PAD, PATH_MARKERS, THINK, PromptEncoder
-
-
-@dataclass(frozen=True)
-class Reasoned:
-    """A reasoned embedding (D,), L2-normalised, and the rationale's token ids without its markers."""
-
-    embedding_D: Floats
-    token_ids: list[int]
-    truncated: bool  # the token limit closed the rationale
+from mmemb_deploy.routing.items import Item, Reasoned
 
 
 @dataclass
 class _Live:
     """A row that is still being decoded."""
 
-    place: int
+    index: int
     token: int  # to be fed next
     token_ids: list[int] = field(default_factory=list)
     truncated: bool = False
@@ -63,14 +55,14 @@ class Generator:
     def _write(self, cache: Any, max_tokens: int, choose: Choose) -> list[Reasoned]:
         end_think, gen_emb = self._prompt.ids[END_THINK], self._prompt.ids[GEN_EMB]
         finished: dict[int, Reasoned] = {}
-        live = [_Live(place, self._prompt.ids[THINK]) for place in range(len(cache))]
+        live = [_Live(index, self._prompt.ids[THINK]) for index in range(len(cache))]
         while live:
             fed = [row.token for row in live]
             step = self._feed(cache, [[token] for token in fed])
             cache = step.cache
             for row, embedding_D, chosen in zip(live, step.embeddings_BD, choose(step.logits_BW).tolist(), strict=True):
                 if row.token == gen_emb:
-                    finished[row.place] = Reasoned(embedding_D, row.token_ids, row.truncated)
+                    finished[row.index] = Reasoned(embedding_D, row.token_ids, row.truncated)
                 elif row.token == end_think:
                     row.token = gen_emb
                 elif chosen in self._marker_ids:
@@ -81,10 +73,10 @@ class Generator:
                     row.token = chosen
                     row.token_ids.append(chosen)
             if gen_emb in fed:
-                kept = [place for place, token in enumerate(fed) if token != gen_emb]
-                live = [live[place] for place in kept]
+                kept = [index for index, token in enumerate(fed) if token != gen_emb]
+                live = [live[index] for index in kept]
                 cache = cache.take(kept) if kept else cache
-        return [finished[place] for place in range(len(finished))]
+        return [finished[index] for index in range(len(finished))]
 
     def follow(self, caches: Sequence[Cache], rationales: Sequence[Sequence[int]]) -> list[Reasoned]:
         """Embed given rationales, one per row of the caches, in a single pass over their tokens."""
@@ -100,6 +92,34 @@ class Generator:
         """Run every row's tokens after the cache."""
         lengths_B = np.array([len(row) for row in tokens], np.int64)
         token_ids_BT: Ints = np.full((len(tokens), int(lengths_B.max())), self._prompt.ids[PAD], np.int64)
-        for place, row in enumerate(tokens):
-            token_ids_BT[place, : len(row)] = row
+        for index, row in enumerate(tokens):
+            token_ids_BT[index, : len(row)] = row
         return self._decoder.extend(cache, token_ids_BT, lengths_B)
+
+
+class OwnWriter:
+    """The bundle's own generator."""
+
+    name = "bundle"
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+
+    def write(self, items: Sequence[Item], caches: Sequence[Cache], max_tokens: int) -> list[Reasoned | str]:
+        """Write greedily, token by token."""
+        del items
+        return [*self._generator.generate(caches, max_tokens)]
+
+
+class CallersWriter:
+    """The caller, who brought the rationales."""
+
+    name = "caller"
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+
+    def write(self, items: Sequence[Item], caches: Sequence[Cache], max_tokens: int) -> list[Reasoned | str]:
+        """Follow what was given, in one pass, however long it is."""
+        del max_tokens
+        return [*self._generator.follow(caches, [item.given or [] for item in items])]

@@ -4,39 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from mmemb_deploy.backends.protocol import Cache
 from mmemb_deploy.bundle.manifest import BatchLimits, ModelFacts
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.inputs.preprocess import Floats
-from mmemb_deploy.inputs.rows import Row
 from mmemb_deploy.routing.fast_path import FastPath
-from mmemb_deploy.routing.generation import Generator, Reasoned
+from mmemb_deploy.routing.generation import CallersWriter, Generator, OwnWriter
+from mmemb_deploy.routing.items import Item, RationaleWriter
 from mmemb_deploy.routing.router import Policy, highest
-
-if TYPE_CHECKING:
-    from mmemb_deploy.reasoners.chat import Chat
-    from mmemb_deploy.reasoners.remote import RemoteGenerator
-
-
-@dataclass
-class Item:
-    """An input on its way: its row, then what the fast path found, then what reasoning wrote."""
-
-    index: int  # of the input in the call
-    row: Row
-    preprocess: float  # seconds, as the other two
-    given: list[int] | None = None  # a rationale that the caller wrote, as token ids
-    chat: Chat | None = None  # what a reasoner is sent, where there is one
-    embedding_D: Floats | None = None
-    score: float = 0.0
-    reasoned: Reasoned | None = None
-    fallback: str | None = None  # why a reasoner wrote nothing, where it may fail
-    fast_path: float = 0.0
-    generation: float = 0.0
-
 
 Waiting = list[tuple[Item, Cache]]  # items to reason, each with its cache of one row
 
@@ -50,10 +25,12 @@ class Pipeline:
         generator: Generator,
         model: ModelFacts,
         limits: BatchLimits,
-        remote: RemoteGenerator | None = None,
+        writer: RationaleWriter | None = None,
     ) -> None:
-        """`remote` writes the rationales in place of `generator`, which then follows them."""
-        self.fast_path, self.generator, self.remote = fast_path, generator, remote
+        """`writer` writes the rationales that no caller gave; None leaves them to the bundle's own generator."""
+        self.fast_path, self.generator = fast_path, generator
+        self._writer = OwnWriter(generator) if writer is None else writer
+        self._caller = CallersWriter(generator)
         self._model, self._limits = model, limits
 
     def run(
@@ -77,7 +54,7 @@ class Pipeline:
         for batch in self._batches(items, batch_size):
             cache = self._embed(batch)
             if quota is not None:
-                held = ((item, cache.take([place])) for place, item in enumerate(batch))  # to be let go one by one
+                held = ((item, cache.take([index])) for index, item in enumerate(batch))  # to be let go one by one
                 waiting = _best([*waiting, *held], quota)
             else:
                 waiting += _chosen(batch, cache, policy)
@@ -109,39 +86,21 @@ class Pipeline:
         return result.cache
 
     def _reason(self, waiting: Waiting, max_tokens: int) -> None:
-        """Continue from the caches: along written rationales in one pass, along the model's own token by token."""
-        for follows in (True, False):
-            group = [pair for pair in waiting if (pair[0].given is not None) is follows]
+        """Continue from the caches; an item whose writer failed, and may, keeps its direct embedding and why."""
+        writers: tuple[tuple[RationaleWriter, bool], ...] = (self._caller, True), (self._writer, False)
+        for writer, given in writers:
+            group = [pair for pair in waiting if (pair[0].given is not None) is given]
             if not group:
                 continue
-            if not follows and self.remote is not None:
-                self._ask(group, self.remote, max_tokens)
-                continue
             began = time.perf_counter()
-            caches = [cache for _, cache in group]
-            if follows:
-                results = self.generator.follow(caches, [item.given or [] for item, _ in group])
-            else:
-                results = self.generator.generate(caches, max_tokens)
+            written = writer.write([item for item, _ in group], [cache for _, cache in group], max_tokens)
             seconds = time.perf_counter() - began
-            for (item, _), reasoned in zip(group, results, strict=True):
-                item.reasoned, item.embedding_D, item.generation = reasoned, reasoned.embedding_D, seconds
-
-    def _ask(self, group: Waiting, remote: RemoteGenerator, max_tokens: int) -> None:
-        """Follow what the reasoner writes; where it may fail and does, the item keeps its direct embedding and why."""
-        began = time.perf_counter()
-        written = remote.write({item.index: item.chat for item, _ in group if item.chat is not None}, max_tokens)
-        for item, _ in group:
-            item.fallback = written[item.index].failure
-        answered = [(item, cache, written[item.index]) for item, cache in group if item.fallback is None]
-        if answered:
-            _, caches, rationales = zip(*answered, strict=True)
-            results = self.generator.follow(caches, [rationale.token_ids for rationale in rationales])
-            for (item, _, rationale), reasoned in zip(answered, results, strict=True):
-                item.reasoned = replace(reasoned, truncated=rationale.truncated)
-                item.embedding_D = reasoned.embedding_D
-        for item, _ in group:
-            item.generation = time.perf_counter() - began
+            for (item, _), one in zip(group, written, strict=True):
+                item.generation = seconds
+                if isinstance(one, str):
+                    item.fallback = one
+                else:
+                    item.reasoned, item.embedding_D, item.source = one, one.embedding_D, writer.name
 
     def _check_quota(self, items: Sequence[Item], quota: int) -> None:
         model = self._model
@@ -156,11 +115,11 @@ class Pipeline:
 
 def _chosen(batch: Sequence[Item], cache: Cache, policy: Policy) -> Waiting:
     """Return the items that reason; where some do not, their caches are not kept."""
-    places = [place for place, item in enumerate(batch) if item.given is not None or policy.wants(item.score)]
-    if not places:
+    chosen = [index for index, item in enumerate(batch) if item.given is not None or policy.wants(item.score)]
+    if not chosen:
         return []
-    kept = cache if len(places) == len(batch) else cache.take(places)
-    return list(zip((batch[place] for place in places), kept.split(), strict=True))
+    kept = cache if len(chosen) == len(batch) else cache.take(chosen)
+    return list(zip((batch[index] for index in chosen), kept.split(), strict=True))
 
 
 def _best(waiting: Waiting, quota: int) -> Waiting:

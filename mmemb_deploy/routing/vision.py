@@ -61,14 +61,14 @@ class VisionEncoder:
     def _run(self, visuals: Mapping[bytes, Visual]) -> dict[bytes, Features]:
         keys, images = list(visuals), list(visuals.values())
         features = {}
-        for (grid_h, grid_w), places in by_grid(images).items():
+        for (grid_h, grid_w), indices in by_grid(images).items():
             tables = vision_tables(grid_h, grid_w, self._spec)
             step = max(1, self._max_patches // (grid_h * grid_w))
-            for begin in range(0, len(places), step):
-                chunk = places[begin : begin + step]
+            for begin in range(0, len(indices), step):
+                chunk = indices[begin : begin + step]
                 outputs = self._session.run(
                     {
-                        abi.PATCHES: np.stack([patches(images[place], self._spec) for place in chunk]),
+                        abi.PATCHES: np.stack([patches(images[index], self._spec) for index in chunk]),
                         abi.INTERPOLATION_INDEX: tables.interpolation_index_P4,
                         abi.INTERPOLATION_WEIGHT: tables.interpolation_weight_P4,
                         abi.ROTARY_COS: tables.rotary_cos_PD,
@@ -78,8 +78,8 @@ class VisionEncoder:
                 tokens_NMD = outputs[abi.VISUAL_TOKENS]
                 none_LNMD = np.zeros((0, *tokens_NMD.shape), np.float32)
                 deepstack_LNMD = outputs[abi.DEEPSTACK] if self._levels else none_LNMD
-                for image, place in enumerate(chunk):
-                    features[keys[place]] = Features(tokens_NMD[image], deepstack_LNMD[:, image])
+                for image, index in enumerate(chunk):
+                    features[keys[index]] = Features(tokens_NMD[image], deepstack_LNMD[:, image])
         return features
 
 

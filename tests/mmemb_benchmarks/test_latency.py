@@ -15,7 +15,7 @@ from mmemb_benchmarks.load import Search, Trial, measure_load, run_trial
 from mmemb_benchmarks.stages import STAGES, Spent, timed_engine
 from mmemb_benchmarks.traffic import Traffic, assemble, choose_traffic, load_forgetful, prompt_tokens, threshold_of_rate
 from mmemb_deploy import Embedder, OptionError
-from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.bundle.folder import NANO, Bundle
 from mmemb_deploy.evaluation.pairs import Judge, encode_queries
 from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.routing.router import Route
@@ -29,7 +29,7 @@ def silent(_: str) -> None:
 
 @pytest.fixture(scope="module")
 def traffic() -> Traffic:
-    return choose_traffic(Bundle.nano(), queries=24, seed=0)
+    return choose_traffic(Bundle.open(NANO), queries=24, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -94,18 +94,18 @@ def test_a_rate_becomes_the_threshold_that_sends_so_many_to_reasoning(nano: Embe
 def test_requests_of_a_file_are_not_judged(tmp_path: Path) -> None:
     lines = tmp_path / "requests.jsonl"
     lines.write_text('"a text"\n{"text": "another"}\n')
-    traffic = choose_traffic(Bundle.nano(), requests=lines, queries=1, seed=0)
+    traffic = choose_traffic(Bundle.open(NANO), requests=lines, queries=1, seed=0)
     assert [pair.query for pair in traffic.pairs] == ["a text", {"text": "another"}]
     assert not traffic.judged
     with pytest.raises(OptionError, match="--requests and --pairs"):
-        choose_traffic(Bundle.nano(), requests=lines, pairs=lines, queries=1, seed=0)
+        choose_traffic(Bundle.open(NANO), requests=lines, pairs=lines, queries=1, seed=0)
 
 
 def test_requests_of_a_workload_are_of_its_kind(nano: Embedder) -> None:
-    traffic = choose_traffic(Bundle.nano(), workload="long text", queries=3, seed=0)
+    traffic = choose_traffic(Bundle.open(NANO), workload="long text", queries=3, seed=0)
     assert [length > 200 for length in prompt_tokens(nano, traffic)] == [True] * 3
     with pytest.raises(OptionError, match="long text"):
-        choose_traffic(Bundle.nano(), workload="long texts", queries=3, seed=0)
+        choose_traffic(Bundle.open(NANO), workload="long texts", queries=3, seed=0)
 
 
 def test_work_counts_every_linear_weight_once(tiny_bundle: Path, tiny_checkpoint: Path) -> None:

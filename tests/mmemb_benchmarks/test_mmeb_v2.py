@@ -31,7 +31,7 @@ from mmemb_benchmarks.mmeb_v2.readers import STILL_READERS, VIDEO_READERS, downl
 from mmemb_benchmarks.mmeb_v2.table import Results, groups
 from mmemb_benchmarks.mmeb_v2.tasks import HIT, NDCG, TASKS, select
 from mmemb_deploy import Embedder
-from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.bundle.folder import NANO
 from mmemb_deploy.errors import InputError, OptionError
 
 Rows = Sequence[dict[str, Any]]
@@ -548,7 +548,7 @@ def test_results_of_other_data_or_another_bundle_are_not_mixed(nano: Embedder, t
     with pytest.raises(OptionError, match="other data, queries"):
         TaskJob(nano, task, data.first(2, row_scope=True), tmp_path / "out").run(["never"])
     recalibrated = tmp_path / "recalibrated"
-    shutil.copytree(Bundle.nano().folder, recalibrated)
+    shutil.copytree(NANO, recalibrated)
     manifest = json.loads((recalibrated / "manifest.json").read_text())
     manifest["gate"]["threshold"] = 0.75
     (recalibrated / "manifest.json").write_text(json.dumps(manifest))

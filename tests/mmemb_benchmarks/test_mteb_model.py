@@ -165,7 +165,7 @@ def test_documents_never_reason_and_queries_are_counted_across_calls(nano: Embed
     assert model.usage["InMemory", "default", "test"].reasoning_rate == 1.0
     automatic = MtebModel(nano)
     embed(automatic, rows)
-    result = nano.encode_query([row["text"] for row in rows], return_details=True)
+    result = nano.encode_detailed([row["text"] for row in rows])
     reasoned = [detail is not None and detail.rationale is not None for detail in result.details]
     assert automatic.usage["InMemory", "default", "test"].reasoning_rate == np.mean(reasoned)
 

@@ -53,8 +53,8 @@ def test_a_missing_file_is_named(bundle: Path) -> None:
 
 
 def test_a_newer_schema_names_the_version_that_reads_it(bundle: Path) -> None:
-    edit(bundle, lambda manifest: manifest.update(schema_version=2, written_by="9.1.0", new_key=1))
-    with pytest.raises(SchemaError, match=r"has schema 2, this version reads 1: install mmemb-deploy 9\.1\.0 or newer"):
+    edit(bundle, lambda manifest: manifest.update(schema_version=3, written_by="9.1.0", new_key=1))
+    with pytest.raises(SchemaError, match=r"has schema 3, this version reads 2: install mmemb-deploy 9\.1\.0 or newer"):
         Bundle.open(bundle)
 
 
@@ -76,8 +76,9 @@ def test_a_malformed_manifest_names_its_field(
         Bundle.open(bundle)
 
 
-def test_a_manifest_that_is_no_json_is_refused(bundle: Path) -> None:
-    (bundle / MANIFEST).write_text("{")
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}", b'{"schema_version": "\xe9"}'])
+def test_a_manifest_that_is_no_json_or_no_utf_8_is_refused(bundle: Path, content: bytes) -> None:
+    (bundle / MANIFEST).write_bytes(content)
     with pytest.raises(SchemaError, match="the file: Invalid JSON"):
         Bundle.open(bundle)
 

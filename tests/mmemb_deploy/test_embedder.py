@@ -41,8 +41,8 @@ class CountingDecoder:
         self.prompts.append(len(batch.mask_BT))
         return self._decoder.prefill(batch, visual_tokens_VD, deepstack_LVD)
 
-    def stack(self, caches: Sequence[Any], room: int) -> AbstractContextManager[Any]:
-        return self._decoder.stack(caches, room)
+    def stack(self, caches: Sequence[Any], capacity: int) -> AbstractContextManager[Any]:
+        return self._decoder.stack(caches, capacity)
 
     def extend(self, cache: Any, token_ids_BT: Ints, lengths_B: Ints) -> Extended[Any]:
         self.extended += int(lengths_B.sum())
@@ -115,7 +115,7 @@ def test_the_reasoned_embedding_equals_one_full_forward_pass(
 ) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint)
     reference = Reference(checkpoint)
-    result = tiny_embedder.encode(mixed_inputs, reasoning="always", return_details=True)
+    result = tiny_embedder.encode_detailed(mixed_inputs, reasoning="always")
     for content, detail, embedding_D in zip(mixed_inputs, result.details, result.embeddings, strict=True):
         assert detail is not None
         request = parse(content)
@@ -131,7 +131,7 @@ def test_no_token_is_prefilled_twice(
     counter = counted(tiny_embedder, monkeypatch)
     encoder = tiny_embedder.encoder
     prompt_tokens = sum(encoder.row(parse(item), "Find the result.").length for item in mixed_inputs)
-    result = tiny_embedder.encode(mixed_inputs, reasoning="always", return_details=True)
+    result = tiny_embedder.encode_detailed(mixed_inputs, reasoning="always")
     written = sum(detail.rationale_tokens for detail in result.details if detail is not None)
     assert counter.prefilled == prompt_tokens
     assert counter.extended == written + PATH_TOKENS * len(mixed_inputs)
@@ -152,7 +152,7 @@ def test_finished_rows_leave_the_batch(tiny_embedder: Embedder, monkeypatch: pyt
         return step
 
     monkeypatch.setattr(counter, "extend", scripted)
-    result = tiny_embedder.encode(list(lengths), reasoning="always", return_details=True, batch_size=2)
+    result = tiny_embedder.encode_detailed(list(lengths), reasoning="always", batch_size=2)
     assert [detail.rationale_tokens for detail in result.details if detail] == [1, 4]
     assert counter.rows == [2, 2, 2, 2, 1, 1, 1]
 
@@ -161,7 +161,7 @@ def test_a_given_rationale_gives_what_the_same_generated_one_gave(
     tiny_embedder: Embedder, mixed_inputs: list[Any]
 ) -> None:
     encoder = tiny_embedder.encoder
-    written = tiny_embedder.encode(mixed_inputs, reasoning="always", return_details=True)
+    written = tiny_embedder.encode_detailed(mixed_inputs, reasoning="always")
     rationales = [detail.rationale for detail in written.details if detail]
     round_trips = [
         detail is not None and encoder.prompt.tokenize(detail.rationale or "") == list(detail.rationale_ids)
@@ -174,13 +174,11 @@ def test_a_given_rationale_gives_what_the_same_generated_one_gave(
 
 def test_routes_follow_the_mode_and_the_threshold(tiny_embedder: Embedder, mixed_inputs: list[Any]) -> None:
     def routes(**options: Any) -> list[str]:
-        details = tiny_embedder.encode(mixed_inputs, return_details=True, **options).details
+        details = tiny_embedder.encode_detailed(mixed_inputs, **options).details
         return [detail.route for detail in details if detail]
 
     scores = [
-        detail.gate_score
-        for detail in tiny_embedder.encode(mixed_inputs, reasoning="never", return_details=True).details
-        if detail
+        detail.gate_score for detail in tiny_embedder.encode_detailed(mixed_inputs, reasoning="never").details if detail
     ]
     middle = sorted(scores)[3]
     assert set(routes(reasoning="never")) == {"fast"}
@@ -191,7 +189,7 @@ def test_routes_follow_the_mode_and_the_threshold(tiny_embedder: Embedder, mixed
 def test_a_reasoning_rate_gives_exactly_that_share_to_the_highest_scores(
     tiny_embedder: Embedder, mixed_inputs: list[Any]
 ) -> None:
-    details = tiny_embedder.encode(mixed_inputs, reasoning_rate=0.45, return_details=True, batch_size=2).details
+    details = tiny_embedder.encode_detailed(mixed_inputs, reasoning_rate=0.45, batch_size=2).details
     ranked = sorted((detail for detail in details if detail), key=lambda detail: -detail.gate_score)
     assert [detail.route for detail in ranked] == ["reason"] * 3 + ["fast"] * 4
 
@@ -209,7 +207,7 @@ def test_a_rate_whose_caches_exceed_the_limit_is_refused_before_anything_runs(
 
 def test_a_given_rationale_is_followed_beside_the_rate(tiny_embedder: Embedder, mixed_inputs: list[Any]) -> None:
     rationales = [None, "a", *[None] * 5]
-    details = tiny_embedder.encode(mixed_inputs, rationales=rationales, reasoning_rate=0.3, return_details=True).details
+    details = tiny_embedder.encode_detailed(mixed_inputs, rationales=rationales, reasoning_rate=0.3).details
     others = sorted((detail for detail in (details[0], *details[2:]) if detail), key=lambda detail: -detail.gate_score)
     assert details[1] is not None
     assert (details[1].route, details[1].rationale) == ("reason", "a")
@@ -219,15 +217,15 @@ def test_a_given_rationale_is_followed_beside_the_rate(tiny_embedder: Embedder, 
 def test_a_call_cannot_raise_the_bundle_s_token_limit(tiny_embedder: Embedder, mixed_inputs: list[Any]) -> None:
     limit = tiny_embedder.manifest.model.max_rationale_tokens
     options: dict[str, Any] = {"reasoning": "always", "max_rationale_tokens": 4 * limit}
-    details = tiny_embedder.encode(mixed_inputs, return_details=True, **options).details
+    details = tiny_embedder.encode_detailed(mixed_inputs, **options).details
     assert max(detail.rationale_tokens for detail in details if detail) == limit
 
 
 def test_the_token_limit_closes_a_rationale_and_says_so(tiny_embedder: Embedder) -> None:
-    (natural,) = tiny_embedder.encode(["a text"], reasoning="always", return_details=True).details
+    (natural,) = tiny_embedder.encode_detailed(["a text"], reasoning="always").details
     assert natural is not None
     limit = natural.rationale_tokens - 1
-    result = tiny_embedder.encode(["a text"], reasoning="always", max_rationale_tokens=limit, return_details=True)
+    result = tiny_embedder.encode_detailed(["a text"], reasoning="always", max_rationale_tokens=limit)
     (detail,) = result.details
     assert detail is not None
     assert (detail.rationale_ids, detail.truncated) == (natural.rationale_ids[:limit], True)
@@ -244,7 +242,7 @@ def test_sizes_and_precisions_follow_their_definition(tiny_embedder: Embedder, m
 
 
 def test_documents_take_the_fast_path_without_an_instruction(tiny_embedder: Embedder) -> None:
-    result = tiny_embedder.encode_document(["seven"], return_details=True)
+    result = tiny_embedder.encode_detailed(["seven"], **tiny_embedder.document_options)
     assert [detail.route for detail in result.details if detail] == ["fast"]
     same = tiny_embedder.encode(["seven"], instruction="", reasoning="never")
     np.testing.assert_array_equal(result.embeddings, same)
@@ -268,12 +266,12 @@ def test_a_bad_row_is_named_before_anything_runs(
 
 def test_returned_errors_keep_the_good_rows(tiny_embedder: Embedder, mixed_inputs: list[Any]) -> None:
     spoilt = [mixed_inputs[0], "", mixed_inputs[1], {"txet": "typo"}]
-    result = tiny_embedder.encode(spoilt, errors="return")
+    result = tiny_embedder.encode_detailed(spoilt, errors="return")
     assert [error.index for error in result.errors] == [1, 3]
     assert [detail is None for detail in result.details] == [False, True, False, True]
     assert np.isnan(result.embeddings[[1, 3]]).all()
     assert cosines(result.embeddings[[0, 2]], tiny_embedder.encode(mixed_inputs[:2])).min() >= 0.99999
-    assert (tiny_embedder.encode(spoilt, errors="return", precision="int8").embeddings[1] == 0).all()
+    assert (tiny_embedder.encode_detailed(spoilt, errors="return", precision="int8").embeddings[1] == 0).all()
 
 
 def test_an_input_above_the_token_limit_is_refused(tiny_embedder: Embedder) -> None:
@@ -302,7 +300,22 @@ def test_an_input_above_the_token_limit_is_refused(tiny_embedder: Embedder) -> N
 )
 def test_a_wrong_option_is_named(tiny_embedder: Embedder, options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        tiny_embedder.encode(["one", "two"], **options)
+        tiny_embedder.encode_detailed(["one", "two"], **options)
+
+
+def test_the_former_way_to_ask_for_details_still_works(tiny_embedder: Embedder) -> None:
+    inputs = ["one", "three plus four"]
+    expected = tiny_embedder.encode_detailed(inputs, reasoning="always")
+    former: Any = tiny_embedder.encode
+    with pytest.warns(DeprecationWarning, match=r"return_details\) is deprecated: call encode_detailed"):
+        found = former(inputs, reasoning="always", return_details=True)
+    np.testing.assert_array_equal(found.embeddings, expected.embeddings)
+    rationales = [[detail and detail.rationale_ids for detail in each.details] for each in (found, expected)]
+    assert rationales[0] == rationales[1]
+    with pytest.warns(DeprecationWarning, match=r"errors\) is deprecated"):
+        assert [error.index for error in former(["one", ""], errors="return").errors] == [1]
+    with pytest.warns(DeprecationWarning, match=r"errors\) is deprecated"):
+        assert former(inputs, errors="raise").shape == (2, tiny_embedder.dim)
 
 
 def test_a_lone_input_is_refused(tiny_embedder: Embedder) -> None:

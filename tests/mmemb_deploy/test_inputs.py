@@ -155,6 +155,7 @@ def test_video_frames_without_times_are_two_a_second() -> None:
     request = parsed({"video": [RED, GREY, RED]})
     assert DEFAULT_FPS == 2.0
     assert request.timestamps == (0.0, 0.5, 1.0)
+    assert request.next_timestamp == 1.5
     assert [frame.mode for frame in request.frames] == ["RGB"] * 3
     assert request.images == ()
 
@@ -172,6 +173,11 @@ def test_timestamps_are_taken_as_given(times: object) -> None:
     request = parsed({"text": "clip", "video": [RED] * 3, "timestamps": times})
     assert request.timestamps == (0.0, 1.5, 1.5)
     assert all(type(time) is float for time in request.timestamps)
+
+
+@pytest.mark.parametrize(("times", "following"), [([0.5], 1.0), ([0.5, 2.0], 3.5), ([0.0, 3.0, 3.0], 3.0)])
+def test_the_next_frame_would_come_after_the_last_gap(times: list[float], following: float) -> None:
+    assert parsed({"video": [RED] * len(times), "timestamps": times}).next_timestamp == following
 
 
 def test_any_real_number_is_a_frame_rate() -> None:

@@ -63,7 +63,7 @@ def test_an_interrupted_job_goes_on_after_the_last_finished_chunk(
     tiny_embedder: Embedder, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    encode = Embedder.encode
+    encode = Embedder.encode_detailed
 
     def counting(self: Embedder, inputs: Any, **options: Any) -> Any:
         calls.append(len(inputs))
@@ -71,7 +71,7 @@ def test_an_interrupted_job_goes_on_after_the_last_finished_chunk(
             raise KeyboardInterrupt
         return encode(self, inputs, **options)
 
-    monkeypatch.setattr(Embedder, "encode_query", counting)
+    monkeypatch.setattr(Embedder, "encode_detailed", counting)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_embedder, lines, tmp_path / "out.npz", reasoning="never")
     assert not (tmp_path / "out.npz").exists()

@@ -1,20 +1,23 @@
-"""Preprocessing equals transformers' Qwen3-VL, which is the reference for every array it makes."""
+"""Preprocessing equals transformers' Qwen3-VL, which is the reference for every array it makes, or qwen-vl-utils."""
 
 from __future__ import annotations
 
 import io
 import random
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from pydantic import TypeAdapter, ValidationError
+from torch.nn import functional as F
 from transformers import Qwen3VLConfig, Qwen3VLModel, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionRotaryEmbedding
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor, smart_resize
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from mmemb_deploy.errors import InputError
@@ -26,6 +29,7 @@ from mmemb_deploy.inputs.preprocess import (
     patches,
     resize_image,
     resize_video,
+    resized_size,
     resized_video_size,
     rotary_positions,
     vision_tables,
@@ -58,6 +62,17 @@ NANO = VisionSpec(
     video_min_pixels=1024,
     video_max_pixels=8192,
 )
+SCRIPT = replace(  # the bounds of Qwen3-VL-Embedding's inference script
+    QWEN,
+    resize="qwen-vl-utils",
+    min_pixels=4 * 32 * 32,
+    max_pixels=1800 * 32 * 32,
+    video_min_pixels=128 * 32 * 32,
+    video_max_pixels=7680 * 32 * 32,
+)
+# methods that use no `self`, of classes that need torchvision to be made
+calculate_timestamps = vars(Qwen3VLProcessor)["_calculate_timestamps"]
+patchify = vars(Qwen3VLVideoProcessor)["patchify"]
 SPECS = pytest.mark.parametrize("spec", [QWEN, NANO], ids=["qwen", "nano"])
 
 
@@ -155,23 +170,15 @@ def test_video_patches_follow_the_order_of_transformers(frames: int) -> None:
     clip = [noise(64, 48, seed=seed) for seed in range(frames)]
     visuals = resize_video(clip, NANO)
     height, width = visuals[0].pixels_THWC.shape[1:3]
-    grid_t, grid_h, grid_w = -(-frames // 2), height // 8, width // 8
-    filled = clip + clip[-1:] * (-frames % 2)
     video = torch.from_numpy(
-        np.stack([np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC)) for frame in filled])
+        np.stack([np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC)) for frame in clip])
     ).permute(0, 3, 1, 2)
     mean, std = torch.tensor(NANO.image_mean)[:, None, None], torch.tensor(NANO.image_std)[:, None, None]
-    video = (video / 255 - mean) / std
-    # Qwen3VLVideoProcessor.patchify, which needs torchvision, for one video
-    expected = (
-        video.view(grid_t, 2, 3, grid_h // 2, 2, 8, grid_w // 2, 2, 8)
-        .permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-        .reshape(grid_t * grid_h * grid_w, -1)
-    )
-    assert len(visuals) == grid_t
-    assert {visual.grid for visual in visuals} == {(grid_h, grid_w)}
+    expected, *grid = patchify(None, ((video / 255 - mean) / std)[None], 8, 2, 2)
+    assert [len(visuals), *visuals[0].grid] == grid
+    assert len({visual.grid for visual in visuals}) == 1
     actual = np.concatenate([patches(visual, NANO) for visual in visuals])
-    np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(actual, expected[0].numpy(), rtol=0, atol=1e-6)
 
 
 def test_a_single_frame_fills_its_temporal_patch() -> None:
@@ -184,9 +191,81 @@ def test_a_single_frame_fills_its_temporal_patch() -> None:
 @pytest.mark.parametrize("frames", [1, 2, 5, 8])
 def test_times_of_temporal_patches_equal_transformers(frames: int) -> None:
     indices = sorted(random.Random(frames).sample(range(100), frames))
-    calculate_timestamps = vars(Qwen3VLProcessor)["_calculate_timestamps"]  # a method that uses no `self`
     expected = calculate_timestamps(None, list(indices), 24.0, 2)
-    assert patch_times([index / 24.0 for index in indices], QWEN) == expected
+    assert patch_times([index / 24.0 for index in indices], 100.0, QWEN) == expected
+
+
+# (height, width) before, and what qwen-vl-utils 0.0.14 made of it with the script's bounds
+
+
+@pytest.mark.parametrize(
+    ("size", "resized"),
+    [
+        ((12, 1500), (32, 1504)),
+        ((1500, 12), (1504, 32)),
+        ((1, 200), (32, 192)),
+        ((15, 64), (32, 160)),
+        ((47, 9000), (32, 8992)),
+        ((33, 31), (96, 64)),
+        ((3, 3), (64, 64)),
+        ((80, 48), (64, 64)),
+        ((427, 640), (416, 640)),
+        ((2000, 3000), (1088, 1632)),
+    ],
+)
+def test_image_sizes_equal_qwen_vl_utils(size: tuple[int, int], resized: tuple[int, int]) -> None:
+    assert resized_size(*size, SCRIPT) == resized
+
+
+@pytest.mark.parametrize(
+    ("frames", "size", "resized"),
+    [
+        (1, (240, 320), (352, 416)),
+        (3, (221, 333), (288, 480)),
+        (3, (33, 31), (448, 320)),
+        (2, (8, 8), (384, 384)),
+        (4, (20, 1500), (96, 1760)),
+        (5, (720, 1280), (640, 1184)),
+        (20, (1080, 1920), (640, 1152)),
+        (21, (1080, 1920), (608, 1120)),  # shared out as 22 frames' are
+        (22, (1080, 1920), (608, 1120)),
+        (64, (48, 64), (320, 448)),
+        (64, (720, 1280), (352, 640)),
+        (130, (720, 1280), (256, 480)),  # 1.05 times the fewest pixels
+    ],
+)
+def test_frame_sizes_equal_qwen_vl_utils(frames: int, size: tuple[int, int], resized: tuple[int, int]) -> None:
+    assert resized_video_size(frames, *size, SCRIPT) == resized
+
+
+def test_frames_are_resized_alone_by_pillow_and_together_as_torchvision_does() -> None:
+    clip = [noise(320, 240, seed=seed) for seed in range(3)]
+    alone = np.stack([np.asarray(frame.resize((320, 256))) for frame in [*clip, clip[-1]]])
+    together = F.interpolate(
+        torch.from_numpy(alone).permute(0, 3, 1, 2).float(), (352, 416), mode="bicubic", antialias=True
+    )
+    expected = together.clamp(0, 255).round().permute(0, 2, 3, 1).numpy()
+    actual = np.concatenate([visual.pixels_THWC for visual in resize_video(clip, SCRIPT)])
+    difference = np.abs(actual - expected)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.002
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("fps", [None, 1.0, 3.0, 10.0, 29.97])
+def test_times_go_on_where_qwen_vl_utils_repeats_a_frame(frames: int, fps: float | None) -> None:
+    request = parse({"video": [noise(8, 8)] * frames} | ({"fps": fps} if fps else {}), Limits())
+    expected = calculate_timestamps(None, list(range(frames + frames % 2)), fps or 2.0, 2)
+    assert patch_times(request.timestamps, request.next_timestamp, SCRIPT) == expected
+
+
+def test_a_spec_that_names_no_library_means_transformers() -> None:
+    facts = asdict(NANO)
+    assert facts.pop("resize") == "transformers"
+    reader = TypeAdapter(VisionSpec)
+    assert reader.validate_python(facts) == NANO
+    with pytest.raises(ValidationError, match="'transformers' or 'qwen-vl-utils'"):
+        reader.validate_python(facts | {"resize": "qwen_vl_utils"})
 
 
 @SPECS

@@ -19,9 +19,12 @@ import pytest
 from PIL import Image
 
 from mmemb_deploy import BackendError, Detail, Embedder, InputError, MissingExtraError, OptionError, RemoteReasoner
+from mmemb_deploy.inputs import images
+from mmemb_deploy.inputs import parse as parsing
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.prompts import END_THINK, IMAGE_PAD, MARKERS, THINK
 from mmemb_deploy.jobs.files import embed_source, read_source
+from mmemb_deploy.reasoners import remote
 
 MakeEmbedder = Callable[..., Embedder]
 
@@ -45,7 +48,7 @@ def stills(mixed_inputs: list[Any]) -> list[Any]:
 
 def detailed(embedder: Embedder, inputs: list[Any], **options: Any) -> tuple[Any, list[Detail]]:
     """Embed, and return the vectors and the details, none of which is missing."""
-    result = embedder.encode(inputs, return_details=True, **options)
+    result = embedder.encode_detailed(inputs, **options)
     return result.embeddings, [detail for detail in result.details if detail is not None]
 
 
@@ -106,6 +109,28 @@ def test_the_server_sees_the_caller_s_own_pixels(served: MakeEmbedder, stills: l
     (body,) = endpoint.received
     for sent, given in zip(pictures(body), item["images"], strict=True):
         np.testing.assert_array_equal(np.asarray(sent), given)
+
+
+@pytest.mark.parametrize(("held", "decoded"), [(remote.HELD_BYTES, 1), (0, 2)])
+def test_an_image_is_decoded_once_while_its_pixels_fit_what_is_held(
+    served: MakeEmbedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int, decoded: int
+) -> None:
+    Image.new("RGB", (20, 30), "teal").save(tmp_path / "teal.png")
+    opened: list[object] = []
+    load = images.load_image
+
+    def counting(value: object, *arguments: Any) -> Image.Image:
+        opened.append(value)
+        return load(value, *arguments)
+
+    monkeypatch.setattr(parsing, "load_image", counting)
+    monkeypatch.setattr(remote, "HELD_BYTES", held)
+    item = {"image": str(tmp_path / "teal.png"), "text": "what is it?"}
+    served().encode([item], reasoning="always")
+    assert len(opened) == decoded
+    opened.clear()
+    served().encode([item], reasoning="never")
+    assert len(opened) == 1
 
 
 def test_a_server_of_the_checkpoint_writes_what_the_bundle_would_have_written(
@@ -339,7 +364,7 @@ def test_a_video_is_refused_before_anything_is_asked(
     with pytest.raises(InputError, match=rf"input {place}: 'video' cannot be sent to a reasoner"):
         embedder.encode(mixed_inputs, reasoning="always")
     assert endpoint.received == []
-    result = embedder.encode(mixed_inputs, reasoning="always", errors="return")
+    result = embedder.encode_detailed(mixed_inputs, reasoning="always", errors="return")
     assert [error.index for error in result.errors] == [place]
     assert len(endpoint.received) == len(mixed_inputs) - 1
     video = [mixed_inputs[place]]

@@ -14,9 +14,9 @@ import pytest
 from numpy.typing import DTypeLike, NDArray
 
 from mmemb_deploy import Embedder
-from mmemb_deploy.backends.choose import choose_backend
 from mmemb_deploy.backends.device import ALIGNMENT, Plane, Shape
 from mmemb_deploy.backends.kv_cache.device import BUCKET, DeviceCache, ResidentDecoder
+from mmemb_deploy.backends.onnxruntime import OnnxRuntime
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
@@ -99,7 +99,7 @@ class Both:
     def __init__(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
         self.bundle = bundle
-        self.host = choose_backend("onnxruntime", 1).load(bundle)
+        self.host = OnnxRuntime(1).load(bundle)
         self.device = HostDevice()
         self.embedder, self.generator = (
             HostEngine(bundle.graph(name), manifest.graphs[name]) for name in (abi.EMBEDDER, abi.GENERATOR)
@@ -228,8 +228,8 @@ def test_an_embedder_over_a_resident_cache_gives_the_same_embeddings(both: Both,
         {"rationales": ["so it is"] * len(mixed_inputs), "batch_size": 3},
     ]
     for options in routes:
-        found = ours.encode(mixed_inputs, return_details=True, **options)
-        expected = theirs.encode(mixed_inputs, return_details=True, **options)
+        found = ours.encode_detailed(mixed_inputs, **options)
+        expected = theirs.encode_detailed(mixed_inputs, **options)
         assert close(found.embeddings, expected.embeddings)
         assert [each and each.rationale_ids for each in found.details] == [
             each and each.rationale_ids for each in expected.details

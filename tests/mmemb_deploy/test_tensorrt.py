@@ -20,14 +20,24 @@ import pytest
 from mmemb_deploy import Embedder
 from mmemb_deploy.backends.cuda import DRIVER, Cuda, Gpu, probe
 from mmemb_deploy.backends.tensorrt.api import Library, load_library
-from mmemb_deploy.backends.tensorrt.engine import EngineGraph, TensorRT, check_types, choose_profile, most_images
+from mmemb_deploy.backends.tensorrt.backend import TensorRT, check_types, most_images
+from mmemb_deploy.backends.tensorrt.engine import EngineGraph, choose_profile
 from mmemb_deploy.backends.tensorrt.files import ENGINES, Built, EngineSet, find_set, graph_hash, read_engine, write_set
 from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.certificate import Bounds, Certificate, Parity
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.bundle.manifest import Manifest, Parity
+from mmemb_deploy.bundle.manifest import Manifest
 from mmemb_deploy.errors import BackendError, OptionError
 
-PARITY = Parity(inputs=8, min_cosine=1, mean_cosine=1, gate_flips=0)
+CERTIFICATE = Certificate(
+    reference="transformers",
+    runtime="tensorrt",
+    modalities={"text": Parity(inputs=8, min_cosine=1, mean_cosine=1, gate_flips=0)},
+    reasoned=None,
+    token_agreement=1,
+    retrieval_overlap=1,
+    bounds=Bounds.of(["float32"], 8),
+)
 
 
 class Driver:
@@ -103,8 +113,8 @@ def test_threads_are_refused_beside_a_gpu() -> None:
         Embedder.load(backend="tensorrt", threads=2)
 
 
-def test_an_unknown_flavour_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"flavour 'tensorrt-rx' is not known.*did you mean 'tensorrt-rtx'"):
+def test_an_unknown_library_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"library 'tensorrt-rx' is not known.*did you mean 'tensorrt-rtx'"):
         Library("tensorrt-rx")
 
 
@@ -131,12 +141,12 @@ def engines(bundle: Bundle) -> EngineSet:
         for name in abi.GRAPHS
     }
     found = EngineSet(
-        flavour="tensorrt",
+        library="tensorrt",
         version="11.4.0",
         device="NVIDIA H100 80GB HBM3",
         target="sm90",
         engines=built,
-        parity=PARITY,
+        certificate=CERTIFICATE,
     )
     folder = bundle.folder / ENGINES / found.folder
     folder.mkdir(parents=True)
@@ -165,7 +175,7 @@ def test_a_bundle_with_engines_still_opens(bundle: Bundle, engines: EngineSet) -
     [
         ({"device": "NVIDIA L4", "target": "sm89"}, r"NVIDIA L4 \(sm89\) with tensorrt 11.4.0"),
         ({"version": "11.5.0"}, r"NVIDIA H100 80GB HBM3 \(sm90\) with tensorrt 11.5.0"),
-        ({"flavour": "tensorrt-rtx"}, r"NVIDIA H100 80GB HBM3 \(sm90\) with tensorrt-rtx 11.4.0"),
+        ({"library": "tensorrt-rtx"}, r"NVIDIA H100 80GB HBM3 \(sm90\) with tensorrt-rtx 11.4.0"),
     ],
 )
 def test_another_gpu_or_version_is_named_beside_what_is_there(
@@ -177,8 +187,8 @@ def test_another_gpu_or_version_is_named_beside_what_is_there(
 
 
 def test_a_bundle_without_engines_says_how_to_build_them(bundle: Bundle) -> None:
-    wanted = EngineSet(flavour="tensorrt", version="11.4.0", device="NVIDIA L4", target="sm89", engines={})
-    with pytest.raises(BackendError, match=r"it has none; run: mmemb build .*bundle --flavour tensorrt"):
+    wanted = EngineSet(library="tensorrt", version="11.4.0", device="NVIDIA L4", target="sm89", engines={})
+    with pytest.raises(BackendError, match=r"it has none; run: mmemb build .*bundle --library tensorrt"):
         find_set(bundle, wanted)
 
 
@@ -207,7 +217,7 @@ def test_an_engine_that_is_missing_or_changed_is_not_loaded(bundle: Bundle, engi
 
 
 def test_a_listing_that_cannot_be_read_is_named(bundle: Bundle, engines: EngineSet) -> None:
-    (bundle.folder / ENGINES / engines.folder / "engines.json").write_text('{"flavour": "tensorrt"}')
+    (bundle.folder / ENGINES / engines.folder / "engines.json").write_text('{"library": "tensorrt"}')
     with pytest.raises(BackendError, match=r"engines.json: version: Field required; delete .* and build it again"):
         find_set(bundle, engines)
 
@@ -233,9 +243,9 @@ def box(*most: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
 PROFILES = ({abi.TOKEN_IDS: box(8, 100)}, {abi.TOKEN_IDS: box(2, 400)})
 
 
-@pytest.mark.parametrize(("shape", "place"), [((8, 100), 0), ((1, 1), 0), ((2, 101), 1), ((1, 400), 1)])
-def test_the_first_profile_that_holds_the_shapes_is_used(shape: tuple[int, ...], place: int) -> None:
-    assert choose_profile("embedder", PROFILES, {abi.TOKEN_IDS: shape}) == place
+@pytest.mark.parametrize(("shape", "index"), [((8, 100), 0), ((1, 1), 0), ((2, 101), 1), ((1, 400), 1)])
+def test_the_first_profile_that_holds_the_shapes_is_used(shape: tuple[int, ...], index: int) -> None:
+    assert choose_profile("embedder", PROFILES, {abi.TOKEN_IDS: shape}) == index
 
 
 @pytest.mark.parametrize("shape", [(3, 101), (9, 1), (1, 401), (0, 1)])
@@ -251,11 +261,21 @@ def test_images_are_split_by_what_a_profile_takes() -> None:
 
 
 class Recorder:
-    """A stream, a context of an engine and its memory, which note what they are asked to do."""
+    """A library, a stream, an engine, its context and its memory, which note what they are asked to do."""
 
     def __init__(self, free: int = 1 << 30) -> None:
         self.notes: list[str] = []
-        self.stream, self.name, self._free = 7, "generator", free
+        self.stream, self.log, self.errors, self._free = 7, None, list[str](), free
+        self.trt = self.ExecutionContextAllocationStrategy = self
+        self.ON_PROFILE_CHANGE = 1
+
+    def Runtime(self, log: Any) -> Any:  # noqa: N802 - the library's own name, as those below
+        assert log is self.log
+        return self
+
+    def deserialize_cuda_engine(self, plan: bytes) -> Any:
+        assert plan == b"plan"
+        return self
 
     def free_bytes(self) -> int:
         return self._free
@@ -263,21 +283,29 @@ class Recorder:
     def check_memory(self, needed: int, what: str) -> None:
         Cuda.check_memory(self, needed, what)  # type: ignore[arg-type]
 
-    def activation_bytes(self, profile: int) -> int:
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return 1 << (20 + profile)
 
-    def context(self) -> Any:
+    def create_execution_context(self, strategy: int) -> Any:
+        assert strategy == self.ON_PROFILE_CHANGE
         self.notes.append("context")
         return self
 
-    def set_profile(self, profile: int, stream: int) -> None:
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.notes.append(f"profile {profile} on {stream}")
+        return True
 
-    def bind(self, shapes: Any, addresses: Any) -> None:
-        self.notes.append(f"bind {shapes[abi.TOKEN_IDS]} {addresses['at']}")
+    def set_input_shape(self, name: str, shape: Any) -> bool:
+        self.notes.append(f"bind {name} {shape}")
+        return True
 
-    def enqueue(self, stream: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.notes.append(f"{name} {address}")
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
         self.notes.append(f"enqueue on {stream}")
+        return True
 
     def capture(self, start: Callable[[], None]) -> Any:
         self.notes.append("record")
@@ -295,7 +323,7 @@ def run(graph: EngineGraph, *runs: tuple[tuple[int, int], int]) -> None:
 
 def recorded(recorder: Recorder, *, record: bool) -> EngineGraph:
     device: Any = recorder
-    return EngineGraph(device, device, PROFILES, record=record)
+    return EngineGraph(device, device, "generator", b"plan", PROFILES, record=record)
 
 
 def test_a_repeated_decode_step_is_recorded_once_and_then_launched() -> None:
@@ -304,7 +332,8 @@ def test_a_repeated_decode_step_is_recorded_once_and_then_launched() -> None:
     assert recorder.notes == [
         "context",
         "profile 0 on 7",
-        "bind (2, 1) 5",
+        "bind token_ids (2, 1)",
+        "at 5",
         "enqueue on 7",
         "record",
         "enqueue on 7",
@@ -321,7 +350,8 @@ def test_other_shapes_or_addresses_end_a_recording(other: tuple[tuple[int, int],
     run(graph, ((2, 1), 5), ((2, 1), 5))
     recorder.notes.clear()
     run(graph, other, ((2, 1), 5))
-    assert recorder.notes == [f"bind {other[0]} {other[1]}", "enqueue on 7", "bind (2, 1) 5", "enqueue on 7"]
+    bound = [[f"bind token_ids {shape}", f"at {address}", "enqueue on 7"] for shape, address in (other, ((2, 1), 5))]
+    assert recorder.notes == [*bound[0], *bound[1]]
 
 
 def test_other_graphs_are_never_recorded() -> None:
@@ -343,6 +373,7 @@ def test_too_little_memory_is_said_with_both_numbers() -> None:
 def test_engines_built_here_agree_with_onnx_runtime(bundle: Bundle, mixed_inputs: list[Any]) -> None:
     """With the tests of `mmemb_engines` for the build itself."""
     pytest.importorskip("tensorrt", reason="needs TensorRT: pip install 'mmemb-deploy[tensorrt]'")
+    from mmemb_deploy.evaluation.parity import reference_of
     from mmemb_engines.build import build_engines, device_sets
     from mmemb_engines.profiles import demand_of_limits
     from mmemb_engines.verify import verify_engines
@@ -354,9 +385,9 @@ def test_engines_built_here_agree_with_onnx_runtime(bundle: Bundle, mixed_inputs
     built = build_engines(bundle, library, devices[0], demand, lambda _: Silent())
     with pytest.raises(BackendError, match="were never checked on this GPU"):
         TensorRT("tensorrt").load(bundle)
-    parity = verify_engines(bundle, built, bundle).parity
-    assert parity is not None
-    assert parity.min_cosine > 0.9999
+    certificate = verify_engines(bundle, built, reference_of(bundle)).certificate
+    assert certificate is not None
+    assert all(parity.min_cosine > 0.9999 for parity in certificate.parities.values())
     for reasoning in ("never", "always"):
         ours, theirs = (
             Embedder.of_bundle(bundle, backend=backend).encode(mixed_inputs, reasoning=reasoning, batch_size=8)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import typer
@@ -18,14 +17,12 @@ from mmemb_deploy.backends.tensorrt.api import TENSORRT, TENSORRT_RTX, Library, 
 from mmemb_deploy.backends.tensorrt.files import ENGINES, EngineSet, find_set, read_engine, read_sets, write_set
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.bundle.manifest import GraphFacts, Parity, TensorFacts
-from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.errors import BackendError, CertificateError, OptionError
+from mmemb_deploy.bundle.manifest import GraphFacts, TensorFacts
+from mmemb_deploy.errors import BackendError, OptionError
 from mmemb_engines.build import build_engines, check_portable, device_sets
 from mmemb_engines.check import check_graphs
 from mmemb_engines.commands import register
 from mmemb_engines.profiles import demand_of_limits, profiles
-from mmemb_engines.verify import compare, reference_bundle
 from mmemb_engines.watch import Silent
 
 TARGETS = ("sm80", "sm86", "sm89", "sm120")  # of those with float32 matrix products: all that it knows but Turing
@@ -60,7 +57,7 @@ def test_every_graph_parses_and_builds_for_every_target(bundle: Bundle, rtx: Lib
 def test_engines_are_listed_with_all_they_depend_on(bundle: Bundle, build: Callable[[], EngineSet]) -> None:
     built = build()
     assert list(read_sets(bundle)) == [built]
-    assert built.parity is None
+    assert built.certificate is None
     assert built.folder.startswith("tensorrt-rtx-sm89-1.")
     assert set(built.engines) == set(abi.GRAPHS)
     for name, engine in built.engines.items():
@@ -80,13 +77,13 @@ def test_engines_whose_key_has_not_changed_are_kept(bundle: Bundle, build: Calla
 def test_only_what_has_changed_is_built_again(bundle: Bundle, build: Callable[[], EngineSet], rtx: Library) -> None:
     built = build()
     before = files(bundle)
-    write_set(bundle, built.model_copy(update={"parity": Parity(inputs=1, min_cosine=1, mean_cosine=1, gate_flips=0)}))
+    write_set(bundle, built.model_copy(update={"certificate": bundle.manifest.certificate}))
     (device,) = device_sets(bundle, TENSORRT_RTX, ("sm89",))[1]
     changed = bundle.manifest.files | {"gate.onnx": "0" * 64}
     other = Bundle(bundle.folder, bundle.manifest.model_copy(update={"files": changed}))
     again = build_engines(other, rtx, device, demand_of_limits(bundle.manifest, 2), silent)
     assert {name for name in abi.GRAPHS if again.engines[name] != built.engines[name]} == {abi.GATE}
-    assert again.parity is None  # it was measured on another gate
+    assert again.certificate is None  # it was measured on another gate
     after = files(bundle)
     assert built.engines[abi.GATE].file not in after
     kept = {built.engines[name].file for name in (abi.VISION, abi.EMBEDDER, abi.GENERATOR)}
@@ -176,7 +173,7 @@ def test_a_profile_that_the_library_refuses_is_an_error(bundle: Bundle, rtx: Lib
         Network(rtx, bundle.graph(abi.GATE)).build([backwards], target="sm89", timings=b"", watcher=Silent())
 
 
-def test_targets_are_for_the_flavour_that_can_build_ahead_of_time(bundle: Bundle, rtx: Library) -> None:
+def test_targets_are_for_the_library_that_can_build_ahead_of_time(bundle: Bundle, rtx: Library) -> None:
     with pytest.raises(OptionError, match="TensorRT builds for the GPU that it runs on"):
         device_sets(bundle, TENSORRT, ("sm89",))
     with pytest.raises(OptionError, match=r"target 'sm90' is not known: choose from .*sm89"):
@@ -185,10 +182,10 @@ def test_targets_are_for_the_flavour_that_can_build_ahead_of_time(bundle: Bundle
 
 
 @pytest.mark.no_gpu
-@pytest.mark.parametrize("flavour", [TENSORRT, TENSORRT_RTX])
-def test_without_a_gpu_and_targets_the_missing_driver_is_said(bundle: Bundle, flavour: str) -> None:
+@pytest.mark.parametrize("library", [TENSORRT, TENSORRT_RTX])
+def test_without_a_gpu_and_targets_the_missing_driver_is_said(bundle: Bundle, library: str) -> None:
     with pytest.raises(BackendError, match="NVIDIA driver"):
-        device_sets(bundle, flavour, ())
+        device_sets(bundle, library, ())
 
 
 def test_a_bundle_that_is_fused_for_onnx_runtime_is_refused(bundle: Bundle) -> None:
@@ -249,59 +246,3 @@ def test_the_command_builds_from_traffic_and_says_what_is_not_verified(
     assert built.version == rtx.version
     (box,) = built.engines[abi.EMBEDDER].profiles
     assert box[abi.TOKEN_IDS][2][1] < 100
-
-
-def test_embedders_that_agree_get_their_parity(bundle: Bundle) -> None:
-    certificate = bundle.manifest.certificate
-    assert certificate is not None
-    embedder = Embedder.of_bundle(bundle)
-    parity = compare(embedder, embedder, certificate.bounds)
-    assert parity.min_cosine == pytest.approx(1, abs=1e-6)
-    assert (parity.inputs, parity.gate_flips) == (8, 0)
-
-
-@pytest.mark.parametrize(
-    ("bounds", "message"),
-    [
-        ({"min_cosine": 1.1}, r"min cosine is .*, below 1.1, measured on onnxruntime"),
-        ({"gate_flips": -1}, r"0 gate flips, above -1"),
-        ({"token_agreement": 1.1}, r"token agreement is 1.0, below 1.1"),
-    ],
-)
-def test_a_bound_that_is_missed_is_named(bundle: Bundle, bounds: dict[str, float], message: str) -> None:
-    certificate = bundle.manifest.certificate
-    assert certificate is not None
-    embedder = Embedder.of_bundle(bundle)
-    with pytest.raises(CertificateError, match=message):
-        compare(embedder, embedder, certificate.bounds.model_copy(update=bounds))
-
-
-def in_precision(bundle: Bundle, precision: str) -> Bundle:
-    graphs = {name: graph.model_copy(update={"precision": precision}) for name, graph in bundle.manifest.graphs.items()}
-    return Bundle(bundle.folder, bundle.manifest.model_copy(update={"graphs": graphs}))
-
-
-def test_engines_in_half_precision_are_verified_against_a_bundle_in_float32(bundle: Bundle) -> None:
-    half = in_precision(bundle, "bfloat16")
-    with pytest.raises(OptionError, match=r"graph vision of .* is in bfloat16.*pass --reference"):
-        reference_bundle(half, None)
-    assert reference_bundle(half, bundle) is bundle
-    assert reference_bundle(bundle, None) is bundle
-
-
-def test_a_reference_of_another_model_is_refused(bundle: Bundle) -> None:
-    model = bundle.manifest.model.model_copy(update={"layers": 5, "name": "another"})
-    other = Bundle(bundle.folder, bundle.manifest.model_copy(update={"model": model}))
-    with pytest.raises(OptionError, match="is of another model than"):
-        reference_bundle(bundle, other)
-
-
-def test_an_embedder_of_other_weights_is_caught(bundle: Bundle) -> None:
-    certificate = bundle.manifest.certificate
-    assert certificate is not None
-    reference = Embedder.of_bundle(bundle)
-    weights = bundle.folder / "decoder.onnx.data"
-    values = np.fromfile(weights, np.float32)
-    (values * np.random.default_rng(0).normal(1, 0.3, values.shape).astype(np.float32)).tofile(weights)
-    with pytest.raises(CertificateError, match="min cosine is"):
-        compare(Embedder.of_bundle(bundle), reference, certificate.bounds)

@@ -12,10 +12,9 @@ from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import Manifest
 from mmemb_deploy.errors import InputError, OptionError
-from mmemb_deploy.inputs.preprocess import VisionSpec, resized_size, resized_video_size
+from mmemb_deploy.inputs.preprocess import Resize, VisionSpec, resized_size, resized_video_size
 from mmemb_deploy.inputs.prompts import PATH_MARKERS
-from mmemb_engines.profiles import boxes, demand_of_limits, demand_of_traffic, most_patches, profiles
-from mmemb_engines.traffic import read_traffic
+from mmemb_engines.profiles import boxes, demand_of_limits, demand_of_traffic, most_patches, profiles, read_traffic
 
 
 @pytest.fixture
@@ -37,7 +36,8 @@ def test_boxes_are_one_where_the_area_bounds_nothing() -> None:
 
 
 @pytest.mark.parametrize(("pixels", "patch"), [((1024, 1024), 8), ((65536, 1310720), 16), ((256, 65536), 4)])
-def test_no_image_or_frame_has_more_patches_than_the_bound(pixels: tuple[int, int], patch: int) -> None:
+@pytest.mark.parametrize("resize", ["transformers", "qwen-vl-utils"])
+def test_no_image_or_frame_has_more_patches_than_the_bound(pixels: tuple[int, int], patch: int, resize: Resize) -> None:
     spec = VisionSpec(
         patch_size=patch,
         merge_size=2,
@@ -51,6 +51,7 @@ def test_no_image_or_frame_has_more_patches_than_the_bound(pixels: tuple[int, in
         position_side=8,
         head_dim=24,
         rope_theta=1e4,
+        resize=resize,
     )
     sides = [1, 2, 7, 30, 31, 100, 199, 333, 640, 1999, 6000]
     sizes = [(high, wide) for high, wide in itertools.product(sides, sides) if max(high, wide) <= 200 * min(high, wide)]
@@ -118,7 +119,7 @@ def test_traffic_sets_what_is_usual_and_what_is_most(bundle: Bundle, traffic: Pa
     sample = read_traffic(bundle, traffic)
     demand = demand_of_traffic(bundle.manifest, 4, sample)
     lengths = sorted(row.length for row in sample)
-    assert (demand.usual_tokens, demand.tokens) == (lengths[1], lengths[2])
+    assert (demand.opt_tokens, demand.tokens) == (lengths[1], lengths[2])
     ((least, usual, most),) = bounds(profiles(abi.EMBEDDER, bundle.manifest, demand), abi.TOKEN_IDS)
     assert (least, usual, most) == ((1, 1), (4, lengths[1]), (4, lengths[2]))
     assert demand.slots < demand_of_limits(bundle.manifest, 4).slots
@@ -133,8 +134,8 @@ def test_traffic_with_images_sets_the_patches(bundle: Bundle, tmp_path: Path) ->
     (row,) = sample = read_traffic(bundle, path)
     demand = demand_of_traffic(bundle.manifest, 4, sample)
     (visual,) = row.visuals
-    assert demand.patches == demand.usual_patches == visual.grid[0] * visual.grid[1]
-    assert demand.usual_visual_tokens == visual.tokens
+    assert demand.patches == demand.opt_patches == visual.grid[0] * visual.grid[1]
+    assert demand.opt_visual_tokens == visual.tokens
 
 
 def test_traffic_that_cannot_be_read_is_named(bundle: Bundle, tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from mmemb_deploy import CertificateError, Embedder, OptionError
-from mmemb_deploy.backends.choose import choose_backend
+from mmemb_deploy.backends.onnxruntime import OnnxRuntime
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.evaluation.pairs import Judge, Pair, encode_queries
+from mmemb_deploy.evaluation.parity import answer, batch_parity
 from mmemb_export import write
-from mmemb_export.certify import answer, certify
+from mmemb_export.certify import certify
 from mmemb_export.probes import synthetic_probes
 from mmemb_export.recipe import Recipe
 from mmemb_export.write import export_bundle
@@ -81,7 +82,10 @@ def test_a_certificate_tells_another_model_apart(tiny_embedder: Embedder, tiny_c
     with torch.no_grad():
         other.model.lm_head.weight.neg_()
         other.model.model.language_model.layers[2].mlp.down_proj.weight.mul_(0.7)
-    certificate = certify(answer(tiny_embedder, synthetic_probes(8)), other, Recipe().bounds(8))
+    probes = synthetic_probes(8)
+    certificate, _ = certify(
+        probes, answer(tiny_embedder, probes), batch_parity(tiny_embedder, probes), other, Recipe().bounds(8)
+    )
     assert max(parity.min_cosine for parity in certificate.parities.values()) < 0.9999
     assert sum(parity.gate_flips for parity in certificate.modalities.values()) == 8
     assert certificate.token_agreement < 0.5
@@ -111,7 +115,7 @@ def test_the_gate_is_the_model_s_own_choice(tiny_bundle: Path, tiny_checkpoint: 
     checkpoint = load_checkpoint(tiny_checkpoint)
     ids = checkpoint.rows.prompt.ids
     state_BD = np.random.default_rng(0).normal(size=(50, 48)).astype(np.float32)
-    gate = choose_backend("auto", None).load(Bundle.open(tiny_bundle)).gate
+    gate = OnnxRuntime().load(Bundle.open(tiny_bundle)).gate
     assert gate is not None
     score_B = gate.run({abi.STATE: state_BD})[abi.SCORE]
     with torch.no_grad():

@@ -49,7 +49,7 @@ def test_a_row_alone_equals_the_row_in_any_batch(fused: Path, mixed_inputs: list
 def test_given_rationales_give_what_the_same_generated_ones_gave(fused: Path, mixed_inputs: list[Any]) -> None:
     embedder = Embedder.load(fused)
     encoder = embedder.encoder
-    written = embedder.encode(mixed_inputs, reasoning="always", return_details=True)
+    written = embedder.encode_detailed(mixed_inputs, reasoning="always")
     details = [detail for detail in written.details if detail is not None]
     same = [encoder.prompt.tokenize(detail.rationale or "") == list(detail.rationale_ids) for detail in details]
     assert any(same)

@@ -1,7 +1,8 @@
 """A public Qwen3-VL-Embedding as a checkpoint that embeds and never reasons (arXiv 2601.04720).
 
-Layout, pixel bounds, pooling and sizes are those of the model's public inference script and card. A video's frames are
-resized as transformers' video processor does it; the script leaves that to qwen-vl-utils, whose bounds differ.
+Layout, pixel bounds, pooling and sizes are those of the model's public inference script and card. Images and frames are
+resized, and frames timed, as qwen-vl-utils 0.0.14 does it, to which the script leaves that. The script thins a list of
+more than 64 frames out to 64; here every frame counts.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.inputs.prompts import PromptEncoder
-from mmemb_training.checkpoint import FACTS, FILES, CheckpointFacts
+from mmemb_training.checkpoint import FACTS, FILES, VIDEO_PROCESSOR, CheckpointFacts
 from mmemb_training.prepare import PROMPT as START
 
 PROMPT = replace(START, layout="qwen3-vl-embedding")
-MIN_VISUAL_TOKENS, MAX_VISUAL_TOKENS = 4, 1800  # of an image
+IMAGE_TOKENS = 4, 1800  # fewest and most of an image
+VIDEO_TOKENS = 128, 7680  # fewest of a frame, and most of a video
 SMALLEST_DIM = 64
-OWN = (FACTS, "preprocessor_config.json")  # files of a checkpoint that are written, not linked
+OWN = (FACTS, "preprocessor_config.json", VIDEO_PROCESSOR)  # files of a checkpoint that are written, not linked
 
 
 def adopt(source: Path, folder: Path) -> CheckpointFacts:
@@ -49,15 +51,21 @@ def adopt(source: Path, folder: Path) -> CheckpointFacts:
         max_rationale_tokens=0,
         markers=prompt.ids,
         provenance={"source": source.name},
+        resize="qwen-vl-utils",
     )
     vision = config.vision_config
     pixels = (vision.patch_size * vision.spatial_merge_size) ** 2  # of a visual token
-    size = {"shortest_edge": MIN_VISUAL_TOKENS * pixels, "longest_edge": MAX_VISUAL_TOKENS * pixels}
+    image, video = (
+        {"shortest_edge": fewest * pixels, "longest_edge": most * pixels}
+        for fewest, most in (IMAGE_TOKENS, VIDEO_TOKENS)
+    )
     folder.mkdir(parents=True)
     for path in source.iterdir():
         if path.name not in OWN:
             (folder / path.name).symlink_to(path.resolve())
-    Qwen2VLImageProcessorPil.from_pretrained(source, size=size).save_pretrained(folder)
+    Qwen2VLImageProcessorPil.from_pretrained(source, size=image).save_pretrained(folder)
+    processor = json.loads((source / VIDEO_PROCESSOR).read_text()) | {"size": video}
+    (folder / VIDEO_PROCESSOR).write_text(json.dumps(processor, indent=2))
     (folder / FACTS).write_text(facts.model_dump_json(indent=2))
     return facts
 

@@ -2,7 +2,7 @@
 
 config.json, model.safetensors, generation_config.json, tokenizer.json, tokenizer_config.json,
 preprocessor_config.json, video_preprocessor_config.json      as transformers writes and reads them
-mmemb.json                                                    prompt format, embedding sizes, provenance
+mmemb.json                                                    prompt format, embedding sizes, resizing, provenance
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.inputs import prompts
-from mmemb_deploy.inputs.preprocess import VisionSpec
+from mmemb_deploy.inputs.preprocess import Resize, VisionSpec
 from mmemb_deploy.inputs.prompts import PromptEncoder, PromptFormat
 from mmemb_deploy.inputs.rows import RowEncoder
 
@@ -50,6 +50,7 @@ class CheckpointFacts(BaseModel):
     max_rationale_tokens: int
     markers: dict[str, int]
     provenance: dict[str, Any]
+    resize: Resize = "transformers"  # by whose rules the sizes in the processors' configs are bounds
 
 
 @dataclass(frozen=True)
@@ -174,11 +175,13 @@ def _assemble(folder: Path, facts: CheckpointFacts, model: Any) -> Checkpoint:
     image = Qwen2VLImageProcessorPil.from_pretrained(folder)
     video = json.loads((folder / VIDEO_PROCESSOR).read_text())
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    vision = vision_spec(model.config.vision_config, image, video["size"])
+    vision = vision_spec(model.config.vision_config, image, video["size"], facts.resize)
     return Checkpoint(model.eval(), RowEncoder(PromptEncoder(tokenizer, facts.prompt), vision), image, facts)
 
 
-def vision_spec(config: Any, image: Qwen2VLImageProcessorPil, video_size: dict[str, int]) -> VisionSpec:
+def vision_spec(
+    config: Any, image: Qwen2VLImageProcessorPil, video_size: dict[str, int], resize: Resize = "transformers"
+) -> VisionSpec:
     """Read a VisionSpec off a `Qwen3VLVisionConfig`, its image processor and its video processor's size."""
     size: Any = image.size
     return VisionSpec(
@@ -194,4 +197,5 @@ def vision_spec(config: Any, image: Qwen2VLImageProcessorPil, video_size: dict[s
         position_side=int(config.num_position_embeddings**0.5),
         head_dim=config.hidden_size // config.num_heads,
         rope_theta=config.rope_parameters["rope_theta"],
+        resize=resize,
     )

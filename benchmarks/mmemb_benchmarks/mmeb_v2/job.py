@@ -158,12 +158,11 @@ class TaskJob:
         details: dict[int, Detail] = {}
         for instruction, places in _by_instruction(queries):
             try:
-                result = self.embedder.encode_query(
+                result = self.embedder.encode_detailed(
                     [queries[place].content for place in places],
                     instruction=instruction,
                     reasoning=mode,
                     batch_size=self.batch_size,
-                    return_details=True,
                 )
             except InputError as error:
                 place = start + places[error.index or 0]

@@ -48,7 +48,7 @@ def measure(benchmark: Any, setting: Setting, workloads: Sequence[str], route: s
     written: list[int] = []
 
     def encode(contents: list[Any]) -> None:
-        result = setting.embedder.encode(contents, return_details=True, **ROUTES[route])
+        result = setting.embedder.encode_detailed(contents, **ROUTES[route])
         written.append(sum(detail.rationale_tokens for detail in result.details if detail is not None))
 
     rows = [setting.maker.row(setting.content(workload)) for workload in workloads]

@@ -4,7 +4,7 @@ A cache is one block: a plane for the keys and one for the values of every layer
 more than its tokens: a step writes into free slots, so that the shapes, the addresses and with them the CUDA graph of
 one step serve the next. Slots that are free or padding are masked.
 
-Axes as in `session`; R slots of a row, H key-value heads, E head size.
+Axes as in `protocol`; R slots of a row, H key-value heads, E head size.
 """
 
 from __future__ import annotations
@@ -18,19 +18,12 @@ import numpy as np
 from mmemb_deploy.backends.device import Device, DeviceEngine, Memory, Plane, Workspace, aligned, run_engine
 from mmemb_deploy.backends.protocol import Extended, Prefilled, prompt_inputs
 from mmemb_deploy.bundle import abi
-from mmemb_deploy.bundle.manifest import GraphFacts, ModelFacts
+from mmemb_deploy.bundle.manifest import ModelFacts
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.inputs.preprocess import Floats, Ints
 from mmemb_deploy.inputs.rows import Batch
 
 BUCKET = 64  # slots come in multiples of it, so that batches of about one length share their shapes
-VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a number in a cache, by its type in the manifest
-
-
-def value_bytes(embedder: GraphFacts) -> int:
-    """Return the size of one number in the cache that an embedder graph leaves."""
-    cached = next(tensor for tensor in embedder.outputs if tensor.name in abi.present_names(1))
-    return VALUE_BYTES[cached.dtype]
 
 
 @dataclass(frozen=True)
@@ -83,24 +76,24 @@ class DeviceCache:
         used = int(np.flatnonzero(mask_BR.any(axis=0))[-1]) + 1
         slots = self.slots if self.filled < self.slots else used
         taken = self.empty(self.device, self.layout, slots, self.next_position_B[rows])
-        place = 0
+        to_row = 0
         for row, count in _runs(rows):
-            taken.copy_rows(place, self, row, count)
-            place += count
+            taken.copy_rows(to_row, self, row, count)
+            to_row += count
         return replace(taken, mask_BR=mask_BR[:, :slots], filled=min(self.filled, slots))
 
     def split(self) -> list[DeviceCache]:
         """Return a copy of every row."""
         return [self.take([row]) for row in range(len(self))]
 
-    def copy_rows(self, place: int, source: DeviceCache, row: int, count: int) -> None:
-        """Copy `count` rows of another cache, from `row` on, to the rows from `place` on."""
+    def copy_rows(self, to_row: int, source: DeviceCache, row: int, count: int) -> None:
+        """Copy `count` rows of another cache, from `row` on, to the rows from `to_row` on."""
         size = self.layout.head_bytes
         width = min(source.filled, self.slots) * size
         for plane in range(self.layout.planes):
             self.device.copy(
                 Plane(source.address(plane, row), source.slots * size),
-                Plane(self.address(plane, place), self.slots * size),
+                Plane(self.address(plane, to_row), self.slots * size),
                 width,
                 count * self.layout.heads,
             )
@@ -142,10 +135,10 @@ class ResidentDecoder:
         return Prefilled(outputs[abi.EMBEDDING], outputs[abi.STATE], cache)
 
     @contextmanager
-    def stack(self, caches: Sequence[DeviceCache], room: int) -> Generator[DeviceCache]:
-        """Give one cache of all rows with free slots for `room` tokens."""
+    def stack(self, caches: Sequence[DeviceCache], capacity: int) -> Generator[DeviceCache]:
+        """Give one cache of all rows with free slots for `capacity` tokens."""
         filled = max(cache.filled for cache in caches)
-        slots = -(-(filled + room) // BUCKET) * BUCKET
+        slots = -(-(filled + capacity) // BUCKET) * BUCKET
         next_position_B = np.concatenate([cache.next_position_B for cache in caches])
         stacked = DeviceCache.empty(self._device, self._layout, slots, next_position_B)
         mask_BR, row = stacked.mask_BR.copy(), 0
@@ -161,7 +154,7 @@ class ResidentDecoder:
         (rows, new), slots = token_ids_BT.shape, cache.slots
         if cache.filled + new > slots:
             raise BackendError(
-                f"{new} tokens do not fit after {cache.filled} in a cache of {slots}: stack it with room"
+                f"{new} tokens do not fit after {cache.filled} in a cache of {slots}: stack it with more capacity"
             )
         steps_T = np.arange(new)
         new_mask_BT = (steps_T < lengths_B[:, None]).astype(np.int64)

@@ -1,6 +1,6 @@
 """A decoder over two sessions whose KV cache is plain arrays in host memory: the portable graphs, and torch modules.
 
-Axes as in `session`; K cached tokens, H key-value heads, E head size.
+Axes as in `protocol`; K cached tokens, H key-value heads, E head size.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class HostDecoder:
         return Prefilled(outputs[abi.EMBEDDING], outputs[abi.STATE], cache)
 
     @contextmanager
-    def stack(self, caches: Sequence[HostCache], room: int) -> Generator[HostCache]:
+    def stack(self, caches: Sequence[HostCache], capacity: int) -> Generator[HostCache]:
         """Give one cache of all rows, padded to the longest; the graphs make room themselves."""
-        del room
+        del capacity
         longest = max(cache.mask_BK.shape[1] for cache in caches)
         padded = [cache.padded(longest) for cache in caches]
         yield HostCache(

@@ -1,7 +1,7 @@
-"""A decoder over ONNX Runtime's fused graphs: prompts and single tokens run in one graph, over a cache with room.
+"""A decoder over ONNX Runtime's fused graphs: prompts and single tokens run in one graph, over a cache that has room.
 
 ONNX Runtime's GroupQueryAttention writes new keys and values into the cache where its input and its output are the same
-memory, so that a step costs no copy. Axes as in `session`; H key-value heads, R tokens that a buffer has room for,
+memory, so that a step costs no copy. Axes as in `protocol`; H key-value heads, R tokens of capacity in a buffer,
 E head size, A the three rotary axes.
 """
 
@@ -68,15 +68,15 @@ class BufferCache:
         return len(self.lengths_B)
 
     def take(self, rows: Sequence[int]) -> BufferCache:
-        """Return a copy of some rows with the room they had beyond the longest of all rows."""
+        """Return a copy of some rows with the capacity they had beyond the longest of all rows."""
         lengths_B = self.lengths_B[rows]
-        room = self.tensors[0].shape[2] - int(self.lengths_B.max()) + int(lengths_B.max())
+        capacity = self.tensors[0].shape[2] - int(self.lengths_B.max()) + int(lengths_B.max())
         return BufferCache(
-            tuple(tensor[rows, :, :room] for tensor in self.tensors), lengths_B, self.next_position_B[rows]
+            tuple(tensor[rows, :, :capacity] for tensor in self.tensors), lengths_B, self.next_position_B[rows]
         )
 
     def split(self) -> list[BufferCache]:
-        """Return a view of every row, without room."""
+        """Return a view of every row, without capacity beyond it."""
         return [
             BufferCache(
                 tuple(tensor[row : row + 1, :, :length] for tensor in self.tensors),
@@ -152,11 +152,11 @@ class FusedDecoder:
         return [nothing] * len(self._past)
 
     @contextmanager
-    def stack(self, caches: Sequence[BufferCache], room: int) -> Generator[BufferCache]:
-        """Give one cache of all rows with room for more."""
+    def stack(self, caches: Sequence[BufferCache], capacity: int) -> Generator[BufferCache]:
+        """Give one cache of all rows with capacity for more."""
         lengths_B = np.concatenate([cache.lengths_B for cache in caches])
         dtype = caches[0].tensors[0].dtype
-        shape = len(lengths_B), self._model.kv_heads, int(lengths_B.max()) + room, self._model.head_dim
+        shape = len(lengths_B), self._model.kv_heads, int(lengths_B.max()) + capacity, self._model.head_dim
         size = math.prod(shape) * dtype.itemsize
         memory = self._spare.pop("stack", np.empty(0, np.uint8))  # in one step, lest two threads share it
         if len(memory) < size * len(self._past):

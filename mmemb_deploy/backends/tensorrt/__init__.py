@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT for RTX: their names, the engines that were built, and how they run."""
+"""TensorRT and TensorRT for RTX: the libraries (api), engines on disk (files) and running (engine), and the backend."""

@@ -1,8 +1,9 @@
-"""Every name of NVIDIA's TensorRT libraries that this project uses; no other module touches one.
+"""NVIDIA's TensorRT libraries, loaded, and a graph parsed and built by them; `engine` runs what was built.
 
-TensorRT 10.16 and 11 and TensorRT for RTX share them. A variable is called after the class of what it holds (`config`
-is an IBuilderConfig, `context` an IExecutionContext), so that a test can hold every member against the libraries' own
-lists. What a library's object refers to is kept beside it: the library does not keep it alive.
+No other module but `engine` touches a name of theirs, which TensorRT 10.16 and 11 and TensorRT for RTX share. A
+variable is called after the class of what it holds (`config` is an IBuilderConfig, `context` an IExecutionContext), so
+that a test can hold every member against the libraries' own lists. What a library's object refers to is kept beside it:
+the library does not keep it alive.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from mmemb_deploy.errors import BackendError, MissingExtraError, check_known
 
 TENSORRT: Final = "tensorrt"
 TENSORRT_RTX: Final = "tensorrt-rtx"
-FLAVOURS: Final = {TENSORRT: ("tensorrt", "tensorrt"), TENSORRT_RTX: ("tensorrt_rtx", "rtx")}  # module and extra
+LIBRARIES: Final = {TENSORRT: ("tensorrt", "tensorrt"), TENSORRT_RTX: ("tensorrt_rtx", "rtx")}  # module and extra
 OLDEST: Final = (10, 16)  # of TensorRT: the first that reads opset 23's Attention, and the last for Jetson
 
-Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input -> least, usual and largest shape
+Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input -> min, opt and max shape
 
 
 class Watcher(Protocol):
@@ -41,20 +42,20 @@ class Watcher(Protocol):
 
 
 class Library:
-    """One of the two libraries, loaded; `flavour` is a key of FLAVOURS. Raises MissingExtraError, BackendError."""
+    """One of the two libraries, loaded; `name` is a key of LIBRARIES. Raises MissingExtraError, BackendError."""
 
-    def __init__(self, flavour: str) -> None:
-        check_known("flavour", flavour, FLAVOURS)
-        module, extra = FLAVOURS[flavour]
+    def __init__(self, name: str) -> None:
+        check_known("library", name, LIBRARIES)
+        module, extra = LIBRARIES[name]
         try:
             self.trt: Any = import_module(module)
         except ModuleNotFoundError as error:
             raise MissingExtraError(module, extra) from error
         except (ImportError, OSError) as error:  # its shared libraries are not the ones it was built for
             raise BackendError(f"the package {module} cannot be loaded: {error}; install it again") from error
-        self.flavour = flavour
+        self.name = name
         self.version: str = self.trt.__version__
-        if flavour == TENSORRT and tuple(map(int, self.version.split(".")[:2])) < OLDEST:
+        if name == TENSORRT and tuple(map(int, self.version.split(".")[:2])) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
             raise BackendError(f"TensorRT {self.version} is too old: pip install 'tensorrt>={oldest}'")
         self.errors: list[str] = []
@@ -68,13 +69,13 @@ class Library:
     def failure(self, what: str) -> BackendError:
         """Return an error that ends in what the library said last."""
         said = "; ".join(self.errors[-2:]) or "the library gave no reason"
-        return BackendError(f"{self.flavour} {self.version} {what}: {said}")
+        return BackendError(f"{self.name} {self.version} {what}: {said}")
 
 
 @cache
-def load_library(flavour: str) -> Library:
+def load_library(name: str) -> Library:
     """Load a library once: a process has one logger for all of its objects."""
-    return Library(flavour)
+    return Library(name)
 
 
 def _listener(trt: Any, errors: list[str]) -> Any:
@@ -103,16 +104,16 @@ class Network:
         parser = trt.OnnxParser(network, library.log)
         self._builder, self._network, self._parser = builder, network, parser
         if not parser.parse_from_file(str(graph)):
-            found = [parser.get_error(place) for place in range(parser.num_errors)]
+            found = [parser.get_error(index) for index in range(parser.num_errors)]
             reasons = [f"{problem.node_operator() or 'the graph'}: {problem.desc()}" for problem in found]
-            raise BackendError(f"{library.flavour} {library.version} cannot parse {graph.name}: {'; '.join(reasons)}")
+            raise BackendError(f"{library.name} {library.version} cannot parse {graph.name}: {'; '.join(reasons)}")
         self._let_attention_decompose()
 
     def _let_attention_decompose(self) -> None:
         """Attention has kernels of its own in half precision only; in float32 the builder must write it out."""
         trt, network = self._library.trt, self._network
-        for place in range(network.num_layers):
-            layer = network.get_layer(place)
+        for index in range(network.num_layers):
+            layer = network.get_layer(index)
             if layer.type != trt.LayerType.ATTENTION_INPUT:
                 continue
             tensor = layer.get_input(0)
@@ -135,11 +136,11 @@ class Network:
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 in the graph means float32
         for shapes in profiles:
             profile = builder.create_optimization_profile()
-            for name, (least, usual, most) in shapes.items():
-                profile.set_shape(name, least, usual, most)
+            for name, (smallest, usual, largest) in shapes.items():
+                profile.set_shape(name, smallest, usual, largest)
             if config.add_optimization_profile(profile) < 0:
                 raise library.failure(f"refuses the profile {dict(shapes)} of {self._graph.name}")
-        if library.flavour == TENSORRT_RTX:  # it has no timing cache
+        if library.name == TENSORRT_RTX:  # it has no timing cache
             _aim(trt, config, target)
             timing = None
         else:
@@ -187,59 +188,3 @@ def _monitor(trt: Any, watcher: Watcher) -> tuple[Any, list[bool]]:
 
     methods = {"phase_start": phase_start, "step_complete": step_complete, "phase_finish": phase_finish}
     return type("Monitor", (trt.IProgressMonitor,), methods)(), interrupted
-
-
-class LoadedEngine:
-    """An engine in device memory. Make one only where a driver works: the library takes the process down otherwise."""
-
-    def __init__(self, library: Library, name: str, plan: bytes) -> None:
-        trt = library.trt
-        self._library, self.name = library, name
-        library.errors.clear()
-        self._runtime = runtime = trt.Runtime(library.log)
-        engine = runtime.deserialize_cuda_engine(plan)
-        if engine is None:
-            raise library.failure(f"cannot load the engine {name}")
-        self._engine = engine
-
-    def activation_bytes(self, profile: int) -> int:
-        """Return the device memory that a context needs to run in a profile."""
-        engine = self._engine
-        return int(engine.get_device_memory_size_for_profile_v2(profile))
-
-    def context(self) -> Context:
-        """Return a new context. It takes its memory when it is given a profile."""
-        trt, engine = self._library.trt, self._engine
-        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
-        if context is None:
-            raise self._library.failure(f"cannot make a context of the engine {self.name}")
-        return Context(self._library, self, context)
-
-
-class Context:
-    """One state of an engine: a profile, shapes and addresses."""
-
-    def __init__(self, library: Library, engine: LoadedEngine, context: Any) -> None:
-        self._library, self._engine, self._context = library, engine, context
-
-    def set_profile(self, profile: int, stream: int) -> None:
-        """Take the memory of a profile and its kernels."""
-        context = self._context
-        if not context.set_optimization_profile_async(profile, stream):
-            raise self._library.failure(f"cannot use profile {profile} of the engine {self._engine.name}")
-
-    def bind(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
-        """Set the shapes of all inputs, and the device addresses of all inputs and outputs."""
-        context = self._context
-        for name, shape in shapes.items():
-            if not context.set_input_shape(name, shape):
-                raise self._library.failure(f"{self._engine.name} does not take {name} of shape {shape}")
-        for name, address in addresses.items():
-            if not context.set_tensor_address(name, address):
-                raise self._library.failure(f"{self._engine.name} does not take an address of {name}")
-
-    def enqueue(self, stream: int) -> None:
-        """Start a run on a stream."""
-        context = self._context
-        if not context.execute_async_v3(stream):
-            raise self._library.failure(f"failed in the engine {self._engine.name}")

@@ -1,101 +1,43 @@
-"""TensorRT, or TensorRT for RTX, on one NVIDIA GPU: the engines that `mmemb build` made, and a cache that stays there.
+"""An engine that runs: a context for each of its profiles, and the runs that are recorded as CUDA graphs.
 
-Axes: N images, M visual tokens of an image, D hidden size, L DeepStack levels, B rows.
+As in `api`, a variable is called after the library's class of what it holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mmemb_deploy.backends.cuda import Cuda, Gpu, Graph, probe
-from mmemb_deploy.backends.device import Shape, Workspace, run_engine
-from mmemb_deploy.backends.kv_cache.device import VALUE_BYTES, ResidentDecoder, value_bytes
-from mmemb_deploy.backends.protocol import Engine
-from mmemb_deploy.backends.tensorrt.api import Context, Library, LoadedEngine, load_library
-from mmemb_deploy.backends.tensorrt.files import EngineSet, ProfileShapes, find_set, read_engine
-from mmemb_deploy.bundle import abi
-from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.bundle.manifest import Manifest
+from mmemb_deploy.backends.cuda import Cuda, CudaGraph
+from mmemb_deploy.backends.device import Shape
+from mmemb_deploy.backends.tensorrt.api import Library
+from mmemb_deploy.backends.tensorrt.files import ProfileShapes
 from mmemb_deploy.errors import BackendError
 
 
-class TensorRT:
-    """Loads bundles on the first GPU; `flavour` is a key of `tensorrt_api.FLAVOURS`.
+class EngineGraph:
+    """An engine in device memory, a context for every profile that was used, and the runs that were recorded.
 
-    `unverified` engines are for the build's own check of them.
+    Shapes and addresses run plainly the first time, which lets the context settle. With `record`, the second time is
+    recorded as a CUDA graph, which later times start; other shapes or addresses end a recording, since it holds for
+    the context's state alone. Make one only where a driver works: the library takes the process down otherwise.
     """
 
-    def __init__(self, flavour: str, *, unverified: bool = False) -> None:
-        self._flavour, self._unverified = flavour, unverified
-
-    def load(self, bundle: Bundle) -> Engine:
-        """Load every engine of a bundle.
-
-        Raises MissingExtraError; BackendError where there is no GPU, no engine for it, or too little memory.
-        """
-        gpu = probe()
-        library = load_library(self._flavour)
-        found = find_set(bundle, engines_for(library, gpu))
-        if found.parity is None and not self._unverified:
-            raise BackendError(
-                f"the engines in {bundle.folder} were never checked on this GPU: "
-                f"run mmemb build {bundle.folder} --flavour {self._flavour}"
-            )
-        check_types(bundle.manifest)
-        cuda = Cuda()
-        facts = bundle.manifest.graphs
-        graphs = {name: self._graph(bundle, library, found, cuda, name) for name in facts}
-        gate = graphs.get(abi.GATE)
-        decoder = ResidentDecoder(
-            cuda,
-            graphs[abi.EMBEDDER],
-            graphs.get(abi.GENERATOR),
-            bundle.manifest.model,
-            value_bytes(facts[abi.EMBEDDER]),
-        )
-        return Engine(
-            f"{self._flavour} {library.version} {gpu.name}",
-            VisionSession(EngineSession(cuda, graphs[abi.VISION], _vision_results(bundle.manifest))),
-            decoder,
-            None if gate is None else EngineSession(cuda, gate, lambda shapes: {abi.SCORE: shapes[abi.STATE][:1]}),
-        )
-
-    def _graph(self, bundle: Bundle, library: Library, engines: EngineSet, cuda: Cuda, name: str) -> EngineGraph:
-        built = engines.engines[name]
-        cuda.check_memory(built.size, f"the engine of the graph {name}")
-        engine = LoadedEngine(library, name, read_engine(bundle, engines, name))
-        return EngineGraph(cuda, engine, built.profiles, record=name == abi.GENERATOR)
-
-
-def check_types(manifest: Manifest) -> None:
-    """Raise BackendError for a graph whose floats are not float32 outside of the KV cache: bytes would be misread."""
-    for name, graph in manifest.graphs.items():
-        for tensor in (*graph.inputs, *graph.outputs):
-            cached = tensor.name.startswith(("past.", "present."))
-            known = VALUE_BYTES if cached else ("float32", "int64")
-            if tensor.dtype not in known:
-                raise BackendError(
-                    f"the graph {name} holds {tensor.name} as {tensor.dtype}, which is not one of {', '.join(known)}: "
-                    "export the bundle again"
-                )
-
-
-def engines_for(library: Library, gpu: Gpu) -> EngineSet:
-    """Return the set, still empty, of the engines that a library builds and runs on a GPU."""
-    return EngineSet(flavour=library.flavour, version=library.version, device=gpu.name, target=gpu.target, engines={})
-
-
-class EngineGraph:
-    """An engine with a context per profile. With `record`, runs that repeat the last one start as a CUDA graph."""
-
-    def __init__(self, cuda: Cuda, engine: LoadedEngine, profiles: Sequence[ProfileShapes], *, record: bool) -> None:
+    def __init__(
+        self, cuda: Cuda, library: Library, name: str, plan: bytes, profiles: Sequence[ProfileShapes], *, record: bool
+    ) -> None:
         self.profiles = profiles
-        self._cuda, self._engine, self._record = cuda, engine, record
-        self._runs: dict[int, _Run] = {}
+        self._cuda, self._library, self._name, self._record = cuda, library, name, record
+        trt = library.trt
+        library.errors.clear()
+        self._runtime = runtime = trt.Runtime(library.log)
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise library.failure(f"cannot load the engine {name}")
+        self._engine = engine
+        self._contexts: dict[int, Any] = {}  # by the index of their profile, as the other two
+        self._bound: dict[int, tuple[dict[str, Shape], dict[str, int]]] = {}
+        self._recorded: dict[int, CudaGraph] = {}
 
     @property
     def inputs(self) -> frozenset[str]:
@@ -104,54 +46,55 @@ class EngineGraph:
 
     def start(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
         """Start a run: shapes of all inputs, addresses of all inputs and outputs. Raises BackendError."""
-        place = choose_profile(self._engine.name, self.profiles, shapes)
-        if place not in self._runs:
-            needed = self._engine.activation_bytes(place)
-            self._cuda.check_memory(needed, f"running the graph {self._engine.name} in its profile {place}")
-            context = self._engine.context()
-            context.set_profile(place, self._cuda.stream)
-            self._runs[place] = _Run(self._cuda, context, record=self._record)
-        self._runs[place].start(dict(shapes), dict(addresses))
-
-
-class _Run:
-    """A context and what it ran last.
-
-    The first run of given shapes and addresses is plain, since it lets the context settle; the second is recorded.
-    Other shapes or addresses end a recording, which holds for the context's state alone.
-    """
-
-    def __init__(self, cuda: Cuda, context: Context, *, record: bool) -> None:
-        self._cuda, self._context, self._record = cuda, context, record
-        self._bound: tuple[dict[str, Shape], dict[str, int]] | None = None
-        self._graph: Graph | None = None
-
-    def start(self, shapes: dict[str, Shape], addresses: dict[str, int]) -> None:
-        """Run once."""
-        repeated = (shapes, addresses) == self._bound
+        index = choose_profile(self._name, self.profiles, shapes)
+        if index not in self._contexts:
+            self._contexts[index] = self._new_context(index)
+        context, bound = self._contexts[index], (dict(shapes), dict(addresses))
+        repeated = self._bound.pop(index, None) == bound
         if not repeated:
-            self._graph, self._bound = None, None
-            self._context.bind(shapes, addresses)
+            self._recorded.pop(index, None)
+            self._bind(context, *bound)
         if repeated and self._record:
-            if self._graph is None:
-                self._graph = self._cuda.capture(self._enqueue)
-            self._graph.launch()
+            if index not in self._recorded:
+                self._recorded[index] = self._cuda.capture(lambda: self._enqueue(context))
+            self._recorded[index].launch()
         else:
-            self._enqueue()
-        self._bound = shapes, addresses
+            self._enqueue(context)
+        self._bound[index] = bound
 
-    def _enqueue(self) -> None:
-        self._context.enqueue(self._cuda.stream)
+    def _new_context(self, index: int) -> Any:
+        """Return a context that has taken the memory and the kernels of a profile."""
+        trt, engine = self._library.trt, self._engine
+        needed = int(engine.get_device_memory_size_for_profile_v2(index))
+        self._cuda.check_memory(needed, f"running the graph {self._name} in its profile {index}")
+        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
+        if context is None:
+            raise self._library.failure(f"cannot make a context of the engine {self._name}")
+        if not context.set_optimization_profile_async(index, self._cuda.stream):
+            raise self._library.failure(f"cannot use profile {index} of the engine {self._name}")
+        return context
+
+    def _bind(self, context: Any, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise self._library.failure(f"{self._name} does not take {name} of shape {shape}")
+        for name, address in addresses.items():
+            if not context.set_tensor_address(name, address):
+                raise self._library.failure(f"{self._name} does not take an address of {name}")
+
+    def _enqueue(self, context: Any) -> None:
+        if not context.execute_async_v3(self._cuda.stream):
+            raise self._library.failure(f"failed in the engine {self._name}")
 
 
 def choose_profile(name: str, profiles: Sequence[ProfileShapes], shapes: Mapping[str, Shape]) -> int:
-    """Return the place of the first profile that holds all shapes.
+    """Return the index of the first profile that holds all shapes.
 
     Raises BackendError, naming the input that fits none and what the widest profile takes of it.
     """
-    for place, profile in enumerate(profiles):
+    for index, profile in enumerate(profiles):
         if all(_holds(profile[tensor], shape) for tensor, shape in shapes.items()):
-            return place
+            return index
     tensor = next(
         (tensor for tensor, shape in shapes.items() if not any(_holds(each[tensor], shape) for each in profiles)),
         next(iter(shapes)),  # each fits some profile, together they fit none
@@ -165,61 +108,7 @@ def choose_profile(name: str, profiles: Sequence[ProfileShapes], shapes: Mapping
 
 
 def _holds(bounds: tuple[Shape, Shape, Shape], shape: Shape) -> bool:
-    least, _, most = bounds
-    return len(shape) == len(most) and all(
-        low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
+    smallest, _, largest = bounds
+    return len(shape) == len(largest) and all(
+        low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)
     )
-
-
-Results = Callable[[Mapping[str, Shape]], dict[str, Shape]]  # shapes of the inputs to those of the outputs
-
-
-class EngineSession:
-    """An engine as a `session.Session`: arrays in host memory in and out; all outputs are float32."""
-
-    def __init__(self, cuda: Cuda, graph: EngineGraph, results: Results) -> None:
-        self.graph = graph
-        self._workspace, self._results = Workspace(cuda), results
-
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run the graph once, on the inputs it declares."""
-        shapes, addresses = self._workspace.upload({name: inputs[name] for name in self.graph.inputs})
-        return run_engine(self.graph, self._workspace, shapes, addresses, self._results(shapes))
-
-
-def _vision_results(manifest: Manifest) -> Results:
-    merged = manifest.vision.merge_size**2
-    hidden, levels = manifest.model.hidden_size, manifest.model.deepstack_levels
-
-    def results(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        images, patches, _ = shapes[abi.PATCHES]
-        found: dict[str, Shape] = {abi.VISUAL_TOKENS: (images, patches // merged, hidden)}
-        if levels:
-            found[abi.DEEPSTACK] = levels, images, patches // merged, hidden
-        return found
-
-    return results
-
-
-class VisionSession:
-    """The vision engine, given no more images at once than its profiles take."""
-
-    def __init__(self, session: EngineSession) -> None:
-        self._session = session
-
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run the graph as often as its images need."""
-        patches = inputs[abi.PATCHES]
-        step = most_images(self._session.graph.profiles, patches.shape[1])
-        parts = [
-            self._session.run({**inputs, abi.PATCHES: patches[start : start + step]})
-            for start in range(0, len(patches), step)
-        ]
-        axes = {abi.VISUAL_TOKENS: 0, abi.DEEPSTACK: 1}
-        return {name: np.concatenate([part[name] for part in parts], axis=axes[name]) for name in parts[0]}
-
-
-def most_images(profiles: Sequence[ProfileShapes], patches: int) -> int:
-    """Return how many images of so many patches fit one profile; 1 where none holds them, which then says so."""
-    fitting = [most[0] for _, _, most in (profile[abi.PATCHES] for profile in profiles) if patches <= most[1]]
-    return max(fitting, default=1)

@@ -1,6 +1,6 @@
 """What `mmemb build` leaves in a bundle, and the checks that a runtime makes before it loads it.
 
-bundle/engines/<flavour>-<device>-<version>/engines.json  <graph>-<key>.engine  timings
+bundle/engines/<library>-<device>-<version>/engines.json  <graph>-<key>.engine  timings
 
 An engine's key is made of all that it depends on. A file is written whole and under its key, and `engines.json` last,
 so that an interrupted build leaves the engines of before, and whatever it had finished for the next one.
@@ -13,27 +13,23 @@ import json
 import re
 from collections.abc import Iterator
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from mmemb_deploy.backends.device import Shape
+from mmemb_deploy.bundle.certificate import Certificate, Part
 from mmemb_deploy.bundle.folder import Bundle, file_hash
-from mmemb_deploy.bundle.manifest import Parity
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.files import write_whole
 
 ENGINES = "engines"
 LISTING = "engines.json"
 TIMINGS = "timings"
-RECIPE = 1  # counts up when the same graph, library and profiles would give another engine
+RECIPE = 2  # counts up when the same graph, library and profiles would give another engine
 
-ProfileShapes = dict[str, tuple[Shape, Shape, Shape]]  # input -> least, usual and largest shape
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+ProfileShapes = dict[str, tuple[Shape, Shape, Shape]]  # input -> min, opt and max shape
 
 
-class Built(_Part):
+class Built(Part):
     """One engine: its file and that file's sha256, the graph's hash, and the profiles that it was built for."""
 
     key: str
@@ -46,25 +42,25 @@ class Built(_Part):
     size: int
 
 
-class EngineSet(_Part):
-    """The engines that one library built for one device. `parity` is None until they were run and compared."""
+class EngineSet(Part):
+    """The engines that one library built for one device. `certificate` is None until they were run and compared."""
 
-    flavour: str
+    library: str
     version: str
     device: str
     target: str  # compute capability, as "sm90"
     engines: dict[str, Built]
-    parity: Parity | None = None
+    certificate: Certificate | None = None
 
     @property
     def folder(self) -> str:
         """Name of its folder inside `bundle/engines`."""
         device = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
-        return f"{self.flavour}-{device}-{self.version}"
+        return f"{self.library}-{device}-{self.version}"
 
     def key(self, graph: str, profiles: tuple[ProfileShapes, ...]) -> str:
         """Return the key of an engine of this set, of a graph's hash and the profiles to build it for."""
-        depends = [RECIPE, self.flavour, self.version, self.device, self.target, graph, profiles]
+        depends = [RECIPE, self.library, self.version, self.device, self.target, graph, profiles]
         return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
 
 
@@ -94,11 +90,11 @@ def find_set(bundle: Bundle, wanted: EngineSet) -> EngineSet:
 
     Raises BackendError, naming what is there and what is wanted, where there are none, or none for a graph as it is.
     """
-    build = f"run: mmemb build {bundle.folder} --flavour {wanted.flavour}"
+    build = f"run: mmemb build {bundle.folder} --library {wanted.library}"
     others = []
     for found in read_sets(bundle):
-        if (found.flavour, found.version, found.device, found.target) == (
-            wanted.flavour,
+        if (found.library, found.version, found.device, found.target) == (
+            wanted.library,
             wanted.version,
             wanted.device,
             wanted.target,
@@ -109,13 +105,24 @@ def find_set(bundle: Bundle, wanted: EngineSet) -> EngineSet:
     raise BackendError(f"{bundle.folder} has no engines for {_describe(wanted)}: {there}; {build}")
 
 
+def verified_set(bundle: Bundle, wanted: EngineSet) -> EngineSet:
+    """Return what `find_set` finds; raises BackendError for engines that were never run and compared too."""
+    found = find_set(bundle, wanted)
+    if found.certificate is None:
+        raise BackendError(
+            f"the engines in {bundle.folder} were never checked on this GPU: run mmemb build {bundle.folder} --library "
+            f"{wanted.library}"
+        )
+    return found
+
+
 def write_set(bundle: Bundle, engines: EngineSet) -> None:
     """Write the listing of a set, replacing an older one in a single step; its engines are there already."""
     write_whole(bundle.folder / ENGINES / engines.folder / LISTING, engines.model_dump_json(indent=1) + "\n")
 
 
 def _describe(engines: EngineSet) -> str:
-    return f"{engines.device} ({engines.target}) with {engines.flavour} {engines.version}"
+    return f"{engines.device} ({engines.target}) with {engines.library} {engines.version}"
 
 
 def _current(bundle: Bundle, found: EngineSet, build: str) -> EngineSet:
@@ -133,5 +140,5 @@ def read_engine(bundle: Bundle, engines: EngineSet, name: str) -> bytes:
     path = bundle.folder / ENGINES / engines.folder / built.file
     if not path.is_file() or file_hash(path) != built.sha256:
         state = "was changed" if path.is_file() else "is missing"
-        raise BackendError(f"{path} {state}: run mmemb build {bundle.folder} --flavour {engines.flavour}")
+        raise BackendError(f"{path} {state}: run mmemb build {bundle.folder} --library {engines.library}")
     return path.read_bytes()

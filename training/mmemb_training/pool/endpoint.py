@@ -16,7 +16,7 @@ from PIL import Image
 
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.inputs.parse import parse
-from mmemb_deploy.reasoners.chat import ChatServer, Choice, Reply, image_part, text_part
+from mmemb_deploy.reasoners.chat import ChatClient, Reply, Sample, image_part, text_part
 from mmemb_training.pool.workers import REQUEST, Written
 from mmemb_training.samples import Question
 
@@ -61,7 +61,7 @@ class EndpointWorker:
     """Asks a served model for `samples` rationales per question.
 
     `base_url`, `model`, `api_key_variable`, `concurrency`, `max_retries` and `timeout` are those of
-    `mmemb_deploy.reasoners.chat.ChatServer`, whose errors it raises; `stop` ends a rationale where the model writes it.
+    `mmemb_deploy.reasoners.chat.ChatClient`, whose errors it raises; `stop` ends a rationale where the model writes it.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class EndpointWorker:
                 raise OptionError(f"{option} is {value}; pass at least 1")
         self.name = name
         self.samples = samples
-        self._server = ChatServer(
+        self._server = ChatClient(
             base_url,
             model=model,
             api_key_variable=api_key_variable,
@@ -125,6 +125,6 @@ class EndpointWorker:
         return Written(tuple(map(_rationale, reply.choices)), None)
 
 
-def _rationale(choice: Choice) -> str:
+def _rationale(choice: Sample) -> str:
     message = choice.message
     return plain_rationale(f"{message.thought}\n{message.content or ''}")

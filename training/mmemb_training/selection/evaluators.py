@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.inputs.parse import Request, parse
+from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.rows import Row
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.encoder import Continuation, Encoder
@@ -118,7 +118,7 @@ class JudgeEvaluator:
         video = query if query.frames else candidate
         asked = sample.question.instruction or self._rows.prompt.format.query_instruction
         text = f"Query: {asked} {query.text}\nCandidate: {candidate.text}"
-        both = Request(text, (*query.images, *candidate.images), video.frames, video.timestamps)
+        both = replace(video, text=text, images=(*query.images, *candidate.images))
         row = self._rows.row(both, JUDGE_INSTRUCTION)
         return replace(  # up to the answer: without `<|disc_emb|>`
             row,

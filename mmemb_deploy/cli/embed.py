@@ -1,0 +1,112 @@
+"""The command `mmemb embed`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmemb_deploy.cli.options import Backend, Bundle, Digest, Former, Json, Threads, same_bundle
+from mmemb_deploy.errors import OptionError, check_known
+
+if TYPE_CHECKING:
+    from mmemb_deploy.reasoners.remote import RemoteReasoner
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(embed)
+
+
+def embed(
+    source: Annotated[Path, typer.Argument(help="JSON lines (strings, or objects of an input's parts), or a folder.")],
+    output: Annotated[Path, typer.Argument(help="File to write, .npz or .parquet.")],
+    bundle: Bundle = None,
+    reasoning: Annotated[str, typer.Option(help="auto, never or always.")] = "auto",
+    threshold: Annotated[float | None, typer.Option(help="Gate score from which auto reasons.")] = None,
+    reasoning_rate: Annotated[float | None, typer.Option(help="Share of every 256 inputs that reasons.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="What to embed for; the bundle's by default.")] = None,
+    document: Annotated[bool, typer.Option("--document", help="Embed as documents, on the fast path.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Inputs that run together.")] = 32,
+    truncate_dim: Annotated[int | None, typer.Option(help="Leading values to keep.")] = None,
+    precision: Annotated[str, typer.Option(help="float32, int8 or ubinary.")] = "float32",
+    errors: Annotated[str, typer.Option(help="raise: stop at a bad input; return: mark it and go on.")] = "raise",
+    backend: Backend = "auto",
+    threads: Threads = None,
+    digest: Digest = None,
+    reasoner: Annotated[str | None, typer.Option(help="Address of a server that writes the rationales.")] = None,
+    reasoner_model: Annotated[str | None, typer.Option(help="The name under which it serves the model.")] = None,
+    reasoner_key: Annotated[str | None, typer.Option(help="Environment variable that holds its key.")] = None,
+    reasoner_timeout: Annotated[float, typer.Option(help="Seconds to wait for a rationale, retries included.")] = 30.0,
+    on_failure: Annotated[str, typer.Option(help="Without a rationale: raise, or direct: do without it.")] = "raise",
+    as_json: Json = False,
+    former: Former = None,
+) -> None:
+    """Embed a file or a folder of inputs. Interrupted, the same command goes on where it stopped."""
+    from mmemb_deploy.embedder import Embedder
+    from mmemb_deploy.jobs.files import check_output, embed_source, read_source
+    from mmemb_deploy.options import EncodeOptions
+    from mmemb_deploy.progress import counting
+
+    check_output(output)
+    check_known("errors", errors, ("raise", "return"))
+    options: EncodeOptions = {
+        "threshold": threshold,
+        "reasoning_rate": reasoning_rate,
+        "batch_size": batch_size,
+        "truncate_dim": truncate_dim,
+        "precision": precision,
+    }
+    if instruction is not None:
+        options["instruction"] = instruction
+    if not document or reasoning != "auto":
+        options["reasoning"] = reasoning
+    remote = _reasoner(reasoner, reasoner_model, reasoner_key, reasoner_timeout, on_failure)
+    inputs = read_source(source)
+    embedder = Embedder.load(
+        same_bundle(bundle, former), backend=backend, threads=threads, reasoner=remote, digest=digest
+    )
+    print(embedder.notes[0], file=sys.stderr)
+    began = time.perf_counter()
+    try:
+        with counting(len(inputs.ids), shown=not as_json) as done:
+            summary = embed_source(
+                embedder, inputs, output, options, document=document, keep_going=errors == "return", done=done
+            )
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    seconds = time.perf_counter() - began
+    if as_json:
+        figures = {
+            "output": str(output),
+            "rows": summary.rows,
+            "failures": summary.failures,
+            "reasoning_rate": summary.reasoned / summary.rows,
+            "rationale_tokens": summary.rationale_tokens,
+            "fallbacks": summary.fallbacks,
+            "seconds": round(seconds, 3),
+        }
+        print(json.dumps(figures))
+    else:
+        print(
+            f"{output}: {summary.rows} rows, {summary.failures} failed, {summary.reasoned} reasoned with "
+            f"{summary.rationale_tokens} tokens, {summary.fallbacks} fell back to the direct embedding, "
+            f"{summary.rows / seconds:.1f} rows/s"
+        )
+
+
+def _reasoner(
+    url: str | None, model: str | None, key: str | None, timeout: float, on_failure: str
+) -> RemoteReasoner | None:
+    if (url is None) != (model is None):
+        raise OptionError("pass --reasoner, the server's address, and --reasoner-model, what it serves, or neither")
+    if url is None or model is None:
+        return None
+    from mmemb_deploy.reasoners.remote import RemoteReasoner
+
+    return RemoteReasoner(url, model=model, api_key_variable=key, timeout=timeout, on_failure=on_failure)

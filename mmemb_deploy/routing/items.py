@@ -1,0 +1,54 @@
+"""An input on its way from row to embedding, and the protocol of whoever writes its rationale.
+
+Axes: D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mmemb_deploy.backends.protocol import Cache
+from mmemb_deploy.inputs.preprocess import Floats
+from mmemb_deploy.inputs.rows import Row
+
+
+@dataclass(frozen=True)
+class Reasoned:
+    """A reasoned embedding (D,), L2-normalised, and the rationale's token ids without its markers."""
+
+    embedding_D: Floats
+    token_ids: list[int]
+    truncated: bool  # the token limit closed the rationale
+
+
+@dataclass
+class Item:
+    """An input: its row, then what the fast path found, then what reasoning wrote."""
+
+    index: int  # of the input in the call
+    row: Row
+    preprocess: float  # seconds, as the other two
+    given: list[int] | None = None  # a rationale that the caller wrote, as token ids
+    chat: Callable[[], Any] | None = None  # builds what a server is asked, where one writes the rationales
+    embedding_D: Floats | None = None
+    score: float = 0.0
+    reasoned: Reasoned | None = None
+    source: str | None = None  # who wrote the rationale
+    fallback: str | None = None  # why there is none, where its writer may fail
+    fast_path: float = 0.0
+    generation: float = 0.0
+
+
+class RationaleWriter(Protocol):
+    """Writes rationales: the bundle's own generator, a caller who brought them, a server."""
+
+    @property
+    def name(self) -> str:
+        """Return what details call it."""
+        ...
+
+    def write(self, items: Sequence[Item], caches: Sequence[Cache], max_tokens: int) -> list[Reasoned | str]:
+        """Return the reasoned embedding of every item, which goes on from its cache, or why it has no rationale."""
+        ...
