@@ -109,8 +109,18 @@ def test_the_final_checkpoint_is_a_standard_transformers_folder(finished: tuple[
 def test_another_recipe_does_not_continue_a_run(finished: tuple[Path, dict[str, Any], Watched], tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", finished[0] / "backbone", tmp_path / "backbone"], check=True)
     (tmp_path / "backbone" / "checkpoint" / "mmemb.json").unlink()
-    with pytest.raises(OptionError, match="holds the work of another job, with another recipe"):
-        NanoRun(tmp_path, replace(RECIPE, seed=1), Watched()).backbone()
+    other = replace(RECIPE, seed=1)
+    for folder in (tmp_path, finished[0]):  # as it trains, and when it is done
+        with pytest.raises(OptionError, match="holds the work of another job, with another recipe"):
+            NanoRun(folder, other, Watched()).backbone()
+
+
+def test_figures_of_another_ablation_are_not_taken_for_this_one_s(
+    finished: tuple[Path, dict[str, Any], Watched],
+) -> None:
+    for recipe, queries, differing in ((RECIPE, QUERIES + 1, "queries"), (replace(RECIPE, seed=1), QUERIES, "recipe")):
+        with pytest.raises(OptionError, match=f"the work of another job, with another {differing}: "):
+            Ablation(finished[0], recipe, Watched(), report=lambda _: None, queries=queries)
 
 
 def test_a_folder_that_is_no_checkpoint_names_what_is_missing(

@@ -20,10 +20,12 @@ from mmemb_training.pool.build import read_pool
 from mmemb_training.recipes.estimate import estimate
 from mmemb_training.recipes.load import load_recipe
 from mmemb_training.recipes.machines import Machine
-from mmemb_training.recipes.settings import RunRecipe
+from mmemb_training.recipes.settings import ControlRecipe, JointRecipe, changed
 from mmemb_training.recipes.shapes import SHAPES
 from mmemb_training.run_recipe import CPU_MICRO_BATCH, Run, read_samples, with_micro_batches
 from mmemb_training.samples import Question, Sample, Target
+from mmemb_training.selection.select import KeptRationales
+from mmemb_training.stage import Metrics
 from mmemb_training.task_batches import TaskBatches
 
 INSTRUCTION = "Given an image, find a similar everyday image with the described changes"
@@ -80,7 +82,7 @@ def data(tmp_path: Path) -> str:
     root = tmp_path / "MMEB-train"
     rng = np.random.default_rng(0)
     rows = []
-    for index in range(8):
+    for index in range(12):
         paths = [f"images/CIRR/Train/{side}{index}.png" for side in "qp"]
         for path in paths:
             (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -137,6 +139,20 @@ def test_a_recipe_runs_from_a_public_model_to_a_controlled_one(
     assert final.facts.provenance["stages"] == ["joint", "control"]
     assert final.facts.provenance["source"] == str(public)
     assert final.facts.dims == (48, 24)
+    cheaper = changed(changed(recipe, "joint.micro_batch", 1), "model.max_tokens", 1024)
+    Run(cheaper, samples, folder, watched, Console(quiet=True)).upto("control")
+    assert watched.stages == ["joint", "control"]
+    for path, value, differing in (
+        ("model.max_pixels", 512, "max_pixels"),
+        ("selection.hard_negatives", 1, "evaluator"),
+        ("joint.hard_negatives", 0, "recipe"),
+        ("selection.sampling_temperature", 1.0, "selection"),
+        ("control.group", 6, "recipe"),
+    ):
+        other = Run(changed(recipe, path, value), samples, folder, watched, Console(quiet=True))
+        with pytest.raises(OptionError, match=f"the work of another job, with another {differing}: "):
+            other.upto("control")
+    assert watched.stages == ["joint", "control"]
 
 
 SMALL_GPU = Machine(name="a GPU", source="a test", memory_gib=24)
@@ -176,31 +192,57 @@ def test_without_a_gpu_a_few_questions_are_read_at_once_and_the_run_says_so() ->
     assert "there is no GPU" in said[0]
 
 
-def test_a_run_hands_its_stages_what_fits_the_gpus_that_are_there(
+def test_what_fits_the_gpus_that_are_there_is_what_training_is_given(
     public: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = RECIPE.format(source=public, port=1, method="full", evaluator="judge").replace("micro_batch = 2\n", "")
+    text = text.replace("batch = 4\n", "batch = 12\n").replace("queries = 3\n", "queries = 10\n")
     (tmp_path / "recipe.toml").write_text(text)
-    recipe = load_recipe(tmp_path / "recipe.toml")
-    handed: list[RunRecipe] = []
+    recipe, samples = load_recipe(tmp_path / "recipe.toml"), read_samples([data], limit=None)
+    begun: list[str] = []
+    given: list[JointRecipe | ControlRecipe] = []
 
     class Stages(Run):
         def pool(self) -> None:
-            handed.append(self.recipe)
+            begun.append("pool")
+
+        def selection(self) -> dict[str, KeptRationales]:
+            return {sample.question.key: KeptRationales() for sample in samples}
+
+    def train(_checkpoint: Any, _draw: Any, recipe: JointRecipe | ControlRecipe, *_: Any, **__: Any) -> Metrics:
+        given.append(recipe)
+        return iter(())
+
+    monkeypatch.setattr("mmemb_training.run_recipe.train_jointly", train)
+    monkeypatch.setattr("mmemb_training.run_recipe.train_control", train)
 
     def run(memory_gib: float) -> None:
         gpus = Machine(name="a GPU", source="a test", memory_gib=memory_gib)
         monkeypatch.setattr("mmemb_training.run_recipe.machine_here", lambda _: gpus)
-        stages = Stages(recipe, read_samples([data], limit=2), tmp_path / "run", Watched(), Console(quiet=True))
-        monkeypatch.setattr(stages, "selection", lambda: None)
-        monkeypatch.setattr(stages, "joint", lambda: None)
-        stages.upto("joint")
+        Stages(recipe, samples, tmp_path / "run", lambda *_: None, Console(quiet=True)).upto("control")
 
-    run(80)
-    assert handed[0].joint.micro_batch == 4  # the whole batch
     with pytest.raises(OptionError, match=r"stage 3 \(joint\) needs"):
         run(0.001)
-    assert len(handed) == 1  # before any stage
+    assert not begun
+    run(80)
+    assert [(one.micro_batch, one.schedule.length) for one in given] == [(12, 3), (10, 2)]  # all of a step at once
+    assert isinstance(given[0], JointRecipe)
+    assert given[0].chunks(processes=1) == 1
+
+
+def test_a_worker_without_an_endpoint_is_loaded_here_and_one_without_a_key_takes_none_from_the_environment(
+    endpoint: Any, public: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = RECIPE.format(source=public, port=endpoint.server_port, method="full", evaluator="judge")
+    here = f'[[pool.workers]]\nname = "here"\nmodel = "{public}"\n[selection]\n'
+    (tmp_path / "recipe.toml").write_text(text.replace("[selection]\n", here))
+    monkeypatch.setenv("OPENAI_API_KEY", "a secret")
+    recipe, samples, folder = load_recipe(tmp_path / "recipe.toml"), read_samples([data], limit=2), tmp_path / "run"
+    Run(recipe, samples, folder, Watched(), Console(quiet=True)).upto("pool")
+    assert {one.worker for row in read_pool(folder / "pool").values() for one in row} == {"served", "here"}
+    assert len(endpoint.received) == len(samples)
+    assert {body["model"] for body in endpoint.received} == {"a-model"}
+    assert endpoint.keys == {"Bearer unused"}
 
 
 def test_data_that_is_not_a_name_and_a_folder_is_refused() -> None:

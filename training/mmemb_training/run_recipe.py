@@ -23,6 +23,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from rich.console import Console
 
 from mmemb_deploy.errors import OptionError
+from mmemb_deploy.files import claim
 from mmemb_deploy.progress import counting
 from mmemb_training.checkpoint import FACTS, Checkpoint, load_checkpoint
 from mmemb_training.control.grpo import train_control
@@ -169,19 +170,29 @@ class Run:
     def selection(self) -> dict[str, KeptRationales]:
         """Stage 2: return what every question kept. A question that no worker wrote for is not among them."""
         recipe, folder = self.recipe.selection, self.folder / "selection"
-        if self._accelerator.is_main_process and not (folder / REPORT).exists():
+        finished = (folder / REPORT).exists()
+        evaluator = {
+            "kind": recipe.evaluator,
+            "source": self.recipe.model.source,
+            "temperature": recipe.temperature,
+            "hard_negatives": recipe.hard_negatives,
+        }
+        if self._accelerator.is_main_process:
+            more = {"other_rationales": recipe.other_rationales, "against_negatives": recipe.margins.against_negatives}
+            claim(folder, {"evaluator": evaluator} | more, begun=None if finished else False)
+        if self._accelerator.is_main_process and not finished:
             model = self.start()
             model.model.to(self._accelerator.device)
-            samples, evaluator = self._evaluator(model)
+            samples, loaded = self._evaluator(model)
             with counting(len(samples), shown=True, label="assessing") as done:
                 assess_pool(
                     samples,
                     read_pool(self.folder / "pool"),
-                    evaluator,
+                    loaded,
                     folder,
                     recipe.margins,
                     other_rationales=recipe.other_rationales,
-                    identity={"kind": recipe.evaluator, "source": self.recipe.model.source},
+                    identity=evaluator,
                     done=done,
                 )
             self._console.print_json((folder / REPORT).read_text())
@@ -251,21 +262,37 @@ class Run:
     def _started(self) -> Path:
         """Return the folder of the checkpoint that training starts from, made if need be."""
         target, model = self.folder / "start", self.recipe.model
+        asked: Any = {
+            "source": model.source,
+            "dims": self.recipe.joint.objective.dims,
+            "max_rationale_tokens": model.max_rationale_tokens,
+            "max_pixels": model.max_pixels,
+            "video_max_pixels": model.video_frames * model.video_max_pixels,
+        }
         with self._accelerator.main_process_first():
-            if not (target / FACTS).exists():
-                prepare(
-                    model.source,
-                    target,
-                    dims=self.recipe.joint.objective.dims,
-                    max_rationale_tokens=model.max_rationale_tokens,
-                    max_pixels=model.max_pixels,
-                    video_max_pixels=model.video_frames * model.video_max_pixels,
-                )
+            finished = (target / FACTS).exists()
+            if self._accelerator.is_main_process:
+                claim(self.folder, asked, begun=None if finished else False)
+            if not finished:
+                prepare(folder=target, **asked)
         return target
 
     def _stage(self, name: str, begin: Callable[[], tuple[Checkpoint, Metrics, int]]) -> Checkpoint:
-        provenance = {"recipe": asdict(self.recipe)}
-        return run_stage(self.folder / name, begin, self._watch, self._accelerator, provenance, dtype=self._dtype)
+        settings: Any = getattr(self.recipe, name)
+        asked = {
+            "recipe": asdict(replace(settings, micro_batch=None)),
+            "selection": asdict(self.recipe.selection),
+            "weights": asdict(replace(self.recipe.weights, gradient_checkpointing=False)),  # saves memory alone
+        }
+        return run_stage(
+            self.folder / name,
+            begin,
+            self._watch,
+            self._accelerator,
+            asked,
+            {"recipe": asdict(self.recipe)},
+            dtype=self._dtype,
+        )
 
     def _worker(self, settings: WorkerSettings) -> Worker:
         pool = self.recipe.pool

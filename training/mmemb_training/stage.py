@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from mmemb_deploy.files import claim
 from mmemb_training.checkpoint import FACTS, Checkpoint, load_checkpoint, save_checkpoint
 
 Metrics = Iterator[dict[str, float]]
@@ -37,6 +38,7 @@ def run_stage(
     begin: Callable[[], tuple[Checkpoint, Metrics, int]],
     watch: Watch,
     accelerator: Accelerator,
+    asked: Mapping[str, Any],
     provenance: dict[str, Any],
     *,
     dtype: str = "float32",
@@ -44,9 +46,13 @@ def run_stage(
     """Run a stage and save what it made, in `folder / "checkpoint"`, unless that was done; return it, as loaded.
 
     `begin` gives the checkpoint that is trained, the steps that do it, and their count. A stage is named by its folder.
+    `asked` says, in JSON, what the stage is to make; raises OptionError if it made something else.
     """
     target = folder / "checkpoint"
-    if not (target / FACTS).exists():
+    finished = (target / FACTS).exists()
+    if accelerator.is_main_process:
+        claim(folder, asked, begun=None if finished else False)  # what is unfinished, the loop itself claims
+    if not finished:
         checkpoint, steps, count = begin()
         watch(folder.name, steps, count)
         stages = [*checkpoint.facts.provenance.get("stages", []), folder.name]

@@ -22,7 +22,7 @@ from mmemb_deploy.evaluation.controls import compare_modes
 from mmemb_deploy.evaluation.digitchain import FAMILIES, DigitChain
 from mmemb_deploy.evaluation.pairs import Pair, held_out_pairs
 from mmemb_deploy.evaluation.routes import Doubles, Outcome, Routes, measure_routes
-from mmemb_deploy.files import write_whole
+from mmemb_deploy.files import claim, write_whole
 from mmemb_deploy.routing.router import highest
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.nano.method import NanoRecipe, NanoRun, everything, gain_only, instance_level, pair_aware
@@ -56,7 +56,7 @@ class Ablation:
     ) -> None:
         self._run = NanoRun(folder, recipe, watch)
         self._folder = folder / "measured"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        claim(self._folder, {"recipe": asdict(recipe), "queries": queries})
         self._report = report
         self._queries = queries
         # Several tables show the same pairs, models and measurements.

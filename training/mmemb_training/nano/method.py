@@ -214,4 +214,5 @@ class NanoRun:
         return read_pool(self.folder / "pool")
 
     def _stage(self, name: str, begin: Callable[[], tuple[Checkpoint, Metrics, int]]) -> Checkpoint:
-        return run_stage(self.folder / name, begin, self._watch, plain_accelerator(), {"recipe": asdict(self.recipe)})
+        asked = {"recipe": asdict(self.recipe)}
+        return run_stage(self.folder / name, begin, self._watch, plain_accelerator(), asked, asked)
