@@ -1,4 +1,4 @@
-"""Trains checkpoints for a few steps, as test_trainer.py asks: imports torch once, and forks for each job.
+"""Trains checkpoints for a few steps, as test_trainer.py asks: imports torch and reads the digits once, then forks.
 
 A line of its input is a job in JSON: {"source": checkpoint, "folder": of the run, "mode": "alone", "ddp" or "fsdp2",
 "options": of "lora", "bf16" and "checkpointing", "processes": count, "kill_after": step or null}. A line of its output
@@ -99,5 +99,6 @@ def run(job: dict[str, Any]) -> list[int | None]:
 
 
 if __name__ == "__main__":
+    draw(0)  # reads the digits, which every process would otherwise do again
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
