@@ -1,11 +1,12 @@
-# The commands of a working day. CI runs `check`, `demo` and `test` exactly as they are here.
+# The commands of a working day. CI runs `check`, `docs`, `demo` and `test` exactly as they are here.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# Both environments' contents live in one folder: what `demo` needs (no torch) is a part of what `dev` needs.
+# All environments' contents live in one folder: what `demo` and `docs` need (no torch) is a part of what `dev` needs.
 DEMO := $(VENV)/.installed-demo
+DOCS := $(VENV)/.installed-docs
 DEV := $(VENV)/.installed-dev
 
 # As environment variables the constraints also hold for the isolated environment that builds the package.
@@ -17,13 +18,19 @@ export ORT_DISABLE_TELEMETRY := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench nano ablation clean
+.PHONY: help demo docs tables test check bench nano ablation clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(DEMO) ## install without torch, run the embedded nano bundle, draw demo.png
 	$(BIN)/mmemb demo
+
+docs: $(DOCS) ## build the documentation into build/docs, which opens without a server
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/mkdocs.yml
+
+tables: $(DEV) ## write the tables of benchmarks/results into the README and the pages
+	$(BIN)/python docs/tables.py
 
 test: $(DEV) ## install everything, run the tests
 	$(BIN)/python -m pytest
@@ -46,7 +53,7 @@ ablation: $(DEV) ## train and measure every row of the ablation table (about an 
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .benchmarks demo.png
-	find mmemb_deploy training export engines benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find mmemb_deploy training export engines benchmarks docs tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is the last thing that venv puts in place.
 $(BIN)/pip:
@@ -59,6 +66,10 @@ $(DEMO): pyproject.toml constraints.txt | $(BIN)/pip
 	$(INSTALL) --editable '.[cpu,bench]'
 	touch $@
 
+$(DOCS): pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) --editable '.[docs]'
+	touch $@
+
 $(DEV): pyproject.toml constraints.txt | $(BIN)/pip
-	$(INSTALL) --editable '.[cpu,train,export,bench,dev,rtx]'
-	touch $(DEMO) $@
+	$(INSTALL) --editable '.[cpu,train,export,bench,dev,docs,rtx]'
+	touch $(DEMO) $(DOCS) $@

@@ -11,7 +11,7 @@ section load-nano load --trials 6 --p95-ms 40
 random_bundle small small-int8 --form fused --precision int8
 # of these weights the gate says nothing, so that it sends the share to reasoning that nano's sends
 random=(--workload "long text" --queries 40 --reasoning-rate 0.23 --max-rationale-tokens 16)
-section suite-small suite --bundle "$scratch/small-int8" --seconds 0 --passes 2 --select "not batch and not traffic"
+section suite-small suite "$scratch/small-int8" --seconds 0 --passes 2 --select "not batch and not traffic"
 section latency-small latency "$scratch/small-int8" --rounds 2 "${random[@]}"
 section load-small load "$scratch/small-int8" --trials 4 --p95-ms 1000 "${random[@]}"
 section peers-small peers "$scratch/small" "$scratch/small-int8" --here --peer "transformers bfloat16" \

@@ -30,7 +30,7 @@ for shape in small qwen3-vl-2b qwen3-vl-4b; do
         fi
         section "latency-$shape-$backend" latency "$scratch/$shape-bf16" --backend "$backend" "${random[@]}"
         section "load-$shape-$backend" load "$scratch/$shape-bf16" --backend "$backend" --trials 6 "${random[@]}"
-        section "suite-$shape-$backend" suite --bundle "$scratch/$shape-bf16" --backend "$backend"
+        section "suite-$shape-$backend" suite "$scratch/$shape-bf16" --backend "$backend"
     done
 done
 

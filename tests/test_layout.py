@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,29 @@ def test_a_package_imports_only_what_its_arrows_allow(package: str) -> None:
     others = set(PACKAGES) - {package}
     forbidden = others - MAY_IMPORT[package]
     assert {module: files for module, files in imports_of(package).items() if module in forbidden} == {}
+
+
+def loaded_with(tree: ast.Module) -> Iterator[str]:
+    """Yield what a module imports while it is loaded: not what functions import, nor what only types need."""
+    for statement in tree.body:
+        if isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING":
+            continue
+        if not isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            yield from imported_modules(statement)
+            if isinstance(statement, ast.ImportFrom):
+                yield from (f"{statement.module}.{alias.name}" for alias in statement.names)
+
+
+def test_modules_import_one_another_in_no_circle() -> None:
+    modules = {
+        ".".join(path.relative_to(folder.parent).with_suffix("").parts): path
+        for folder in PACKAGES.values()
+        for path in folder.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    graph = {name: set(loaded_with(ast.parse(path.read_text(encoding="utf-8")))) for name, path in modules.items()}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    assert set(modules) <= set(order)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

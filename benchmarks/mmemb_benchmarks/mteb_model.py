@@ -1,16 +1,14 @@
 """Any bundle as a model of mteb 2 (github.com/embeddings-benchmark/mteb): `mteb.evaluate(MtebModel(embedder), task)`.
 
-It fulfils mteb's `EncoderProtocol`. Queries, and the inputs of tasks that have no two sides, go through `encode_query`
-with the task's prompt as instruction, or the bundle's where the task has none; documents go through `encode_document`,
-so they never reason. Where a query has an instruction of its own, mteb has already put it into the query's text.
+It fulfils mteb's `EncoderProtocol`. Queries, and the inputs of tasks that have no two sides, are embedded with the
+task's prompt as instruction, or the bundle's where the task has none; documents are embedded as such, so they never
+reason. Where a query has an instruction of its own, mteb has already put it into the query's text.
 
 Axes: N inputs of a call, D embedding size.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack, cast
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from mmemb_benchmarks.results import BundleFacts
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import MissingExtraError, OptionError, check_known
 from mmemb_deploy.inputs.preprocess import Floats
@@ -99,8 +98,8 @@ class MtebModel:
         with counting(len(cast("Sized", inputs.dataset)), shown=kwargs.get("show_progress_bar", False)) as done:
             for batch in inputs:
                 contents = _contents(cast("dict[str, Any]", batch), self.frames)
-                full = [place for place, content in enumerate(contents) if content]
-                result = self.embedder.encode_detailed([contents[place] for place in full], **options)
+                full = [index for index, content in enumerate(contents) if content]
+                result = self.embedder.encode_detailed([contents[index] for index in full], **options)
                 embeddings_ND = np.zeros((len(contents), self.embedder.dim), result.embeddings.dtype)
                 embeddings_ND[full] = result.embeddings
                 pieces.append(embeddings_ND)
@@ -128,11 +127,10 @@ class MtebModel:
         except ModuleNotFoundError as error:
             raise MissingExtraError("mteb", "eval") from error
         manifest = self.embedder.manifest
-        files = json.dumps(manifest.files, sort_keys=True)
         return ModelMeta.create_empty(
             {
                 "name": f"mmemb-deploy/{manifest.model.name}",
-                "revision": hashlib.sha256(files.encode()).hexdigest()[:12],
+                "revision": BundleFacts.of(self.embedder).hash[:12],
                 "embed_dim": manifest.model.hidden_size,
                 "framework": ["ONNX"],
                 "modalities": ["text", "image", "video"],
@@ -170,6 +168,6 @@ def _contents(batch: dict[str, Any], frames: int) -> list[dict[str, Any]]:
 def _video(decoder: Any, count: int) -> dict[str, Any]:
     """Read evenly spread frames, with their times, from a torchcodec VideoDecoder."""
     total: int = decoder.metadata.num_frames
-    places = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
-    batch = decoder.get_frames_at(places)
+    indices = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+    batch = decoder.get_frames_at(indices)
     return {"video": batch.data.permute(0, 2, 3, 1).numpy(), "timestamps": batch.pts_seconds.tolist()}

@@ -20,9 +20,9 @@ from PIL import Image
 from pyarrow import parquet
 from typer.testing import CliRunner
 
-from mmemb_benchmarks.mmeb_v2 import commands, job
+from mmemb_benchmarks.mmeb_v2 import commands, evaluate
 from mmemb_benchmarks.mmeb_v2.data import TaskData
-from mmemb_benchmarks.mmeb_v2.job import MODES, TaskJob
+from mmemb_benchmarks.mmeb_v2.evaluate import MODES, Evaluation
 from mmemb_benchmarks.mmeb_v2.labels import LABELS
 from mmemb_benchmarks.mmeb_v2.metrics import CORRECTED, CUTOFFS, Ranked, scores
 from mmemb_benchmarks.mmeb_v2.read_video_qa import MVBENCH_SUBSETS
@@ -484,7 +484,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 def test_a_run_ranks_by_cosine_and_writes_the_public_files(nano: Embedder, tmp_path: Path) -> None:
     task = TASKS["ViDoRe_esg_reports_human_labeled_v2"]
     data = read_task(task, visdoc_root(tmp_path / "data"))
-    figures = TaskJob(nano, task, data, tmp_path / "out").run(MODES)
+    figures = Evaluation(nano, task, data, tmp_path / "out").run(MODES)
     assert [figures[mode]["reasoning_rate"] for mode in ("never", "always")] == [0, 1]
     assert figures["never"]["rationale_tokens"] == 0
 
@@ -510,22 +510,21 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_embeds_nothing(
 ) -> None:
     task = TASKS["ScienceQA"]
     data = read_task(task, image_root(tmp_path / "data"))
-    monkeypatch.setattr(job, "CHUNK", 2)
-    whole = TaskJob(nano, task, data, tmp_path / "whole").run(MODES)
+    monkeypatch.setattr(evaluate, "CHUNK", 2)
+    whole = Evaluation(nano, task, data, tmp_path / "whole").run(MODES)
 
     calls: list[int] = []
     limit = 7
-    encode = Embedder.encode
+    encode_detailed = Embedder.encode_detailed
 
     def counted(self: Embedder, inputs: Sequence[Any], **options: Any) -> Any:
         if len(calls) == limit:
             raise KeyboardInterrupt
         calls.append(len(inputs))
-        return encode(self, inputs, **options)
+        return encode_detailed(self, inputs, **options)
 
-    monkeypatch.setattr(Embedder, "encode", counted)
-    monkeypatch.setattr(Embedder, "encode_query", counted)
-    resumed = TaskJob(nano, task, data, tmp_path / "resumed")
+    monkeypatch.setattr(Embedder, "encode_detailed", counted)
+    resumed = Evaluation(nano, task, data, tmp_path / "resumed")
     with pytest.raises(KeyboardInterrupt):
         resumed.run(MODES)
     limit = 1000
@@ -544,23 +543,23 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_embeds_nothing(
 def test_results_of_other_data_or_another_bundle_are_not_mixed(nano: Embedder, tmp_path: Path) -> None:
     task = TASKS["ScienceQA"]
     data = read_task(task, image_root(tmp_path / "data"))
-    TaskJob(nano, task, data, tmp_path / "out").run(["never"])
-    with pytest.raises(OptionError, match="other data, queries"):
-        TaskJob(nano, task, data.first(2, row_scope=True), tmp_path / "out").run(["never"])
+    Evaluation(nano, task, data, tmp_path / "out").run(["never"])
+    with pytest.raises(OptionError, match="another data and another queries"):
+        Evaluation(nano, task, data.first(2, row_scope=True), tmp_path / "out").run(["never"])
     recalibrated = tmp_path / "recalibrated"
     shutil.copytree(NANO, recalibrated)
     manifest = json.loads((recalibrated / "manifest.json").read_text())
     manifest["gate"]["threshold"] = 0.75
     (recalibrated / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(OptionError, match="other manifest"):
-        TaskJob(Embedder.load(recalibrated), task, data, tmp_path / "out").run(["never"])
+    with pytest.raises(OptionError, match="another manifest"):
+        Evaluation(Embedder.load(recalibrated), task, data, tmp_path / "out").run(["never"])
 
 
 def test_an_input_that_cannot_be_embedded_is_named(nano: Embedder, tmp_path: Path) -> None:
     data = read_task(TASKS["ScienceQA"], image_root(tmp_path))
     (tmp_path / "image-tasks/ScienceQA/1.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"ScienceQA, query 1: 'image'"):
-        TaskJob(nano, TASKS["ScienceQA"], data, tmp_path / "out").run(["never"])
+        Evaluation(nano, TASKS["ScienceQA"], data, tmp_path / "out").run(["never"])
 
 
 def test_fewer_queries_leave_a_corpus_whole_but_not_the_candidates_of_rows(tmp_path: Path) -> None:
@@ -574,7 +573,7 @@ def test_fewer_queries_leave_a_corpus_whole_but_not_the_candidates_of_rows(tmp_p
 # ---------------------------------------------------------------- the command
 
 
-def evaluate(*arguments: object) -> Any:
+def run(*arguments: object) -> Any:
     app = typer.Typer()
     commands.register(app)
     return CliRunner().invoke(app, ["eval", "mmeb-v2", *map(str, arguments)])
@@ -583,7 +582,7 @@ def evaluate(*arguments: object) -> Any:
 def test_the_command_scores_what_is_there_and_says_what_is_not(tmp_path: Path) -> None:
     root = image_root(visdoc_root(tmp_path / "data"))
     out = tmp_path / "out"
-    ran = evaluate("--data", root, "--out", out, "--modes", "never,auto", "--max-queries", 2, "--json")
+    ran = run("--data", root, "--out", out, "--modes", "never,auto", "--max-queries", 2, "--json")
     assert ran.exit_code == 0, ran.output
     figures = json.loads(ran.stdout.splitlines()[-1])
     assert figures["completeness"] == "partial: 2 of 78, a trial on a part of their queries"
@@ -599,7 +598,7 @@ def test_the_command_scores_what_is_there_and_says_what_is_not(tmp_path: Path) -
     assert "| image/QA | ScienceQA | - | 2 of 5 |" in shown
     assert "mean, partial: 1 of 36" in shown
     assert "| all | mean, partial: 2 of 78 |" in shown
-    ran = evaluate("--data", root, "--out", out, "--modes", "never", "--max-queries", 2)
+    ran = run("--data", root, "--out", out, "--modes", "never", "--max-queries", 2)
     assert "partial: 2 of 78" in ran.stdout
 
 
@@ -608,7 +607,7 @@ def test_all_78_scores_make_an_overall_mean_that_is_not_partial(tmp_path: Path) 
         figures = {HIT: place / 100, NDCG: place / 200, CORRECTED: place / 150} | dict.fromkeys(
             ("num_data", "num_whole", "num_unanswerable", "frames", "reasoning_rate", "rationale_tokens"), 1
         )
-        path = job.score_path(tmp_path, "auto", task)
+        path = evaluate.score_path(tmp_path, "auto", task)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(figures))
     results = Results.of(tmp_path, ["auto"])
@@ -629,7 +628,7 @@ def test_mistakes_of_the_command_are_user_errors(tmp_path: Path) -> None:
         (("--data", tmp_path, "--tasks", "GQQ"), "did you mean 'GQA'"),
         (("--data", tmp_path, "--modes", "sometimes"), "mode 'sometimes' is not known"),
     ):
-        failed = evaluate(*arguments).exception
+        failed = run(*arguments).exception
         assert isinstance(failed, OptionError)
         assert message in str(failed)
 

@@ -12,17 +12,20 @@ import numpy as np
 import pytest
 
 from mmemb_benchmarks.commands.peers import peers as command
-from mmemb_benchmarks.peers import BASELINE, PEERS, compare
-from mmemb_benchmarks.peers.environments import PeerError, interpreter
-from mmemb_benchmarks.peers.run import measure, prompts
-from mmemb_benchmarks.peers.worker import Ids, Worker
+from mmemb_benchmarks.peers import contest as contests
+from mmemb_benchmarks.peers.contenders import Ids
+from mmemb_benchmarks.peers.contest import BASELINE, PEERS, PeersResult, contest, measure, prompts
+from mmemb_benchmarks.peers.process import PeerError, PeerProcess, interpreter
+from mmemb_benchmarks.workload import Maker
 from mmemb_deploy import OptionError
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.embedder import row_encoder
 
+WRONG, ABSENT = "transformers of another checkpoint", "llama.cpp float32"  # which no environment of the tests holds
 
-def run(checkpoint: Path, bundle: Path, *names: str) -> dict[str, Any]:
-    return compare(
+
+def run(checkpoint: Path, bundle: Path, *names: str) -> PeersResult:
+    return contest(
         checkpoint,
         [bundle],
         names=names,
@@ -37,36 +40,39 @@ def run(checkpoint: Path, bundle: Path, *names: str) -> dict[str, Any]:
     )
 
 
-def test_peers_embed_the_same_prompts_alike_and_are_timed(tiny_checkpoint: Path, fused_bundle: Path) -> None:
-    found = run(tiny_checkpoint, fused_bundle, "transformers eager", "transformers bfloat16")
-    assert list(found["peers"]) == [BASELINE, "transformers eager", "transformers bfloat16", fused_bundle.name]
-    assert not found["left_out"]
-    for peer in found["peers"].values():
-        assert set(peer["seconds"]) == set(peer["spread"]) == {"embed x2", "token x2", "think and embed x2"}
-        assert peer["environment"]
-    exact = found["peers"][fused_bundle.name]["cosine"], found["peers"]["transformers eager"]["cosine"]
+@pytest.fixture(scope="module")
+def found(
+    tiny_checkpoint: Path, fused_bundle: Path, make_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory
+) -> PeersResult:
+    """One run for all tests: every peer is a process that imports torch."""
+    other = make_checkpoint(tmp_path_factory.mktemp("other") / "checkpoint", {"hidden_act": "relu"}, {})
+    wrong = replace(PEERS["transformers eager"], options={"checkpoint": str(other)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PEERS, WRONG, wrong)
+        return run(tiny_checkpoint, fused_bundle, "transformers eager", WRONG, ABSENT, "transformers bfloat16")
+
+
+def test_peers_embed_the_same_prompts_alike_and_are_timed(found: PeersResult, fused_bundle: Path) -> None:
+    assert list(found.peers) == [BASELINE, "transformers eager", "transformers bfloat16", fused_bundle.name]
+    for peer in found.peers.values():
+        assert set(peer.seconds) == set(peer.spread) == {"embed x2", "token x2", "think and embed x2"}
+        assert peer.environment
+    exact = found.peers[fused_bundle.name].cosine, found.peers["transformers eager"].cosine
     assert exact == pytest.approx((1, 1), abs=1e-5)
 
 
-def test_a_peer_whose_output_is_wrong_is_left_out_and_never_timed(
-    tiny_checkpoint: Path, fused_bundle: Path, make_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = make_checkpoint(tmp_path / "other", {"hidden_act": "relu"}, {})
-    wrong = replace(PEERS["transformers eager"], options={"checkpoint": str(other)})
-    monkeypatch.setitem(PEERS, "transformers eager", wrong)
-    found = run(tiny_checkpoint, fused_bundle, "transformers eager")
-    assert "its embedding is not the baseline's: cosine" in found["left_out"]["transformers eager"]
-    assert set(found["peers"]) == {BASELINE, fused_bundle.name}
+def test_a_peer_whose_output_is_wrong_is_left_out_and_never_timed(found: PeersResult) -> None:
+    assert "its embedding is not the baseline's: cosine" in found.left_out[WRONG]
+    assert WRONG not in found.peers
 
 
-def test_a_peer_that_fails_says_why_and_the_others_go_on(tiny_checkpoint: Path, fused_bundle: Path) -> None:
-    found = run(tiny_checkpoint, fused_bundle, "llama.cpp float32")
-    assert found["left_out"] == {"llama.cpp float32": "ModuleNotFoundError: No module named 'llama_cpp'"}
-    assert set(found["peers"]) == {BASELINE, fused_bundle.name}
+def test_a_peer_that_fails_says_why_and_the_others_go_on(found: PeersResult) -> None:
+    assert found.left_out[ABSENT] == "ModuleNotFoundError: No module named 'llama_cpp'"
+    assert found.left_out.keys() == {WRONG, ABSENT}
 
 
 class Stand:
-    """A worker that answers so often, and is killed then."""
+    """A process that answers so often, and is killed then."""
 
     def __init__(self, answers: int) -> None:
         self.calls, self._left = ["embed"], answers
@@ -79,9 +85,9 @@ class Stand:
 
 
 def times(left_out: dict[str, str], **answers: int) -> dict[str, dict[str, list[float]]]:
-    workers: dict[str, Any] = {name: Stand(count) for name, count in answers.items()}
+    running: dict[str, Any] = {name: Stand(count) for name, count in answers.items()}
     return measure(
-        workers,
+        running,
         lambda rows, _: [[1]] * rows,
         batches=[2],
         written=5,
@@ -91,7 +97,8 @@ def times(left_out: dict[str, str], **answers: int) -> dict[str, dict[str, list[
     )
 
 
-def test_a_peer_that_dies_while_it_is_timed_loses_its_times_alone() -> None:
+def test_a_peer_that_dies_while_it_is_timed_loses_its_times_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contests, "SETTLE", 0)
     left_out: dict[str, str] = {}
     assert times(left_out, transformers=4, other=2) == {"transformers": {"embed x2": [1.0] * 3}}
     assert left_out == {"other": "killed"}
@@ -99,22 +106,25 @@ def test_a_peer_that_dies_while_it_is_timed_loses_its_times_alone() -> None:
         times({}, transformers=2, other=4)
 
 
-def test_a_process_that_was_killed_says_so(tiny_checkpoint: Path) -> None:
-    worker = Worker(
-        Path(sys.executable), "transformers", {"checkpoint": str(tiny_checkpoint), "threads": 1, "device": "cpu"}
-    )
-    os.kill(worker.process.pid, signal.SIGKILL)
+def test_a_process_that_was_killed_says_so(fused_bundle: Path) -> None:
+    load = {"checkpoint": "", "threads": 1, "device": "cpu", "folder": str(fused_bundle)}
+    process = PeerProcess(Path(sys.executable), "bundle", load)
+    os.kill(process.child.pid, signal.SIGKILL)
     with pytest.raises(PeerError, match="want of memory"):
-        worker.run("embed", [[1, 2]])
+        process.run("embed", [[1, 2]])
 
 
-def test_without_the_baseline_there_is_nothing_to_compare(tmp_path: Path, fused_bundle: Path) -> None:
-    with pytest.raises(PeerError):
+def test_without_the_baseline_there_is_nothing_to_compare(
+    tmp_path: Path, fused_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PEERS, BASELINE, PEERS[ABSENT])
+    with pytest.raises(PeerError, match="llama_cpp"):
         run(tmp_path / "no checkpoint", fused_bundle)
 
 
 def test_prompts_are_different_and_of_one_length(fused_bundle: Path) -> None:
-    ids = np.array(prompts(row_encoder(Bundle.open(fused_bundle)), 3, 50, seed=0))
+    bundle = Bundle.open(fused_bundle)
+    ids = np.array(prompts(Maker(row_encoder(bundle), bundle.manifest), 3, 50, seed=0))
     assert ids.shape == (3, 50)
     assert len({row.tobytes() for row in ids}) == 3
 

@@ -8,21 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmemb_benchmarks.commands.suite import suite
+from mmemb_benchmarks.commands.speed import suite
 from mmemb_benchmarks.suite import run_suite
 from mmemb_benchmarks.suite.setting import FEWEST, Setting
-from mmemb_benchmarks.traffic import load_forgetful
-from mmemb_benchmarks.workloads import WORKLOADS
+from mmemb_benchmarks.workload import KINDS, load_uncached
 from mmemb_deploy import OptionError
 from mmemb_deploy.bundle.folder import Bundle
 
 
 @pytest.fixture(scope="module")
 def setting(fused_bundle: Path) -> Setting:
-    return Setting(*load_forgetful(fused_bundle, "auto", 1), seconds=0, passes=1)
+    return Setting(*load_uncached(fused_bundle, "auto", 1), seconds=0, passes=1)
 
 
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("workload", KINDS)
 def test_a_workload_fits_the_bundle_and_is_never_the_same(setting: Setting, workload: str) -> None:
     first, second = (setting.maker.row(setting.content(workload)) for _ in range(2))
     assert first.length < setting.manifest.batch.row_tokens
@@ -52,7 +51,7 @@ def test_every_stage_is_timed_and_says_on_what(setting: Setting, tmp_path: Path)
 
 
 def test_passes_share_the_rounds_and_pool_them(fused_bundle: Path, tmp_path: Path) -> None:
-    setting = Setting(*load_forgetful(fused_bundle, "auto", 1), seconds=0, passes=2)
+    setting = Setting(*load_uncached(fused_bundle, "auto", 1), seconds=0, passes=2)
     (gate,) = run(setting, tmp_path / "gate.json", "bench_gate and 8")["benchmarks"]
     assert gate["stats"]["rounds"] == len(gate["stats"]["data"]) == FEWEST
     assert gate["stats"]["median"] == pytest.approx(np.median(gate["stats"]["data"]))
@@ -61,7 +60,7 @@ def test_passes_share_the_rounds_and_pool_them(fused_bundle: Path, tmp_path: Pat
 def test_every_workload_is_timed_on_every_route(setting: Setting, tmp_path: Path) -> None:
     found = run(setting, tmp_path / "one.json", "bench_one or (bench_traffic and mixed)")
     by_name = {benchmark["name"]: benchmark["extra_info"] for benchmark in found["benchmarks"]}
-    for workload in WORKLOADS:
+    for workload in KINDS:
         fast, reasoned = (by_name[f"bench_one[{route}-{workload}]"] for route in ("fast only", "reason only"))
         assert fast["rationale_tokens"] == 0 < reasoned["rationale_tokens"] <= 16
         assert fast["tokens"] > fast["visual_tokens"]
@@ -75,6 +74,17 @@ def test_a_bundle_that_does_not_reason_skips_what_reasons(setting: Setting, tmp_
     )
     found = run(fast_only, tmp_path / "fast.json", "bench_gate or bench_decode or (bench_one and short)")
     assert [benchmark["name"] for benchmark in found["benchmarks"]] == ["bench_one[fast only-short text]"]
+
+
+def test_the_command_shows_the_pooled_medians_and_where_the_results_lie(
+    fused_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "gate.json"
+    suite(bundle=fused_bundle, threads=1, seconds=0, passes=2, select="bench_gate and 8", output=output)
+    told = capfd.readouterr()
+    assert f"results: {output}" in told.out
+    assert "gate: 8" in told.out
+    assert "Wrote benchmark data" not in told.out + told.err
 
 
 def test_a_selection_of_nothing_is_refused(setting: Setting, tmp_path: Path) -> None:

@@ -233,7 +233,8 @@ class Run:
         return self._stage("control", self._begin_control)
 
     def _begin_control(self) -> tuple[Checkpoint, Metrics, int]:
-        recipe, processes, rng = self.recipe.control, self._accelerator.num_processes, np.random.default_rng(0)
+        recipe, rng = self.recipe.control, np.random.default_rng(0)
+        processes: int = self._accelerator.num_processes
         wanted = min(len(self.samples), recipe.queries * math.ceil(recipe.schedule.length / recipe.updates))
         chosen = [self.samples[index] for index in rng.choice(len(self.samples), size=wanted, replace=False)]
         share = min(recipe.queries, wanted) // processes  # as many for each, so that all read as often

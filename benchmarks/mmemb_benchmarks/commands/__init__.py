@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 
-from mmemb_benchmarks.commands import outcome, peers, quality, speed, suite
+from mmemb_benchmarks.commands import outcome, quality, speed
+from mmemb_benchmarks.commands.peers import peers
+from mmemb_benchmarks.commands.shared import OldNames
+
+OF_A_BUNDLE: tuple[Callable[..., None], ...] = (
+    quality.digitchain,
+    quality.frontier,
+    speed.latency,
+    speed.load,
+    speed.suite,
+    speed.startup,
+    speed.runtime,
+)
 
 
 def register(app: typer.Typer) -> None:
     """Add the benchmark commands to `mmemb`."""
     bench = typer.Typer(no_args_is_help=True, help="Measure a bundle.")
-    for topic in (quality, speed, suite, peers, outcome):
-        topic.register(bench)
+    for command in OF_A_BUNDLE:
+        bench.command(command.__name__, cls=OldNames)(command)
+    for other in (peers, outcome.report, outcome.compare):
+        bench.command(other.__name__)(other)
     app.add_typer(bench, name="bench")
-    app.command("demo")(quality.demo)
+    app.command("demo", cls=OldNames)(quality.demo)

@@ -8,15 +8,9 @@ from typing import Annotated
 
 import typer
 
-from mmemb_benchmarks.commands.arguments import Json
+from mmemb_benchmarks.commands.shared import Json, table
 
 Result = Annotated[Path, typer.Argument(help="JSON of `mmemb bench suite`, `latency` or `peers`.")]
-
-
-def register(bench: typer.Typer) -> None:
-    """Add the commands."""
-    for command in (report, compare):
-        bench.command(command.__name__)(command)
 
 
 def report(
@@ -24,7 +18,7 @@ def report(
     folder: Annotated[Path, typer.Option("--out", help="Folder for index.html and the charts.")] = Path("report"),
 ) -> None:
     """Make one self-contained page, with its charts as PNGs beside it."""
-    from mmemb_benchmarks.report import write_report
+    from mmemb_benchmarks.report.page import write_report
 
     page, passed_over = write_report(sources, folder)
     for path in passed_over:
@@ -43,24 +37,23 @@ def compare(
 
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from mmemb_benchmarks import compare as comparing
+    from mmemb_benchmarks.results import read_result
 
-    found = comparing.compare(comparing.read_run(old), comparing.read_run(new), tolerance)
+    before, now = (read_result(path, comparing.KINDS) for path in (old, new))
+    found = comparing.compare(before, now, tolerance)
     if as_json:
         print(json.dumps(asdict(found)))
     else:
         console = Console()
         for line in found.differing:
             console.print(f"[yellow]not the same circumstances[/]: {line}")
-        table = Table(title=f"medians that moved beyond noise and {tolerance:.0%}")
-        table.add_column("benchmark")
-        table.add_column("time, new over old", justify="right")
+        moved = table(f"medians that moved beyond noise and {tolerance:.0%}", "benchmark", "time, new over old")
         for name, ratio in (found.slower | found.faster).items():
-            table.add_row(escape(name), f"{ratio:.2f}", style="red" if ratio > 1 else "green")
-        if table.row_count:
-            console.print(table)
+            moved.add_row(escape(name), f"{ratio:.2f}", style="red" if ratio > 1 else "green")
+        if moved.row_count:
+            console.print(moved)
         for label, names in (("only before", found.missing), ("only now", found.added)):
             if names:
                 console.print(f"{label}: {escape(', '.join(names))}")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmemb_benchmarks.commands.arguments import Json, Out, Rounds, check_output, finish
+from mmemb_benchmarks.commands.shared import Json, Out, Rounds, check_output, finish, table
 
-
-def register(bench: typer.Typer) -> None:
-    """Add the command."""
-    bench.command("peers")(peers)
+if TYPE_CHECKING:
+    from mmemb_benchmarks.peers.contest import PeersResult
 
 
 def peers(
@@ -39,8 +36,8 @@ def peers(
     """Run the same weights elsewhere, each peer in its own environment, parity first, then times in turns."""
     from rich.console import Console
 
-    from mmemb_benchmarks.peers import compare, peers_on
-    from mmemb_benchmarks.peers.environments import default_folder
+    from mmemb_benchmarks.peers.contest import contest, peers_on
+    from mmemb_benchmarks.peers.process import default_folder
     from mmemb_benchmarks.results import stamp
     from mmemb_deploy.errors import check_known
 
@@ -51,7 +48,7 @@ def peers(
         check_known(f"peer on {device}", name, [*known, "all"])
     names = known if "all" in (peer or []) else peer or []
     folder = None if here else environments or default_folder()
-    found = compare(
+    found = contest(
         checkpoint,
         bundles,
         names=names,
@@ -67,28 +64,26 @@ def peers(
     finish(stamp("peers", found, None), output=output, as_json=as_json, show=_show)
 
 
-def _show(result: Mapping[str, Any]) -> None:
+def _show(result: PeersResult) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
-    console = Console()
-    base = result["peers"][result["baseline"]]["seconds"]
-    table = Table(
-        title=f"{result['tokens']} tokens: seconds of {result['baseline']}, and how many times faster others are",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    table.add_column(no_wrap=True)
-    for column in (*base, "cosine"):
-        table.add_column(column, justify="right")
-    for name, peer in result["peers"].items():
+    from mmemb_benchmarks.results import digits
+
+    console, base = Console(), result.peers[result.baseline].seconds
+    title = f"{result.tokens} tokens: seconds of {result.baseline}, and how many times faster others are"
+    shown = table(title, "", *base, "cosine", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    shown.columns[0].no_wrap = True
+    for name, peer in result.peers.items():
         cells = (
-            f"{seconds:.3g}" if name == result["baseline"] else f"{base[what] / seconds:.2f}x"
-            for what, seconds in ((what, peer["seconds"].get(what, float("nan"))) for what in base)
+            "-"
+            if what not in peer.seconds
+            else digits(seconds)
+            if name == result.baseline
+            else f"{seconds / peer.seconds[what]:.2f}x"
+            for what, seconds in base.items()
         )
-        table.add_row(name, *("-" if cell == "nanx" else cell for cell in cells), f"{peer['cosine']:.4f}")
-    console.print(table)
-    for name, reason in result["left_out"].items():
+        shown.add_row(name, *cells, f"{peer.cosine:.4f}")
+    console.print(shown)
+    for name, reason in result.left_out.items():
         console.print(f"left out: {name}: {reason}", markup=False)

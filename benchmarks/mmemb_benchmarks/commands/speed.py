@@ -1,53 +1,45 @@
-"""The commands that measure time: `latency`, `load`, `startup` and `runtime`."""
+"""The commands that measure time: `latency`, `load`, `suite`, `startup` and `runtime`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmemb_benchmarks.commands.arguments import (
+from mmemb_benchmarks.commands.shared import (
     Backend,
-    BundleOption,
+    BatchSize,
+    Bundle,
     Json,
+    Kind,
     Out,
+    Pairs,
+    Queries,
+    Rate,
+    Requests,
     Rounds,
     Seed,
     Threads,
+    Written,
     check_output,
     finish,
+    table,
 )
+from mmemb_benchmarks.measure import FEWEST_REQUESTS, PRECISION, TARGET
 
-Requests = Annotated[
-    Path | None, typer.Option(help="Inputs, as mmemb embed reads them; DigitChain's mixed traffic by default.")
-]
-Pairs = Annotated[Path | None, typer.Option(help="Pairs, as mmemb calibrate reads them: their hits are counted too.")]
-Workload = Annotated[
-    str | None, typer.Option(help="Inputs of one kind, such as 'long text', 'image' or 'document page'.")
-]
-Queries = Annotated[int, typer.Option(min=1, help="Inputs to draw, where no file is given.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Requests that run together.")]
-Rate = Annotated[
-    float | None,
-    typer.Option(min=0, max=1, help="Share of the requests that auto sends to reasoning; the bundle's gate decides."),
-]
-Written = Annotated[int | None, typer.Option(min=1, help="Tokens of a rationale, at most.")]
-
-
-def register(bench: typer.Typer) -> None:
-    """Add the commands."""
-    for command in (latency, load, startup, runtime):
-        bench.command(command.__name__)(command)
+if TYPE_CHECKING:
+    from mmemb_benchmarks.measure.latency import LatencyResult
+    from mmemb_benchmarks.measure.load import LoadResult
 
 
 def latency(
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder; the embedded nano bundle by default.")] = None,
+    bundle: Bundle = None,
     backend: Backend = "auto",
     requests: Requests = None,
     pairs: Pairs = None,
-    workload: Workload = None,
+    kind: Kind = None,
     queries: Queries = 200,
     seed: Seed = 0,
     reasoning_rate: Rate = None,
@@ -66,51 +58,57 @@ def latency(
 
     from rich.console import Console
 
-    from mmemb_benchmarks.ceiling import cpu_ceiling, decoder_work, gpu_ceiling
-    from mmemb_benchmarks.energy import EnergyMeter
-    from mmemb_benchmarks.latency import measure_latency, mode_options, summarise
+    from mmemb_benchmarks.measure.ceiling import cpu_ceiling, decoder_work, gpu_ceiling
+    from mmemb_benchmarks.measure.energy import gpu_joules
+    from mmemb_benchmarks.measure.latency import measure_latency, mode_options
     from mmemb_benchmarks.results import cores, stamp
-    from mmemb_benchmarks.stages import Spent, timed_engine
-    from mmemb_benchmarks.traffic import assemble, choose_traffic, load_forgetful, prompt_tokens, threshold_of_rate
-    from mmemb_deploy.evaluation.pairs import Judge
+    from mmemb_benchmarks.timing import Spent, timed_engine
+    from mmemb_benchmarks.workload import Workload, assemble, load_uncached, threshold_of_rate
 
     check_output(output)
     notes = Console(stderr=True)  # no spinner: its thread would take turns with what is timed
-    opened, engine = load_forgetful(bundle, backend, threads)
-    traffic = choose_traffic(opened, requests=requests, pairs=pairs, workload=workload, queries=queries, seed=seed)
-    on_cpu = backend in ("auto", "onnxruntime")
-    meter = EnergyMeter() if (not on_cpu if energy is None else energy) else None
+    opened, engine = load_uncached(bundle, backend, threads)
     spent: Spent = defaultdict(float)
     embedder = assemble(opened, timed_engine(engine, spent))
-    work = {name: decoder_work(opened, name) for name in ("embedder", "generator")}
-    options = mode_options(threshold_of_rate(embedder, traffic, reasoning_rate), max_rationale_tokens)
+    drawn = Workload.of(embedder, requests=requests, pairs=pairs, kind=kind, queries=queries, seed=seed)
+    on_cpu = backend in ("auto", "onnxruntime")
+    joules = gpu_joules() if (not on_cpu if energy is None else energy) else None
+    options = mode_options(threshold_of_rate(embedder, drawn, reasoning_rate), max_rationale_tokens)
     notes.print("measuring what the machine can do")
     precision = opened.manifest.graphs["embedder"].precision
-    ceiling = cpu_ceiling(precision, threads or cores()) if on_cpu else gpu_ceiling()
-    modes = measure_latency(
-        embedder, spent, traffic, options, rounds=rounds, batch_size=batch_size, meter=meter, report=notes.print
+    found = measure_latency(
+        embedder,
+        spent,
+        drawn,
+        options,
+        ceiling=cpu_ceiling(precision, threads or cores()) if on_cpu else gpu_ceiling(),
+        work={name: decoder_work(opened, name) for name in ("embedder", "generator")},
+        rounds=rounds,
+        batch_size=batch_size,
+        joules=joules,
+        report=notes.print,
     )
-    judge = Judge(embedder, traffic.pairs) if traffic.judged else None
-    found = summarise(modes, judge, ceiling, work, prompt_tokens(embedder, traffic))
-    found = {"source": traffic.source, "batch_size": batch_size, **found}
     finish(stamp("latency", found, embedder), output=output, as_json=as_json, show=_show_latency)
 
 
 def load(
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder; the embedded nano bundle by default.")] = None,
+    bundle: Bundle = None,
     backend: Backend = "auto",
     requests: Requests = None,
-    workload: Workload = None,
+    kind: Kind = None,
     queries: Queries = 400,
     seed: Seed = 0,
     p95_ms: Annotated[
         float | None,
-        typer.Option(min=0.001, help="What the 95th percentile must not exceed; 10 x the slowest mode's idle mean."),
+        typer.Option(min=0.001, help=f"What p95 must not exceed; {TARGET} x the slowest mode's idle mean by default."),
     ] = None,
     reasoning_rate: Rate = None,
     max_rationale_tokens: Written = None,
     seconds: Annotated[
-        float, typer.Option(min=0.1, help="Length of a trial; at least 60 requests, and 20 x the target.")
+        float,
+        typer.Option(
+            min=0.1, help=f"Length of a trial; at least {FEWEST_REQUESTS} requests, and {1 / PRECISION:.0f} x --p95-ms."
+        ),
     ] = 5.0,
     trials: Annotated[int, typer.Option(min=1, help="Trials of each mode, at most.")] = 12,
     batch_size: BatchSize = 32,
@@ -121,20 +119,18 @@ def load(
     """Find the rate of random arrivals at which never, auto and always still answer in time."""
     from rich.console import Console
 
-    from mmemb_benchmarks.latency import mode_options
-    from mmemb_benchmarks.load import measure_load
+    from mmemb_benchmarks.measure.latency import mode_options
+    from mmemb_benchmarks.measure.load import measure_load
     from mmemb_benchmarks.results import stamp
-    from mmemb_benchmarks.traffic import assemble, choose_traffic, load_forgetful, threshold_of_rate
+    from mmemb_benchmarks.workload import Workload, assemble, load_uncached, threshold_of_rate
 
     check_output(output)
-    opened, engine = load_forgetful(bundle, backend, threads)
-    traffic = choose_traffic(opened, requests=requests, workload=workload, queries=queries, seed=seed)
-    embedder = assemble(opened, engine)
-    options = mode_options(threshold_of_rate(embedder, traffic, reasoning_rate), max_rationale_tokens)
+    embedder = assemble(*load_uncached(bundle, backend, threads))
+    drawn = Workload.of(embedder, requests=requests, kind=kind, queries=queries, seed=seed)
     found = measure_load(
         embedder,
-        traffic,
-        options,
+        drawn,
+        mode_options(threshold_of_rate(embedder, drawn, reasoning_rate), max_rationale_tokens),
         target_ms=p95_ms,
         seconds=seconds,
         trials=trials,
@@ -142,113 +138,140 @@ def load(
         seed=seed,
         report=Console(stderr=True).print,
     )
-    found = {"source": traffic.source, **found}
     finish(stamp("load", found, embedder), output=output, as_json=as_json, show=_show_load)
 
 
+def suite(
+    bundle: Bundle = None,
+    backend: Backend = "auto",
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=0, help="What the rounds of one benchmark should take together.")] = 1.0,
+    passes: Annotated[int, typer.Option(min=1, help="Times that the suite runs, with a share of the rounds each.")] = 3,
+    select: Annotated[str, typer.Option(help="Which benchmarks run, as of pytest -k.")] = "bench",
+    output: Annotated[Path, typer.Option("--out", help="Where pytest-benchmark's JSON goes.")] = Path("suite.json"),
+) -> None:
+    """Time every stage and every workload of a bundle by pytest-benchmark."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from mmemb_benchmarks.results import read_result
+    from mmemb_benchmarks.suite import run_suite
+    from mmemb_benchmarks.suite.setting import Setting
+    from mmemb_benchmarks.workload import load_uncached
+
+    check_output(output)
+    status = run_suite(Setting(*load_uncached(bundle, backend, threads), seconds, passes), output, select)
+    if status:
+        raise typer.Exit(status)
+    shown = table(f"{passes} passes", "benchmark", "median, ms", "p95, ms", "on")
+    for benchmark in read_result(output).result:
+        shown.add_row(*map(escape, benchmark.row))
+    Console().print(shown)
+    print(f"results: {output}")
+
+
 def startup(
-    bundle: BundleOption = None,
+    bundle: Bundle = None,
+    backend: Backend = "auto",
     runs: Annotated[int, typer.Option(min=1, help="Fresh processes per figure.")] = 7,
+    threads: Threads = None,
     output: Out = None,
     as_json: Json = False,
 ) -> None:
     """Measure what a fresh process pays: importing the package, and loading a bundle."""
+    from mmemb_benchmarks.measure.costs import measure_startup
     from mmemb_benchmarks.results import stamp
-    from mmemb_benchmarks.startup import measure_startup
+    from mmemb_deploy.bundle.folder import NANO
 
     check_output(output)
-    figures = measure_startup(bundle, runs)
-    finish(stamp("startup", figures, None), output=output, as_json=as_json, show=_show_lines)
+    found = measure_startup(bundle or NANO, backend, threads, runs=runs)
+    finish(stamp("startup", found, None), output=output, as_json=as_json, show=_show_lines)
 
 
 def runtime(
-    bundle: BundleOption = None,
+    bundle: Bundle = None,
+    backend: Backend = "auto",
     checkpoint: Annotated[
         Path | None, typer.Option(help="Checkpoint folder, which transformers loads in float32 to compare.")
     ] = None,
-    tokens: Annotated[
-        int, typer.Option(min=1, help="Characters of a text: its tokens, where a token is a byte.")
-    ] = 256,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a text.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Texts of a call.")] = 8,
-    written: Annotated[int, typer.Option(min=1, help="Words of a rationale, at most.")] = 32,
+    written: Annotated[int, typer.Option(min=1, help="Tokens of a rationale, at most.")] = 32,
     rounds: Rounds = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of one operator.")] = 2,
+    threads: Threads = None,
     output: Out = None,
     as_json: Json = False,
 ) -> None:
     """Measure what the runtime costs and saves beside its graphs: overhead, hand-off, prefix reuse, memory, loading."""
     from rich.console import Console
 
+    from mmemb_benchmarks.measure.costs import measure_loading, measure_runtime
     from mmemb_benchmarks.results import stamp
-    from mmemb_benchmarks.runtime_costs import measure_loading, measure_runtime, words
     from mmemb_deploy.bundle.folder import NANO
     from mmemb_deploy.embedder import Embedder
+    from mmemb_deploy.errors import check_known
 
     check_output(output)
+    check_known("backend whose graphs are timed", backend, ("auto", "onnxruntime", "onnxruntime-cuda"))
     folder = bundle or NANO
     notes = Console(stderr=True)  # no spinner: its thread would take turns with what is timed
     notes.print("loading")
-    found = measure_loading(folder, checkpoint, threads=threads, runs=3)
-    embedder = Embedder.load(folder, threads=threads)
-    found |= measure_runtime(embedder, words(tokens, batch), written=written, rounds=rounds, report=notes.print)
+    found = measure_loading(folder, backend, threads, checkpoint, runs=3)
+    embedder = Embedder.load(folder, backend=backend, threads=threads)
+    found |= measure_runtime(embedder, tokens=tokens, batch=batch, written=written, rounds=rounds, report=notes.print)
     finish(stamp("runtime", found, embedder), output=output, as_json=as_json, show=_show_lines)
 
 
-def _show_lines(result: Mapping[str, Any]) -> None:
+def _show_lines(result: Mapping[str, float]) -> None:
+    from mmemb_benchmarks.results import digits
+
     for name, value in result.items():
-        print(f"{name:<44} {value:.4g}")
+        print(f"{name:<48} {digits(value)}")
 
 
-def _show_latency(result: Mapping[str, Any]) -> None:
+def _show_latency(result: LatencyResult) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    modes: dict[str, dict[str, Any]] = result["modes"]
-    console = Console()
-    table = Table(title=f"{result['requests']} requests alone, {result['rounds']} rounds; {result['source']}")
-    for column in ("", *modes):
-        table.add_column(column, justify="right" if column else "left")
-    rows = {
-        "p50, ms": "p50_ms",
-        "p95, ms": "p95_ms",
-        "p99, ms": "p99_ms",
-        "mean, ms": "mean_ms",
-        f"a second, in batches of {result['batch_size']}": "throughput_per_s",
-        "reasoning rate": "reasoning_rate",
-        "rationale tokens": "rationale_tokens",
-        "hit@1": "hit_at_1",
-        "joules a request": "joules_per_request",
+    from mmemb_benchmarks.results import digits
+
+    console, modes = Console(), result.modes.values()
+    shown = table(f"{result.requests} requests alone, {result.rounds} rounds; {result.source}", "", *result.modes)
+    rows: dict[str, list[float] | list[float | None]] = {
+        "p50, ms": [mode.p50_ms for mode in modes],
+        "p95, ms": [mode.p95_ms for mode in modes],
+        "p99, ms": [mode.p99_ms for mode in modes],
+        "mean, ms": [mode.mean_ms for mode in modes],
+        f"a second, in batches of {result.batch_size}": [mode.throughput_per_s for mode in modes],
+        "reasoning rate": [mode.reasoning_rate for mode in modes],
+        "rationale tokens": [mode.rationale_tokens for mode in modes],
+        "hit@1": [mode.hit_at_1 for mode in modes],
+        "joules a request": [mode.joules_per_request for mode in modes],
     }
-    for label, key in rows.items():
-        if modes["never"][key] is not None:
-            table.add_row(label, *(f"{mode[key]:.4g}" for mode in modes.values()))
-    table.add_section()
-    for stage in modes["never"]["stages_ms"]:
-        table.add_row(f"mean ms in {stage}", *(f"{mode['stages_ms'][stage]:.3f}" for mode in modes.values()))
-    console.print(table)
-    ceiling = result["ceiling"]
+    for label, values in rows.items():
+        if None not in values:
+            shown.add_row(label, *(digits(value) for value in values if value is not None))
+    shown.add_section()
+    for stage in result.modes["never"].stages_ms:
+        shown.add_row(f"mean ms in {stage}", *(digits(mode.stages_ms[stage]) for mode in modes))
+    console.print(shown)
+    ceiling = result.ceiling
     console.print(
-        f"this machine copies {ceiling['copy_gb_per_s']:.1f} GB/s and multiplies {ceiling['matmul_gflop_per_s']:.0f} "
-        f"GFLOP/s ({ceiling['matmul_type']}); alone, prefill reaches {ceiling['prefill_share']:.0%} of the latter, "
-        f"decoding {ceiling['decode_share']:.0%} of the former"
+        f"this machine copies {digits(ceiling.copy_gb_per_s)} GB/s and multiplies {digits(ceiling.matmul_gflop_per_s)} "
+        f"GFLOP/s ({ceiling.matmul_type}); alone, prefill reaches {ceiling.prefill_share:.0%} of the latter, "
+        f"decoding {ceiling.decode_share:.0%} of the former"
     )
 
 
-def _show_load(result: Mapping[str, Any]) -> None:
+def _show_load(result: LoadResult) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=f"requests a second with p95 below {result['target_p95_ms']:.1f} ms; {result['source']}")
-    for column in ("mode", "idle mean, ms", "sustained", "broke at", "times always"):
-        table.add_column(column, justify="left" if column == "mode" else "right")
-    for name, mode in result["modes"].items():
-        ratio = result["ratio"].get(f"{name} over always")
-        broke = mode["broke_per_s"]
-        table.add_row(
-            name,
-            f"{mode['idle_ms']:.2f}",
-            f"{mode['sustainable_per_s']:.1f}",
-            "-" if broke is None else f"{broke:.1f}",
-            "-" if ratio is None else f"{ratio:.2f}",
-        )
-    Console().print(table)
+    from mmemb_benchmarks.results import digits
+
+    shown = table(
+        f"requests a second with p95 below {digits(result.target_p95_ms)} ms; {result.source}",
+        *("mode", "idle mean, ms", "sustained", "broke at", "times always"),
+    )
+    for name, mode in result.modes.items():
+        figures = mode.idle_ms, mode.sustainable_per_s, mode.broke_per_s, result.ratio.get(f"{name} over always")
+        shown.add_row(name, *("-" if figure is None else digits(figure) for figure in figures))
+    Console().print(shown)

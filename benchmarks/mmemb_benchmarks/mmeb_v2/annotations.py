@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmemb_benchmarks.mmeb_v2.tasks import Task
 from mmemb_deploy.errors import InputError, MissingExtraError, OptionError
 
 SUFFIXES = (".parquet", ".jsonl", ".json")  # the first kind that is there; the same rows may lie there in several
@@ -21,8 +22,18 @@ NO_ROWS = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "stat
 BATCH = 64  # rows of a parquet file that are held at a time
 
 
-def annotation_files(folder: Path, subset: str | None, split: str) -> list[Path]:
-    """Return the files of one split, in order. Raises OptionError, with what the folder holds, where there is none."""
+def rows_of(task: Task, folder: Path, *columns: str, subset: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a task, or of a `subset` in place of the task's own, with the columns asked for.
+
+    Raises OptionError, with what the folder holds, where there is no file of the task's split; InputError that names
+    the file for a missing column or a malformed line.
+    """
+    for path in _files(folder, subset or task.subset, task.split):
+        yield from (_parquet_rows if path.suffix == ".parquet" else _json_rows)(path, columns)
+
+
+def _files(folder: Path, subset: str | None, split: str) -> list[Path]:
+    """Return the files of one split, in order."""
     if not folder.is_dir():
         raise OptionError(f"{folder} is not a folder: put the annotations there, or pass --hub to download them")
     found = sorted(
@@ -45,15 +56,6 @@ def annotation_files(folder: Path, subset: str | None, split: str) -> list[Path]
 def _names(path: Path, word: str) -> bool:
     """Whether a path names a word, not inside another one."""
     return re.search(rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])", path.as_posix()) is not None
-
-
-def rows(files: Sequence[Path], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of parquet, JSON or JSON lines files, with the columns asked for.
-
-    Raises InputError that names the file for a missing column or a malformed line.
-    """
-    for path in files:
-        yield from (_parquet_rows if path.suffix == ".parquet" else _json_rows)(path, columns)
 
 
 def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from mmemb_benchmarks.commands.shared import Backend, BatchSize, Bundle, Json, Threads
+
+if TYPE_CHECKING:
+    from mmemb_benchmarks.mmeb_v2.tasks import Task
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +30,8 @@ def _group() -> None:
 
 def mmeb_v2(
     data: Annotated[Path, typer.Option(help="Root of image-tasks/, video-tasks/ and visdoc-tasks/.")],
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder; the embedded nano bundle by default.")] = None,
+    bundle: Bundle = None,
+    backend: Backend = "auto",
     tasks: Annotated[
         list[str] | None,
         typer.Option(help="A task, a group (video) or a sub-group (video/QA); again for more. All that lie in --data."),
@@ -38,17 +45,18 @@ def mmeb_v2(
         int | None, typer.Option(min=1, help="Only so many queries of each task: a trial, not a score.")
     ] = None,
     hub: Annotated[bool, typer.Option("--hub", help="Download annotations that are absent. Media are not.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Inputs that run together.")] = 32,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of one operator; all cores by default.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object as the last line, for scripts.")
-    ] = False,
+    batch_size: BatchSize = 32,
+    threads: Threads = None,
+    as_json: Json = False,
 ) -> None:
     """Score MMEB-V2's 78 tasks without, with and by choice of reasoning, with the public metrics and files."""
-    from rich.console import Console
+    from functools import partial
 
-    from mmemb_benchmarks.mmeb_v2.job import MODES
-    from mmemb_benchmarks.mmeb_v2.run import RunOptions, chosen_tasks, run_tasks
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from mmemb_benchmarks.mmeb_v2.evaluate import MODES, Evaluation
+    from mmemb_benchmarks.mmeb_v2.readers import download_annotations, has_annotations, read_task
     from mmemb_benchmarks.mmeb_v2.table import Results
     from mmemb_deploy.embedder import Embedder
     from mmemb_deploy.errors import check_known
@@ -57,13 +65,25 @@ def mmeb_v2(
     asked = list(dict.fromkeys(modes.split(",")))
     for mode in asked:
         check_known("mode", mode, MODES)
-    options = RunOptions(
-        data=data, out=out, modes=tuple(asked), frames=frames, max_queries=max_queries, hub=hub, batch_size=batch_size
-    )
-    chosen = chosen_tasks(tasks, options)
+    chosen = _chosen(tasks, data, hub=hub)
+    embedder = Embedder.load(bundle, backend=backend, threads=threads)
     notes = Console(stderr=True)
     try:
-        run_tasks(Embedder.load(bundle, threads=threads), chosen, options, notes)
+        with Progress(console=notes, transient=True) as progress:
+            for number, task in enumerate(chosen, start=1):
+                if hub and not has_annotations(task, data):
+                    download_annotations(task, data)
+                read = read_task(task, data, frames=frames)
+                if max_queries is not None:
+                    read = read.first(max_queries, row_scope=task.scope == "row")
+                total = len(read.corpus) + len(asked) * len(read.queries)
+                bar = progress.add_task(f"{task.name}, {number} of {len(chosen)}", total=total)
+                evaluation = Evaluation(embedder, task, read, out, batch_size, partial(progress.advance, bar))
+                for mode, figures in evaluation.run(asked).items():
+                    notes.print(f"{task.name} {mode}: {task.metric} {100 * figures[task.metric]:.1f}")
+                    if lost := int(figures["num_unanswerable"]):
+                        notes.print(f"  {lost} queries have no right answer among their candidates: they count 0")
+                progress.remove_task(bar)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None
@@ -76,3 +96,26 @@ def mmeb_v2(
         return
     Console().print(results.rich())
     print(f"{out}: table.md, table.json, and the public files of every task in {', '.join(asked)}")
+
+
+def _chosen(names: Sequence[str] | None, data: Path, *, hub: bool) -> list[Task]:
+    """Return the named tasks, or by default those whose annotations are there: all, where they may be downloaded.
+
+    Raises OptionError for unknown names, for a root that is no folder, and where no task's annotations are there.
+    """
+    from mmemb_benchmarks.mmeb_v2.readers import has_annotations
+    from mmemb_benchmarks.mmeb_v2.tasks import TASKS, select
+    from mmemb_deploy.errors import OptionError
+
+    if not data.is_dir():
+        raise OptionError(f"--data is {data}, which is not a folder: pass the root of the benchmark's data")
+    if names:
+        return select(names)
+    found = [task for task in TASKS.values() if hub or has_annotations(task, data)]
+    if not found:
+        first = next(iter(TASKS.values()))
+        raise OptionError(
+            f"--data {data} holds the annotations of no task: put them there, those of {first.name} into "
+            f"{data / first.annotations}, or pass --hub to download them"
+        )
+    return found

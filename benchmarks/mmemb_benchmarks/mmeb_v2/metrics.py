@@ -80,20 +80,20 @@ def f1(prediction: Sequence[Key], labels: Sequence[Key], cutoff: int) -> float:
 
 
 def average_precision(prediction: Sequence[Key], labels: Sequence[Key], cutoff: int) -> float:
-    """Return the mean, over the right names that could be found, of the precision at each one's place."""
+    """Return the mean, over the right names that could be found, of the precision at each one's rank."""
     right = set(labels)
     total, found = 0.0, 0
-    for place, name in enumerate(prediction[:cutoff], start=1):
+    for rank, name in enumerate(prediction[:cutoff], start=1):
         if name in right:
             found += 1
-            total += found / place
+            total += found / rank
     return total / min(len(right), cutoff)
 
 
 def reciprocal_rank(prediction: Sequence[Key], labels: Sequence[Key], cutoff: int) -> float:
-    """Return 1 / the place of the first right name, 0 if it is beyond `cutoff`."""
+    """Return 1 / the rank of the first right name, 0 if it is beyond `cutoff`."""
     right = set(labels)
-    return next((1 / place for place, name in enumerate(prediction[:cutoff], start=1) if name in right), 0.0)
+    return next((1 / rank for rank, name in enumerate(prediction[:cutoff], start=1) if name in right), 0.0)
 
 
 BINARY = {
@@ -117,7 +117,7 @@ def _exponential(grade: int) -> float:
 
 
 def _discounted(gains: Sequence[float]) -> float:
-    return sum(gain / math.log2(place + 1) for place, gain in enumerate(gains, start=1))
+    return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, start=1))
 
 
 def _found(prediction: Sequence[Key], labels: Sequence[Key], cutoff: int) -> int:
@@ -139,17 +139,17 @@ def _official_grades(queries: Sequence[Ranked]) -> list[dict[Key, int]]:
     too. Only queries of unequal grades are asked about.
     """
     graded = [_grades_by_label(query) for query in queries]
-    unequal = [place for place, grades in enumerate(graded) if len(set(grades.values())) > 1]
+    unequal = [index for index, grades in enumerate(graded) if len(set(grades.values())) > 1]
     if not unequal:
         return graded
     done = subprocess.run(
         [sys.executable, "-S", "-c", _SET_ORDERS],
-        input=json.dumps([list(queries[place].labels) for place in unequal]),
+        input=json.dumps([list(queries[index].labels) for index in unequal]),
         env=os.environ | {"PYTHONHASHSEED": HASH_SEED},
         capture_output=True,
         text=True,
         check=True,
     )
-    for place, order in zip(unequal, json.loads(done.stdout), strict=True):
-        graded[place] = dict(zip(order, graded[place].values(), strict=True))
+    for index, order in zip(unequal, json.loads(done.stdout), strict=True):
+        graded[index] = dict(zip(order, graded[index].values(), strict=True))
     return graded

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmemb_benchmarks.mmeb_v2.annotations import annotation_files, rows
+from mmemb_benchmarks.mmeb_v2.annotations import rows_of
 from mmemb_benchmarks.mmeb_v2.data import Candidate, Key, Query, TaskData
 from mmemb_benchmarks.mmeb_v2.tasks import Task
 from mmemb_deploy.errors import InputError
@@ -24,7 +24,7 @@ def read_image_text(task: Task, annotations: Path, media: Path) -> TaskData:
     """Read image (and text) to text: classification, question answering, captions."""
     queries: list[Query] = []
     corpus: dict[Key, Candidate] = {}
-    for row in rows(annotation_files(annotations, task.subset, task.split), (*_QUERY, "qry_img_path", "tgt_text")):
+    for row in rows_of(task, annotations, *_QUERY, "qry_img_path", "tgt_text"):
         texts = tuple(row["tgt_text"])
         for text in texts:
             corpus.setdefault(text, Candidate(content={"text": text}))
@@ -32,21 +32,15 @@ def read_image_text(task: Task, annotations: Path, media: Path) -> TaskData:
     return TaskData.of(queries, corpus)
 
 
-def read_text_image(task: Task, annotations: Path, media: Path) -> TaskData:
-    """Read text to image, with a caption where the data set has captions."""
-    return _read_images(task, annotations, media, image_query=False)
+def read_images(task: Task, annotations: Path, media: Path, *, image_query: bool) -> TaskData:
+    """Read text to image, with a caption where the data set has captions; or image and text to image or image region.
 
-
-def read_image_image(task: Task, annotations: Path, media: Path) -> TaskData:
-    """Read image and text to image or image region: visual grounding, composed retrieval."""
-    return _read_images(task, annotations, media, image_query=True)
-
-
-def _read_images(task: Task, annotations: Path, media: Path, *, image_query: bool) -> TaskData:
+    The latter, with an `image_query`, are visual grounding and composed retrieval.
+    """
     queries: list[Query] = []
     corpus: dict[Key, Candidate] = {}
     columns = (*_QUERY, *(("qry_img_path",) if image_query else ()), *_TARGET_IMAGES)
-    for row in rows(annotation_files(annotations, task.subset, task.split), columns):
+    for row in rows_of(task, annotations, *columns):
         paths, captions = row["tgt_img_path"], row["tgt_text"]
         if len(paths) != len(captions):
             raise InputError(f"{annotations}: a row has {len(paths)} tgt_img_path for {len(captions)} tgt_text")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mmemb_benchmarks.mmeb_v2.annotations import annotation_files, rows
+from mmemb_benchmarks.mmeb_v2.annotations import rows_of
 from mmemb_benchmarks.mmeb_v2.data import Candidate, Key, Query, TaskData
 from mmemb_benchmarks.mmeb_v2.labels import LABELS
 from mmemb_benchmarks.mmeb_v2.tasks import CLIP_FRAMES, Task
@@ -42,7 +42,7 @@ def frame_paths(folder: Path, count: int) -> list[str]:
         raise InputError(f"{folder} holds no frame ({', '.join(FRAME_SUFFIXES)}): unpack the benchmark's frames again")
     names.sort(key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())])
     if count < len(names):
-        names = [names[place] for place in np.linspace(0, len(names) - 1, count, dtype=int)]
+        names = [names[index] for index in np.linspace(0, len(names) - 1, count, dtype=int)]
     return [str(folder / name) for name in names]
 
 
@@ -50,7 +50,7 @@ def read_video_class(task: Task, annotations: Path, media: Path, frames: int) ->
     """Read classification among all classes: `video_id`, `pos_text`."""
     corpus: dict[Key, Candidate] = {label: Candidate(content={"text": label}) for label in LABELS[task.name]}
     queries: list[Query] = []
-    for row in rows(annotation_files(annotations, task.subset, task.split), ("video_id", "pos_text")):
+    for row in rows_of(task, annotations, "video_id", "pos_text"):
         label = row["pos_text"]
         corpus.setdefault(label, Candidate(content={"text": label}))
         video = frame_paths(media / str(row["video_id"]), frames)
@@ -62,10 +62,8 @@ def read_video_choice(task: Task, annotations: Path, media: Path, frames: int) -
     """Read classification among a row's own labels: `video_id`, `pos_text`, and `neg_text`, which holds all of them."""
     corpus: dict[Key, Candidate] = {}
     queries: list[Query] = []
-    for place, row in enumerate(
-        rows(annotation_files(annotations, task.subset, task.split), ("video_id", "pos_text", "neg_text"))
-    ):
-        if place == task.limit:
+    for index, row in enumerate(rows_of(task, annotations, "video_id", "pos_text", "neg_text")):
+        if index == task.limit:
             break
         for text in row["neg_text"]:
             corpus.setdefault(text, Candidate(content={"text": text}))
@@ -85,7 +83,7 @@ def read_video_caption(task: Task, annotations: Path, media: Path, frames: int) 
     name_column, caption_column = CAPTION_COLUMNS[task.name]
     corpus: dict[Key, Candidate] = {}
     queries: list[Query] = []
-    for row in rows(annotation_files(annotations, task.subset, task.split), (name_column, caption_column)):
+    for row in rows_of(task, annotations, name_column, caption_column):
         name, caption = row[name_column], row[caption_column]
         if task.name == "DiDeMo":
             name = PurePosixPath(name).stem
@@ -101,7 +99,7 @@ def read_moment(task: Task, annotations: Path, media: Path, frames: int) -> Task
     """Read moment retrieval: `query`, `video_path`; a video's folder holds `query/`, `positive*/` and other clips."""
     corpus: dict[Key, Candidate] = {}
     queries: list[Query] = []
-    for row in rows(annotation_files(annotations, task.subset, task.split), ("query", "video_path")):
+    for row in rows_of(task, annotations, "query", "video_path"):
         folder = media / PurePosixPath(row["video_path"]).stem
         video = frame_paths(folder / "query", frames)
         clips = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "query")
@@ -132,7 +130,7 @@ def read_momentseeker(task: Task, annotations: Path, media: Path, frames: int) -
     corpus: dict[Key, Candidate] = {}
     queries: list[Query] = []
     columns = ("query", "input_frames", "positive_frames", "negative_frames")
-    for row in rows(annotation_files(annotations, task.subset, task.split), columns):
+    for row in rows_of(task, annotations, *columns):
         given = row["input_frames"] or ""
         content: dict[str, Any] = {"text": row["query"]}
         instruction = SENTENCE

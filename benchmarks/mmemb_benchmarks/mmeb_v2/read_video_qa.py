@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmemb_benchmarks.mmeb_v2.annotations import annotation_files, rows
+from mmemb_benchmarks.mmeb_v2.annotations import rows_of
 from mmemb_benchmarks.mmeb_v2.data import Candidate, Key, Query, TaskData
 from mmemb_benchmarks.mmeb_v2.read_video import frame_paths
 from mmemb_benchmarks.mmeb_v2.tasks import Task
@@ -38,90 +38,86 @@ MVBENCH_SUBSETS = (
     "counterfactual_inference",
 )
 
-Choice = tuple[str, str, dict[Key, str], Key, dict[str, Any]]  # frame folder, question, texts by key, label, more info
+# of a question: the folder of its frames, its text, the options' texts by key, the right one's key, and more info
+Question = tuple[str, str, dict[Key, str], Key, dict[str, Any]]
 
 
-def mvbench(task: Task, annotations: Path) -> Iterator[Choice]:
+def mvbench(task: Task, annotations: Path) -> Iterator[Question]:
     """Yield MVBench: `question`, `video`, `candidates`, `answer`, a configuration per subset."""
     for subset in MVBENCH_SUBSETS:
-        files = annotation_files(annotations, subset, task.split)
-        for row in rows(files, ("question", "video", "candidates", "answer")):
+        for row in rows_of(task, annotations, "question", "video", "candidates", "answer", subset=subset):
             options = [f"({letter}) {text}" for letter, text in _lettered(row["candidates"])]
-            place = _place(row["candidates"], row["answer"], annotations)
-            info = {"subset": subset, "video_id": row["video"], "answer": options[place], "answer_idx": place}
+            index = _index(row["candidates"], row["answer"], annotations)
+            info = {"subset": subset, "video_id": row["video"], "answer": options[index], "answer_idx": index}
             question = _question(row["question"], row["candidates"])
-            yield f"{subset}/{row['video']}", question, dict(zip(options, options, strict=True)), options[place], info
+            yield f"{subset}/{row['video']}", question, dict(zip(options, options, strict=True)), options[index], info
 
 
-def nextqa(task: Task, annotations: Path) -> Iterator[Choice]:
-    """Yield NExT-QA: `video`, `question`, `answer` (its place), `qid`, `type`, `a0` .. `a4`."""
-    files = annotation_files(annotations, task.subset, task.split)
+def nextqa(task: Task, annotations: Path) -> Iterator[Question]:
+    """Yield NExT-QA: `video`, `question`, `answer` (its index), `qid`, `type`, `a0` .. `a4`."""
     answers = ("a0", "a1", "a2", "a3", "a4")
-    for row in rows(files, ("video", "question", "answer", "qid", "type", *answers)):
+    for row in rows_of(task, annotations, "video", "question", "answer", "qid", "type", *answers):
         options = [row[column] for column in answers]
-        place = int(row["answer"])
+        index = int(row["answer"])
         info = {
             "question_id": row["qid"],
             "video_id": row["video"],
-            "answer": options[place],
-            "answer_idx": place,
+            "answer": options[index],
+            "answer_idx": index,
             "type": row["type"],
         }
         question = _question(row["question"], options)
-        yield str(row["video"]), question, {text: text for text in options}, options[place], info
+        yield str(row["video"]), question, {text: text for text in options}, options[index], info
 
 
-def videomme(task: Task, annotations: Path) -> Iterator[Choice]:
+def videomme(task: Task, annotations: Path) -> Iterator[Question]:
     """Yield Video-MME: `videoID`, `question`, `options` ("A. ..."), `answer` (a letter), and what the info repeats."""
-    files = annotation_files(annotations, task.subset, task.split)
     extra = ("question_id", "domain", "sub_category")
-    for row in rows(files, ("videoID", "question", "options", "answer", *extra)):
+    for row in rows_of(task, annotations, "videoID", "question", "options", "answer", *extra):
         options = row["options"]
-        place = _place("ABCD", row["answer"], annotations)
-        info = {"video_id": row["videoID"], "answer": row["answer"], "answer_idx": place}
+        index = _index("ABCD", row["answer"], annotations)
+        info = {"video_id": row["videoID"], "answer": row["answer"], "answer_idx": index}
         question = "\n".join([row["question"], *options])
         texts = {option: _unlettered(option) for option in options}
-        yield row["videoID"], question, texts, options[place], info | {column: row[column] for column in extra}
+        yield row["videoID"], question, texts, options[index], info | {column: row[column] for column in extra}
 
 
-def egoschema(task: Task, annotations: Path) -> Iterator[Choice]:
-    """Yield EgoSchema: `video_idx`, `question`, `option` ("A. ..."), `answer` (its place), `question_idx`."""
-    files = annotation_files(annotations, task.subset, task.split)
-    for row in rows(files, ("video_idx", "question", "option", "answer", "question_idx")):
+def egoschema(task: Task, annotations: Path) -> Iterator[Question]:
+    """Yield EgoSchema: `video_idx`, `question`, `option` ("A. ..."), `answer` (its index), `question_idx`."""
+    for row in rows_of(task, annotations, "video_idx", "question", "option", "answer", "question_idx"):
         options = row["option"]
-        place = int(row["answer"])
+        index = int(row["answer"])
         info = {
             "question_id": row["question_idx"],
             "video_id": row["video_idx"],
-            "answer": options[place],
-            "answer_idx": place,
+            "answer": options[index],
+            "answer_idx": index,
         }
         question = " ".join([row["question"], *options])
-        yield row["video_idx"], question, {option: _unlettered(option) for option in options}, options[place], info
+        yield row["video_idx"], question, {option: _unlettered(option) for option in options}, options[index], info
 
 
-def activitynetqa(task: Task, annotations: Path) -> Iterator[Choice]:
+def activitynetqa(task: Task, annotations: Path) -> Iterator[Question]:
     """Yield ActivityNet-QA, its yes-or-no questions: `video_name`, `question`, `answer`, `question_id`."""
-    files = annotation_files(annotations, task.subset, task.split)
     options = ("yes", "no")
-    for row in rows(files, ("video_name", "question", "answer", "question_id")):
+    for row in rows_of(task, annotations, "video_name", "question", "answer", "question_id"):
         info = {
             "question_id": row["question_id"],
             "video_id": row["video_name"],
             "answer": row["answer"],
-            "answer_idx": _place(options, row["answer"], annotations),
+            "answer_idx": _index(options, row["answer"], annotations),
         }
         question = f"{row['question']}? (A) yes; (B) no."
         yield f"v_{row['video_name']}", question, {text: text for text in options}, row["answer"], info
 
 
-def read_choices(
-    choices: Callable[[Task, Path], Iterator[Choice]], task: Task, annotations: Path, media: Path, frames: int
+def read_questions(
+    questions: Callable[[Task, Path], Iterator[Question]], task: Task, annotations: Path, media: Path, frames: int
 ) -> TaskData:
     """Read a multiple-choice task about videos; options that are the same words are one candidate."""
     corpus: dict[Key, Candidate] = {}
     queries: list[Query] = []
-    for folder, question, texts, label, info in choices(task, annotations):
+    for folder, question, texts, label, info in questions(task, annotations):
         for key, text in texts.items():
             corpus.setdefault(key, Candidate(content={"text": text}))
         queries.append(
@@ -136,14 +132,14 @@ def read_choices(
     return TaskData.of(queries, corpus)
 
 
-def _place(options: Sequence[str], answer: str, annotations: Path) -> int:
+def _index(options: Sequence[str], answer: str, annotations: Path) -> int:
     if answer not in options:
         raise InputError(f"{annotations}: the answer {answer!r} is none of {list(options)}")
     return options.index(answer)
 
 
 def _lettered(options: Sequence[str]) -> Iterator[tuple[str, str]]:
-    return ((chr(ord("A") + place), option) for place, option in enumerate(options))
+    return ((chr(ord("A") + index), option) for index, option in enumerate(options))
 
 
 def _question(question: str, options: Sequence[str]) -> str:

@@ -10,24 +10,19 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path, PurePosixPath
 
-from mmemb_benchmarks.mmeb_v2.annotations import annotation_files, rows
+from mmemb_benchmarks.mmeb_v2.annotations import rows_of
 from mmemb_benchmarks.mmeb_v2.data import Candidate, Key, Query, TaskData
 from mmemb_benchmarks.mmeb_v2.tasks import Task
 from mmemb_deploy.errors import InputError
-
-
-def read_vidore(task: Task, annotations: Path, media: Path) -> TaskData:
-    """Read ViDoRe, ViDoSeek and MMLongBench: the page of `corpus-id` 7 is `7.png`."""
-    return _read(task, annotations, media)
-
-
-def read_visrag(task: Task, annotations: Path, media: Path) -> TaskData:
-    """Read VisRAG: a `corpus-id` is a file name, shortened on disk to 50 characters and a hash."""
-    return _read(task, annotations, media)
+from mmemb_deploy.files import write_whole
 
 
 def page_name(reader: str, key: Key) -> str:
-    """Return the file name of a page."""
+    """Return the file name of a page.
+
+    With ViDoRe's layout the page of `corpus-id` 7 is `7.png`; VisRAG's `corpus-id` is a file name, shortened on disk to
+    50 characters and a hash.
+    """
     if reader == "vidore":
         return f"{key}.png"
     path = PurePosixPath(str(key))
@@ -35,19 +30,19 @@ def page_name(reader: str, key: Key) -> str:
     return f"{str(key).removesuffix(path.suffix)[:50]}_{digest}{path.suffix}"
 
 
-def _read(task: Task, annotations: Path, media: Path) -> TaskData:
-    corpus_files = annotation_files(annotations, "corpus", task.split)
-    keys: list[Key] = [row["corpus-id"] for row in rows(corpus_files, ("corpus-id",))]
+def read_pages(task: Task, annotations: Path, media: Path) -> TaskData:
+    """Read ViDoRe, ViDoSeek, MMLongBench and VisRAG."""
+    keys: list[Key] = [row["corpus-id"] for row in rows_of(task, annotations, "corpus-id", subset="corpus")]
     pages = {key: media / page_name(task.reader, key) for key in keys}
     if not all(page.is_file() for page in pages.values()):
-        _unpack(corpus_files, pages)
+        _unpack(task, annotations, pages)
     grades: dict[Key, dict[Key, int]] = {}
-    for row in rows(annotation_files(annotations, "qrels", task.split), ("query-id", "corpus-id", "score")):
+    for row in rows_of(task, annotations, "query-id", "corpus-id", "score", subset="qrels"):
         if row["score"] > 0:
             graded = grades.setdefault(row["query-id"], {})
             graded[row["corpus-id"]] = max(row["score"], graded.get(row["corpus-id"], 0))
     queries: list[Query] = []
-    for row in rows(annotation_files(annotations, "queries", task.split), ("query-id", "query")):
+    for row in rows_of(task, annotations, "query-id", "query", subset="queries"):
         relevant = grades.get(row["query-id"])
         if relevant is None:
             raise InputError(f"{annotations}: no qrels say which page answers query {row['query-id']!r}")
@@ -74,9 +69,9 @@ def _read(task: Task, annotations: Path, media: Path) -> TaskData:
     )
 
 
-def _unpack(corpus_files: list[Path], pages: dict[Key, Path]) -> None:
+def _unpack(task: Task, annotations: Path, pages: dict[Key, Path]) -> None:
     """Write the pages that are not there yet; raises InputError for one that the corpus does not hold either."""
-    for row in rows(corpus_files, ("corpus-id", "image")):
+    for row in rows_of(task, annotations, "corpus-id", "image", subset="corpus"):
         page = pages[row["corpus-id"]]
         if page.is_file():
             continue
@@ -85,6 +80,4 @@ def _unpack(corpus_files: list[Path], pages: dict[Key, Path]) -> None:
         if not encoded:
             raise InputError(f"{page} is missing, and the corpus holds no image for it: unpack the pages there")
         page.parent.mkdir(parents=True, exist_ok=True)
-        fresh = page.with_name(f".{page.name}.new")
-        fresh.write_bytes(encoded)
-        fresh.replace(page)
+        write_whole(page, encoded)

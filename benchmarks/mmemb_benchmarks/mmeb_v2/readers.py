@@ -7,19 +7,20 @@ from functools import partial
 from pathlib import Path
 
 from mmemb_benchmarks.mmeb_v2 import read_video as video
+from mmemb_benchmarks.mmeb_v2.annotations import SUFFIXES
 from mmemb_benchmarks.mmeb_v2.data import TaskData
-from mmemb_benchmarks.mmeb_v2.read_image import read_image_image, read_image_text, read_text_image
-from mmemb_benchmarks.mmeb_v2.read_video_qa import activitynetqa, egoschema, mvbench, nextqa, read_choices, videomme
-from mmemb_benchmarks.mmeb_v2.read_visdoc import read_vidore, read_visrag
+from mmemb_benchmarks.mmeb_v2.read_image import read_image_text, read_images
+from mmemb_benchmarks.mmeb_v2.read_video_qa import activitynetqa, egoschema, mvbench, nextqa, read_questions, videomme
+from mmemb_benchmarks.mmeb_v2.read_visdoc import read_pages
 from mmemb_benchmarks.mmeb_v2.tasks import Task
 from mmemb_deploy.errors import InputError, MissingExtraError, OptionError
 
 STILL_READERS: dict[str, Callable[[Task, Path, Path], TaskData]] = {
     "image_text": read_image_text,
-    "text_image": read_text_image,
-    "image_image": read_image_image,
-    "vidore": read_vidore,
-    "visrag": read_visrag,
+    "text_image": partial(read_images, image_query=False),
+    "image_image": partial(read_images, image_query=True),
+    "vidore": read_pages,
+    "visrag": read_pages,
 }
 VIDEO_READERS: dict[str, Callable[[Task, Path, Path, int], TaskData]] = {
     "video_class": video.read_video_class,
@@ -27,20 +28,18 @@ VIDEO_READERS: dict[str, Callable[[Task, Path, Path, int], TaskData]] = {
     "video_caption": video.read_video_caption,
     "moment": video.read_moment,
     "momentseeker": video.read_momentseeker,
-    "mvbench": partial(read_choices, mvbench),
-    "nextqa": partial(read_choices, nextqa),
-    "videomme": partial(read_choices, videomme),
-    "egoschema": partial(read_choices, egoschema),
-    "activitynetqa": partial(read_choices, activitynetqa),
+    "mvbench": partial(read_questions, mvbench),
+    "nextqa": partial(read_questions, nextqa),
+    "videomme": partial(read_questions, videomme),
+    "egoschema": partial(read_questions, egoschema),
+    "activitynetqa": partial(read_questions, activitynetqa),
 }
 
 
 def has_annotations(task: Task, root: Path) -> bool:
     """Whether a data root holds the annotations of a task; their media may still be missing."""
     folder = root / task.annotations
-    return folder.is_dir() and any(
-        path for suffix in ("parquet", "jsonl", "json") for path in folder.rglob(f"*.{suffix}")
-    )
+    return folder.is_dir() and any(path for suffix in SUFFIXES for path in folder.rglob(f"*{suffix}"))
 
 
 def read_task(task: Task, root: Path, *, frames: int | None = None) -> TaskData:
@@ -78,7 +77,7 @@ def download_annotations(task: Task, root: Path) -> None:
             task.hub,
             repo_type="dataset",
             local_dir=folder.parent if shared else folder,
-            allow_patterns=[f"{task.name}/*"] if shared else ["*.parquet", "*.jsonl", "*.json"],
+            allow_patterns=[f"{task.name}/*"] if shared else [f"*{suffix}" for suffix in SUFFIXES],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise OptionError(

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmemb_benchmarks.mmeb_v2.job import Figures, read_score, score_path
+from mmemb_benchmarks.commands.shared import table
+from mmemb_benchmarks.mmeb_v2.evaluate import Figures, read_score, score_path
 from mmemb_benchmarks.mmeb_v2.metrics import CORRECTED
 from mmemb_benchmarks.mmeb_v2.tasks import NDCG, SUBGROUPS, TASKS, Task
 
@@ -61,76 +62,47 @@ class Mean:
 
 @dataclass(frozen=True)
 class Results:
-    """Figures by mode and task, as their score files hold them."""
+    """Figures by mode and task, as their score files hold them, of the tasks that are `measured`: in every mode.
 
-    modes: tuple[str, ...]
+    Those are the tasks that modes can be compared on, and that count as done.
+    """
+
+    measured: list[Task]
     figures: dict[str, dict[str, Figures]]
 
     @classmethod
     def of(cls, out: Path, modes: Sequence[str]) -> Results:
         """Read every score that lies in a results folder, of this run or of earlier ones."""
-        return cls(
-            tuple(modes),
-            {
-                mode: {
-                    task.name: read_score(path)
-                    for task in TASKS.values()
-                    if (path := score_path(out, mode, task)).is_file()
-                }
-                for mode in modes
-            },
-        )
-
-    @property
-    def measured(self) -> list[Task]:
-        """Tasks with figures in every mode: those that modes can be compared on, and that count as done."""
-        return [task for task in TASKS.values() if all(task.name in self.figures[mode] for mode in self.modes)]
+        measured = [task for task in TASKS.values() if all(score_path(out, mode, task).is_file() for mode in modes)]
+        figures = {mode: {task.name: read_score(score_path(out, mode, task)) for task in measured} for mode in modes}
+        return cls(measured, figures)
 
     @property
     def completeness(self) -> str:
         """Say "all 78 tasks" or "partial: n of 78", and where queries were left out, that it is a trial."""
         count = len(self.measured)
         tasks = f"all {count} tasks" if count == len(TASKS) else f"partial: {count} of {len(TASKS)}"
-        held = (self.figures[mode][task.name] for mode in self.modes for task in self.measured)
+        held = (figures for by_task in self.figures.values() for figures in by_task.values())
         trial = any(figures["num_data"] < figures["num_whole"] for figures in held)
         return tasks + (", a trial on a part of their queries" if trial else "")
 
-    def mean(self, mode: str, tasks: Sequence[Task]) -> Mean | None:
-        """Return a mode's mean over those tasks of `tasks` that are measured."""
-        known = {task.name for task in self.measured}
-        return Mean.over(tasks, {name: held for name, held in self.figures[mode].items() if name in known})
-
     def as_json(self) -> dict[str, Any]:
         """Return all figures, group means, and the tasks that are missing."""
-        done = {task.name for task in self.measured}
         return {
             "completeness": self.completeness,
             "tasks": {
                 task.name: {
                     "group": f"{task.group}/{task.subgroup}",
                     "metric": task.metric,
-                    "modes": {mode: self._task(mode, task) for mode in self.modes},
+                    "modes": {mode: _figures(task, held[task.name]) for mode, held in self.figures.items()},
                 }
                 for task in self.measured
             },
             "means": {
-                label: {mode: mean.as_json() for mode in self.modes if (mean := self.mean(mode, tasks))}
+                label: {mode: mean.as_json() for mode, held in self.figures.items() if (mean := Mean.over(tasks, held))}
                 for label, tasks in groups()
             },
-            "missing": [name for name in TASKS if name not in done],
-        }
-
-    def _task(self, mode: str, task: Task) -> dict[str, float]:
-        held = self.figures[mode][task.name]
-        return {
-            "score": held[task.metric],
-            "corrected": held[corrected_name(task)],
-            "reasoning_rate": held["reasoning_rate"],
-            "rationale_tokens": held["rationale_tokens"],
-            "frames": held["frames"],
-            "queries": held["num_data"],
-            "queries_in_data": held["num_whole"],
-            "unanswerable": held["num_unanswerable"],
+            "missing": [name for name, task in TASKS.items() if task not in self.measured],
         }
 
     def rows(self) -> Iterator[tuple[str, ...]]:
@@ -138,44 +110,54 @@ class Results:
         for label, tasks in groups():
             if "/" in label:
                 yield from self._task_rows(label, tasks)
-            means = [self.mean(mode, tasks) for mode in self.modes]
+            means = [Mean.over(tasks, held) for held in self.figures.values()]
             if any(means):
                 count = next(mean.tasks for mean in means if mean)
                 partial = "" if count == len(tasks) else f", partial: {count} of {len(tasks)}"
                 yield label, f"mean{partial}", "", "", *(_mean_cell(mean, label) for mean in means)
 
     def _task_rows(self, label: str, tasks: Sequence[Task]) -> Iterator[tuple[str, ...]]:
-        done = {task.name for task in self.measured}
         for task in tasks:
-            if task.name not in done:
+            if task not in self.measured:
                 continue
-            held = self.figures[self.modes[0]][task.name]
+            by_mode = [by_task[task.name] for by_task in self.figures.values()]
+            held = by_mode[0]
             count, whole = int(held["num_data"]), int(held["num_whole"])
             queries = str(count) if count == whole else f"{count} of {whole}"
             cells = [
                 _cell(figures[task.metric], figures[CORRECTED], figures["reasoning_rate"], both=task.metric == NDCG)
-                for figures in (self.figures[mode][task.name] for mode in self.modes)
+                for figures in by_mode
             ]
             yield label, task.name, str(int(held["frames"])) if task.frames else "-", queries, *cells
 
     def markdown(self) -> str:
         """Return the table in Markdown, the note under it."""
-        head = ("group", "task", "frames", "queries", *self.modes)
+        head = ("group", "task", "frames", "queries", *self.figures)
         rule = ("---", "---", *["---:"] * (len(head) - 2))
         lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *self.rows())]
         return "\n".join([f"MMEB-V2, {self.completeness}", "", *lines, "", NOTE, ""])
 
     def rich(self) -> Table:
         """Return the table for a terminal."""
-        from rich.table import Table
-
-        table = Table(title=f"MMEB-V2, {self.completeness}", caption=NOTE)
-        for column in ("group", "task", "frames", "queries", *self.modes):
-            table.add_column(column, justify="left" if column in ("group", "task") else "right")
+        title = f"MMEB-V2, {self.completeness}"
+        shown = table(title, "group", "task", "frames", "queries", *self.figures, left=2, caption=NOTE)
         for row in self.rows():
             is_mean = row[1].startswith("mean")
-            table.add_row(*row, style="bold" if is_mean else None, end_section=is_mean)
-        return table
+            shown.add_row(*row, style="bold" if is_mean else None, end_section=is_mean)
+        return shown
+
+
+def _figures(task: Task, held: Figures) -> dict[str, float]:
+    return {
+        "score": held[task.metric],
+        "corrected": held[corrected_name(task)],
+        "reasoning_rate": held["reasoning_rate"],
+        "rationale_tokens": held["rationale_tokens"],
+        "frames": held["frames"],
+        "queries": held["num_data"],
+        "queries_in_data": held["num_whole"],
+        "unanswerable": held["num_unanswerable"],
+    }
 
 
 def corrected_name(task: Task) -> str:

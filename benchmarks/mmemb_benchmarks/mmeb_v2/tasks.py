@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mmemb_deploy.errors import OptionError, check_known
-
-Scope = Literal["row", "corpus"]
 
 SUBGROUPS = {
     "image": ("CLS", "QA", "RET", "VG"),
@@ -34,11 +32,11 @@ class Task:
     name: str
     group: str
     subgroup: str
-    scope: Scope
+    scope: Literal["row", "corpus"] = "corpus"
     """Whether a query ranks the candidates of its own row, or the whole corpus."""
 
     reader: str
-    """The layout of its annotations, a key of `readers.READERS`."""
+    """The layout of its annotations, a key of STILL_READERS or VIDEO_READERS in `readers`."""
 
     hub: str
     """The hub data set of its annotations."""
@@ -93,13 +91,9 @@ def _video(
     reader: str,
     instruction: str | None,
     *,
-    scope: Scope = "corpus",
     hub: str | None = None,
-    subset: str | None = None,
-    split: str = "test",
     frames: str | None = None,
-    target_instruction: str | None = None,
-    limit: int | None = None,
+    **facts: Any,
 ) -> Task:
     hub = hub or f"VLM2Vec/{name}"
     folder = f"video-tasks/frames/video_{subgroup.lower()}"
@@ -112,16 +106,12 @@ def _video(
         name=name,
         group="video",
         subgroup=subgroup,
-        scope=scope,
         reader=reader,
         hub=hub,
         annotations=f"video-tasks/{hub.partition('/')[2]}",
         media=tuple(media),
-        subset=subset,
-        split=split,
         instruction=instruction,
-        target_instruction=target_instruction,
-        limit=limit,
+        **facts,
     )
 
 
@@ -131,7 +121,6 @@ def _visdoc(subgroup: str, name: str, hub: str, folder: str | None = None) -> Ta
         name=name,
         group="visdoc",
         subgroup=subgroup,
-        scope="corpus",
         reader="visrag" if visrag else "vidore",
         hub=hub,
         annotations=f"visdoc-tasks/{hub.partition('/')[2]}",

@@ -11,17 +11,14 @@ from mmemb_benchmarks.suite.setting import MOST, WARM_UP, Setting
 from mmemb_deploy.bundle import abi
 
 ROWS = pytest.mark.parametrize("rows", [1, 8])
-KINDS = pytest.mark.parametrize("workload", ["long text", "image"])
+TEXT_OR_IMAGE = pytest.mark.parametrize("kind", ["long text", "image"])
 
 
-@pytest.mark.parametrize("workload", ["long text", "image", "video"])
-def bench_preprocess(benchmark: Any, setting: Setting, workload: str) -> None:
+@pytest.mark.parametrize("kind", ["long text", "image", "video"])
+def bench_preprocess(benchmark: Any, setting: Setting, kind: str) -> None:
     """Check, decode, resize and tokenise one input."""
     setting.measure(
-        benchmark,
-        setting.maker.row,
-        lambda: setting.content(workload),
-        tokens=int(setting.batch(workload, 1).mask_BT.sum()),
+        benchmark, setting.maker.row, lambda: setting.content(kind), tokens=int(setting.batch(kind, 1).mask_BT.sum())
     )
 
 
@@ -37,19 +34,19 @@ def bench_vision(benchmark: Any, setting: Setting, rows: int) -> None:
 
 
 @ROWS
-@KINDS
-def bench_prefill(benchmark: Any, setting: Setting, workload: str, rows: int) -> None:
+@TEXT_OR_IMAGE
+def bench_prefill(benchmark: Any, setting: Setting, kind: str, rows: int) -> None:
     """Prefill prompts whose images are encoded."""
 
     def make() -> Any:
-        batch = setting.batch(workload, rows)
+        batch = setting.batch(kind, rows)
         return batch, *setting.vision.encode(batch.visuals)
 
     setting.measure(
         benchmark,
         lambda given: setting.engine.decoder.prefill(*given),
         make,
-        tokens=int(setting.batch(workload, rows).mask_BT.sum()),
+        tokens=int(setting.batch(kind, rows).mask_BT.sum()),
     )
 
 

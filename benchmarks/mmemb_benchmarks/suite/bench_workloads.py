@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmemb_benchmarks.suite.setting import Setting
-from mmemb_benchmarks.workloads import WORKLOADS
+from mmemb_benchmarks.workload import KINDS
 from mmemb_deploy.options import EncodeOptions
 
 RATIONALE = 16  # tokens, at most
@@ -21,27 +21,27 @@ ROUTES: dict[str, EncodeOptions] = {
 }
 
 
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("route", ["fast only", "reason only"])
-def bench_one(benchmark: Any, setting: Setting, workload: str, route: str) -> None:
+def bench_one(benchmark: Any, setting: Setting, kind: str, route: str) -> None:
     """Embed one input."""
-    measure(benchmark, setting, [workload], route)
+    measure(benchmark, setting, [kind], route)
 
 
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("route", ROUTES)
-def bench_batch(benchmark: Any, setting: Setting, workload: str, route: str) -> None:
+def bench_batch(benchmark: Any, setting: Setting, kind: str, route: str) -> None:
     """Embed several inputs of one kind in one call; of mixed ones, a quarter reasons."""
-    measure(benchmark, setting, [workload] * BATCH, route)
+    measure(benchmark, setting, [kind] * BATCH, route)
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def bench_traffic(benchmark: Any, setting: Setting, route: str) -> None:
     """Embed inputs of all kinds in one call."""
-    measure(benchmark, setting, [*WORKLOADS, "short text", "long text"], route)
+    measure(benchmark, setting, [*KINDS, "short text", "long text"], route)
 
 
-def measure(benchmark: Any, setting: Setting, workloads: Sequence[str], route: str) -> None:
+def measure(benchmark: Any, setting: Setting, kinds: Sequence[str], route: str) -> None:
     """Time one call of `encode`, and save its tokens."""
     if route != "fast only" and not setting.embedder.reasons:
         pytest.skip("this bundle does not reason")
@@ -51,11 +51,11 @@ def measure(benchmark: Any, setting: Setting, workloads: Sequence[str], route: s
         result = setting.embedder.encode_detailed(contents, **ROUTES[route])
         written.append(sum(detail.rationale_tokens for detail in result.details if detail is not None))
 
-    rows = [setting.maker.row(setting.content(workload)) for workload in workloads]
+    rows = [setting.maker.row(setting.content(kind)) for kind in kinds]
     setting.measure(
         benchmark,
         encode,
-        lambda: [setting.content(workload) for workload in workloads],
+        lambda: [setting.content(kind) for kind in kinds],
         inputs=len(rows),
         tokens=sum(row.length for row in rows),
         visual_tokens=sum(row.visual_tokens for row in rows),

@@ -6,7 +6,6 @@ The runtime's arrays are in host memory when a call returns, so that a call is c
 from __future__ import annotations
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +14,9 @@ import numpy as np
 import pytest
 from pytest_benchmark.stats import Stats
 
-from mmemb_benchmarks.results import bundle_facts, command, machine
-from mmemb_benchmarks.traffic import assemble
-from mmemb_benchmarks.workloads import WORKLOADS, Maker
+from mmemb_benchmarks.results import BundleFacts, Machine, command
+from mmemb_benchmarks.timing import timed
+from mmemb_benchmarks.workload import KINDS, Maker, assemble
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.inputs.prompts import PAD
@@ -51,20 +50,18 @@ class Setting:
         )
         self._rng = np.random.default_rng(0)
 
-    def content(self, workload: str) -> Any:
-        """Return a new input of a workload."""
-        return WORKLOADS[workload](self.maker, self._rng)
+    def content(self, kind: str) -> Any:
+        """Return a new input of a kind."""
+        return KINDS[kind](self.maker, self._rng)
 
-    def batch(self, workload: str, rows: int) -> Batch:
-        """Return new inputs of a workload, preprocessed and padded to the longest."""
-        return collate([self.maker.row(self.content(workload)) for _ in range(rows)], self.manifest.markers[PAD])
+    def batch(self, kind: str, rows: int) -> Batch:
+        """Return new inputs of a kind, preprocessed and padded to the longest."""
+        return collate([self.maker.row(self.content(kind)) for _ in range(rows)], self.manifest.markers[PAD])
 
     def measure(self, benchmark: Any, run: Callable[[Any], Any], make: Callable[[], Any], **facts: float) -> None:
         """Time `run` on what `make` gives anew for each round; `facts` are saved beside the times."""
-        given = make()
-        began = time.perf_counter()
-        run(given)
-        rounds = np.clip(self._seconds / (time.perf_counter() - began), FEWEST, MOST)
+        _, seconds = timed(run, make())
+        rounds = np.clip(self._seconds / seconds, FEWEST, MOST)
         benchmark.extra_info.update(facts)
         benchmark.pedantic(
             run, setup=lambda: ((make(),), {}), rounds=math.ceil(rounds / self.passes), warmup_rounds=WARM_UP
@@ -84,11 +81,11 @@ class Setting:
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
         """Say what the results of all commands say of the machine."""
         machine_info.clear()
-        machine_info.update(machine())
+        machine_info.update(Machine.here().model_dump())
 
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
         """Add the bundle, the command and each benchmark's 95th percentile; pool the rounds of the passes so far."""
-        output_json |= {"bundle": bundle_facts(self.embedder), "command": command()}
+        output_json |= {"bundle": BundleFacts.of(self.embedder).model_dump(), "command": command()}
         for benchmark in output_json["benchmarks"]:
             times = self.times[benchmark["fullname"]]
             times += benchmark["stats"]["data"]

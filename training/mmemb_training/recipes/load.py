@@ -20,13 +20,14 @@ from pydantic_core import ErrorDetails
 from mmemb_deploy.errors import OptionError, check_known
 from mmemb_training.recipes.settings import RunRecipe
 
+PACKAGE = "mmemb_training.recipes"  # which holds the recipes
 BASE = "base"  # what the packaged recipes extend; not a recipe itself: it names no model
 UNKNOWN = "unexpected_keyword_argument"
 
 
 def recipe_names() -> list[str]:
     """Return the names of the packaged recipes."""
-    files = (item.name for item in resources.files(__package__).iterdir())
+    files = (item.name for item in resources.files(PACKAGE).iterdir())
     names = sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml"))
     return [name for name in names if name != BASE]
 
@@ -54,7 +55,7 @@ def load_recipe(name_or_path: str | Path) -> RunRecipe:
 
 
 def _packaged(name: str) -> str:
-    return (resources.files(__package__) / f"{name}.toml").read_text(encoding="utf-8")
+    return (resources.files(PACKAGE) / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def _settings(text: str, label: str) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def _explain(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"{where} is not set"
     if error["type"] == "value_error":
-        return f"{where}.{error['ctx']['error']}"
+        return f"{where}.{error.get('ctx', {})['error']}"
     return f"{where} is {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"
 
 

@@ -1,0 +1,136 @@
+"""The tables of documents hold the figures that the committed results hold, and say where they are from."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmemb_benchmarks.report.tables import headline, tables
+from mmemb_deploy import OptionError
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+ROWS = {
+    "digitchain": [
+        "|  | never | always | **auto** | random gate | oracle gate | rationale shuffled | rationale emptied |",
+        "| match: the same drawing, among look-alikes | 0.825 | 0.809 | **0.825** | 0.821 | 0.854 | 0.795 | 0.708 |",
+        "| chain of 5 | 0.235 | 0.973 | **0.972** | 0.410 | 0.975 | 0.120 | 0.122 |",
+        "| mixed traffic: hit@1 | 0.777 | 0.921 | **0.922** | 0.816 | 0.938 | 0.382 | 0.701 |",
+        "| mixed traffic: rationale tokens | 0.0 | 14.5 | **5.2** | 3.5 | 3.7 | 14.5 | 0.0 |",
+        "| mixed traffic: reasoning rate | 0.00 | 1.00 | **0.23** | 0.23 | 0.16 | 1.00 | 1.00 |",
+        "| mixed traffic: median ms, one query alone | 0.9 | 3.5 | **1.0** | 1.1 | 1.0 | 1.5 | 1.3 |",
+    ],
+    "selection": [
+        "| none dropped (all candidates) | 0.861 | 10.9 | 1.00 | 0.861 | 0.792 |",
+        "| right in themselves (instance-level) | 0.841 | 9.0 | 1.00 | 0.841 | 0.796 |",
+        "| that help their pair (gain) | 0.928 | 6.1 | 0.22 | 0.904 | 0.788 |",
+        "| **that help by what they say (gain and content)** | **0.928** | 6.2 | 0.23 | 0.928 | 0.787 |",
+    ],
+    "decision": [
+        "| never / always | 0.790 / 0.922 | 0 / 1 | 0 / 14.6 |",
+        "| random, at auto's rate | 0.823 | 0.25 | 3.6 |",
+        "| the stage-3 decision, at auto's rate | 0.922 | 0.25 | 5.5 |",
+        "| the decision after GRPO (auto) | 0.922 | 0.25 | 5.4 |",
+        "| oracle | 0.937 | 0.15 | 3.6 |",
+    ],
+    "reward": [
+        "| stage 3, no reinforcement | 0.925 | 0.22 | 6.0 |",
+        "| cost 0 / 0.1 / 2 | 0.920 / 0.922 / 0.921 | 0.44 / 0.25 / 0.23 | 14.0 / 5.4 / 5.2 |",
+        "| without paired groups | 0.922 | 0.24 | 5.3 |",
+    ],
+    "reasoning": [
+        "| 2 CPU cores, one query alone | never | auto | always | auto against always |",
+        "| nano: hit@1 | 0.725 | 0.885 | 0.900 | -0.015 |",
+        "| nano: reasoning rate / rationale tokens | 0.00 / 0.0 | 0.21 / 4.7 | 1.00 / 14.1 |  |",
+        "| nano: p50 / p95 / p99, ms | 1.16 / 2.64 / 6.28 | 1.11 / 7.42 / 12.05 | 3.78 / 8.39 / 11.31 | 0.29x at p50 |",
+        "| nano: a second of random arrivals, p95 below 40 ms | 828 | 442 | 216 | 2.04x |",
+        "| 0.2B int8: mean, ms | 119 | 166 | 334 | 0.50x |",
+        "| 0.2B int8: of it prefill / decode | 118 / 0 | 117 / 48 | 118 / 213 |  |",
+        "| 0.2B int8: a second, in batches of 32 | 8.0 | 6.8 | 5.2 | 1.30x |",
+    ],
+    "precisions": [
+        "| float32 | 6.1 | 1 - 1e-11 / 1 - 1e-11 | 100.00% | 0 | 0.795 / 0.915 / 0.922 |",
+        "| int8 | 1.9 | 0.9993 / 0.9998 | 99.91% | 0 | 0.795 / 0.917 / 0.920 |",
+        "| int8, generator int4 | 2.5 | 0.9993 / 0.9980 | 99.63% | 0 | 0.795 / 0.920 / 0.920 |",
+        "| int4 | 1.4 | 0.9941 / 0.9974 | 99.43% | 1 | 0.782 / 0.910 / 0.912 |",
+    ],
+    "peers": [
+        "| 0.2B: transformers, seconds | 0.64 to 0.70 | 4.7 to 5.4 | 2.5 to 2.6 | 12.3 to 13.8 |",
+        "| transformers, eager / compiled | 1.03x / 0.95x | 1.11x / 1.09x | 0.99x / 1.01x | 1.03x / 1.04x |",
+        "| sentence-transformers | 1.04x | 1.01x | - | - |",
+        "| OpenVINO, 8-bit weights / GenAI's pipeline | 5.4x / 4.8x | 4.9x / 5.1x | - | - |",
+        "| llama.cpp, float32 / 8-bit | 0.5x / 0.8x | 0.5x / 0.7x | 1.2x / 1.8x | 0.8x / 1.1x |",
+        "| **fused int8** | 5.6x to 5.8x | 4.7x to 5.2x | 7.5x to 8.0x | 8.7x to 9.6x |",
+    ],
+    "peers-by-token": [
+        "| 0.2B: transformers, seconds | 0.62 | 5.56 | 0.079 | 0.146 |",
+        "| fused int8, generator int4 | 5.5x | 5.6x | 8.2x | 4.8x |",
+        "| 2B: transformers, seconds | 4.41 | 34.51 | 0.318 | 0.599 |",
+        "| 2B, another run: transformers, seconds | 4.63 | 36.19 | 0.299 | 0.449 |",
+        "| fused float32 | 2.6x | 2.3x | 2.3x | 1.2x |",
+    ],
+    "tensorrt-rtx": [
+        "| vision | 0.4 / 5.3 | 0.4 / 3.2 | 0.3 / 3.2 | 0.4 / 3.7 | 0.4 / 3.6 | 0.4 / 2.8 |",
+        "| embedder | 3.1 / 18.9 | 2.6 / 17.1 | 2.4 / 17.2 | 2.3 / 20.3 | 2.4 / 21.7 | 2.9 / 17.3 |",
+        "| parsed and built for | all four | all four | all four | all four | sm89, sm120 | all four |",
+    ],
+}
+
+
+def test_every_table_is_made_of_the_committed_results() -> None:
+    assert tables(RESULTS).keys() == ROWS.keys()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_table_holds_the_figures_and_says_where_they_are_from(name: str) -> None:
+    made = tables(RESULTS)[name]
+    lines = made.markdown.splitlines()
+    assert [row for row in ROWS[name] if row not in lines] == []
+    assert lines[1] == "|---" * len(made.head) + "|"
+    assert {len(row) for row in made.rows} == {len(made.head)}
+    assert made.caption.startswith("2026-11-2")
+    assert "`mmemb " in made.caption
+
+
+def test_the_headline_is_of_nano() -> None:
+    made = headline(RESULTS)
+    assert made.markdown.splitlines() == [
+        "| nano | never | auto | always |",
+        "|---|---|---|---|",
+        "| hit@1 | 0.725 | 0.885 | 0.900 |",
+        "| reasoning rate | 0.00 | 0.21 | 1.00 |",
+        "| rationale tokens | 0.0 | 4.7 | 14.1 |",
+        "| mean ms alone | 1.35 | 2.22 | 4.10 |",
+        "| requests a second, in batches of 32 | 1338 | 930 | 643 |",
+        "| random arrivals a second, p95 below 40 ms | 828 | 442 | 216 |",
+    ]
+    assert made.caption.startswith("2026-11-24; AMD EPYC, 2 cores; `mmemb bench latency")
+
+
+def test_of_two_results_the_later_counts_and_without_one_there_is_no_table(tmp_path: Path) -> None:
+    old = RESULTS / "2026-11-23-precisions-cpu.json"
+    shutil.copy(old, tmp_path)
+    later = json.loads(old.read_text())
+    later["bundles"]["int4"]["onnx_bytes"] = 9e6
+    (tmp_path / "2026-12-01-precisions-cpu.json").write_text(json.dumps(later))
+    made = tables(tmp_path)
+    assert list(made) == ["precisions"]
+    assert "| int4 | 9.0 |" in made["precisions"].markdown
+    with pytest.raises(OptionError, match="latency-nano-cpu and load-nano-cpu"):
+        headline(tmp_path)
+
+
+def test_a_result_that_lacks_a_figure_is_named(tmp_path: Path) -> None:
+    content = json.loads((RESULTS / "2026-11-23-digitchain-cpu.json").read_text())
+    del content["runs"][1]["families"]["chain-3"]["auto"]
+    (tmp_path / "2026-11-23-digitchain-cpu.json").write_text(json.dumps(content))
+    with pytest.raises(OptionError, match=r"digitchain-cpu\.json: not a whole result: KeyError\('auto'\)"):
+        tables(tmp_path)
+
+
+def test_tables_need_nothing_that_draws() -> None:
+    code = "import sys, mmemb_benchmarks.report.tables; print(sorted({'matplotlib', 'jinja2'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
