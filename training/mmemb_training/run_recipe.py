@@ -234,7 +234,7 @@ class Run:
 
     def _begin_control(self) -> tuple[Checkpoint, Metrics, int]:
         recipe, rng = self.recipe.control, np.random.default_rng(0)
-        processes = int(self._accelerator.num_processes)  # which pyright takes for a property that never returns
+        processes = int(self._accelerator.num_processes)  # accelerate types it as what never returns
         wanted = min(len(self.samples), recipe.queries * math.ceil(recipe.schedule.length / recipe.updates))
         chosen = [self.samples[index] for index in rng.choice(len(self.samples), size=wanted, replace=False)]
         share = min(recipe.queries, wanted) // processes  # as many for each, so that all read as often
