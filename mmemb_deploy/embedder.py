@@ -90,7 +90,7 @@ class Embedder:
         `backend` is "onnxruntime" (the CPU), "onnxruntime-cuda", "tensorrt" or "tensorrt-rtx", which load what `mmemb
         build` made, or "auto": the best of them that this bundle and this machine have. `notes` of the embedder says
         which that was and why, and what of the bundle's certificate may not hold here.
-        `threads` bounds the threads of one operator on the CPU, None takes all cores.
+        `threads` bounds the threads of one operator on the CPU, None takes every core that the process may use.
         `reasoner` writes the rationales in place of the bundle's own generator, which then follows them.
         `digest` is what `mmemb inspect` printed of the bundle: any other bundle is refused.
         Raises BundleError and its kin for a bundle that fails a check, BackendError where the backend cannot run.

@@ -4,6 +4,10 @@ import os
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the first import of onnxruntime, by whichever test that is
 
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    allowed = sorted(os.sched_getaffinity(0))  # processes that share cores wait for one another's threads
+    os.sched_setaffinity(0, {allowed[int(worker.removeprefix("gw")) % len(allowed)]})
+
 import ctypes
 import json
 import threading

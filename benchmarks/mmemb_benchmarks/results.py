@@ -23,6 +23,7 @@ from mmemb_benchmarks.peers.contest import PeersResult
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.files import write_whole
+from mmemb_deploy.machine import cores
 
 PACKAGES = {
     "mmemb-deploy",
@@ -203,11 +204,6 @@ def digits(value: float) -> str:
     if abs(value) >= 999.5:
         return f"{value:.0f}"
     return np.format_float_positional(value, 3, unique=False, fractional=False, trim="-")
-
-
-def cores() -> int:
-    """Return how many processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def command() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import Manifest
 from mmemb_deploy.errors import BackendError, MissingExtraError, OptionError
+from mmemb_deploy.machine import cores
 
 try:
     import onnxruntime
@@ -25,14 +27,17 @@ PROVIDER = "CPUExecutionProvider"
 
 
 class OnnxRuntime:
-    """Loads bundles on the CPU; `threads` is the number of threads of one operator, all cores where None."""
+    """Loads bundles on the CPU; `threads` is the number of threads of one operator, None for a process's every core.
+
+    ONNX Runtime by itself takes the machine's, those too that the process may not run on, and binds a thread to each.
+    """
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise OptionError(f"threads is {threads}: it must be at least 1, or None for all cores")
         self.name = f"onnxruntime {onnxruntime.__version__} CPU"
         self._options = onnxruntime.SessionOptions()
-        self._options.intra_op_num_threads = threads or 0
+        self._options.intra_op_num_threads = threads or (0 if cores() == os.cpu_count() else cores())
         self._options.log_severity_level = 3  # errors; they are raised as well
 
     def load(self, bundle: Bundle) -> Engine:

@@ -1,5 +1,6 @@
 """The facade on a tiny random model: what it computes, in which order, and how it refuses."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -346,3 +347,16 @@ print(sorted({{"torch", "transformers"}} & set(sys.modules)))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_no_thread_leaves_the_cores_that_the_process_may_use(tiny_bundle: Path) -> None:
+    code = f"""
+import os
+core = min(os.sched_getaffinity(0))
+os.sched_setaffinity(0, {{core}})
+from mmemb_deploy import Embedder
+embedder = Embedder.load({str(tiny_bundle)!r})
+assert [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")] == [{{core}}]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -61,9 +61,10 @@ def latency(
     from mmemb_benchmarks.measure.ceiling import cpu_ceiling, decoder_work, gpu_ceiling
     from mmemb_benchmarks.measure.energy import gpu_joules
     from mmemb_benchmarks.measure.latency import measure_latency, mode_options
-    from mmemb_benchmarks.results import cores, stamp
+    from mmemb_benchmarks.results import stamp
     from mmemb_benchmarks.timing import Spent, timed_engine
     from mmemb_benchmarks.workload import Workload, assemble, load_uncached, threshold_of_rate
+    from mmemb_deploy.machine import cores
 
     check_output(output)
     notes = Console(stderr=True)  # no spinner: its thread would take turns with what is timed
