@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmemb_deploy.bundle import abi
-from mmemb_training.model import decoder_forward
+from mmemb_training.model import decoder_forward, last_state
 from mmemb_training.parts import DecoderPart
 
 
@@ -48,8 +48,7 @@ class Decoder(DecoderPart):
             deepstack_LVD=deepstack,
             past=list(zip(past[::2], past[1::2], strict=True)),
         )
-        last_B11 = last[:, None, None].expand(-1, -1, hidden_BSD.shape[-1])
-        state_BD = hidden_BSD.gather(1, last_B11).squeeze(1)
+        state_BD = last_state(hidden_BSD, last)
         logits = () if self.lm_head is None else (self.lm_head(state_BD).float(),)
         present = (tensor for layer in cache for tensor in layer)
         return F.normalize(state_BD.float(), dim=-1), state_BD.float(), *logits, *present

@@ -11,24 +11,23 @@ import torch
 
 from mmemb_deploy import OptionError
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint
-from mmemb_training.control.grpo import ControlRecipe, train_control
-from mmemb_training.control.policy import Batch, chunks_of, policy_terms, read_alone
-from mmemb_training.control.rewards import Rewards, Rollout, advantages, score_group
+from mmemb_training.control.grpo import train_control
+from mmemb_training.control.policy import RolloutBatch, chunks_of, policy_terms, read_alone
+from mmemb_training.control.rewards import Rollout, advantages, score_group
 from mmemb_training.control.rollouts import decisions, draw_groups
 from mmemb_training.encoder import Encoder, Reading
-from mmemb_training.loop import Schedule
-from mmemb_training.lora import LoraSettings
 from mmemb_training.nano.digits import Digits
+from mmemb_training.recipes.settings import ALL_WEIGHTS, ControlRecipe, LoraSettings, Rewards, Schedule, TrainedWeights
 from mmemb_training.selection.bank import TargetBank, mine_negatives
 
 CANDIDATES_CD = np.eye(4, dtype=np.float32)
 RECIPE = ControlRecipe(
-    schedule=Schedule(steps=4, learning_rate=1e-3, warmup=1, save_every=2, spike=None), group=4, updates=2
+    schedule=Schedule(steps=4, learning_rate=1e-3, warmup=1, save_every=2, spike=0), group=4, updates=2
 )
 
 
-def rollout(similarity: list[float], words: int | None, **flags: bool) -> Rollout:
-    return Rollout(None if words is None else (5,) * words, np.array(similarity, np.float32), **flags)
+def rollout(similarity: list[float], tokens: int | None, **flags: bool) -> Rollout:
+    return Rollout(None if tokens is None else (5,) * tokens, np.array(similarity, np.float32), **flags)
 
 
 def test_rewards_are_the_formulas_by_hand() -> None:
@@ -56,9 +55,9 @@ def test_rewards_are_the_formulas_by_hand() -> None:
     assert scored.reward_G == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("words", [3, None])
-def test_a_group_of_one_kind_knows_no_gap(words: int | None) -> None:
-    group = [rollout([0.9, 0, 0, 0], words), rollout([0.1, 0.5, 0, 0], words)]
+@pytest.mark.parametrize("tokens", [3, None])
+def test_a_group_of_one_kind_knows_no_gap(tokens: int | None) -> None:
+    group = [rollout([0.9, 0, 0, 0], tokens), rollout([0.1, 0.5, 0, 0], tokens)]
     scored = score_group(group, CANDIDATES_CD, Rewards(cost=0.0), max_tokens=10)
     assert scored.adaptive_G.tolist() == [0, 0]
 
@@ -87,7 +86,7 @@ def test_paired_groups_hold_both_kinds_and_force_only_where_they_must() -> None:
 
 
 @pytest.fixture
-def drawn(tiny: Checkpoint, digits: Digits) -> tuple[Any, TargetBank, Batch]:
+def drawn(tiny: Checkpoint, digits: Digits) -> tuple[Any, TargetBank, RolloutBatch]:
     samples = mine_negatives(
         digits.samples[::6], TargetBank(digits.samples, tiny), tiny, hard=3, share_of_positive=None
     )
@@ -97,16 +96,16 @@ def drawn(tiny: Checkpoint, digits: Digits) -> tuple[Any, TargetBank, Batch]:
         score_group(group, bank.candidates(sample), Rewards(), 9) for sample, group in zip(samples, groups, strict=True)
     ]
     reading = read_alone(Encoder(tiny).eval(), chunks_of(samples, groups, tiny.rows, 3))
-    return samples, bank, Batch(samples, groups, scored, reading, reading)
+    return samples, bank, RolloutBatch(samples, groups, scored, reading, reading)
 
 
 def test_rollouts_carry_the_embedding_that_the_encoder_gives_them(drawn: Any, tiny: Checkpoint) -> None:
     _, _, batch = drawn
     reasoned = iter(torch.nn.functional.normalize(batch.old.reasoned_RD, dim=1).numpy())
     direct = torch.nn.functional.normalize(batch.old.direct_BD, dim=1).numpy()
-    for place, group in enumerate(batch.groups):
+    for index, group in enumerate(batch.groups):
         for one in group:
-            expected = direct[place] if one.token_ids is None else next(reasoned)
+            expected = direct[index] if one.token_ids is None else next(reasoned)
             np.testing.assert_allclose(one.embedding_D, expected, atol=1e-4)
             assert one.token_ids is None or len(one.token_ids) <= 9
     ids = set(tiny.rows.prompt.ids.values())
@@ -117,7 +116,7 @@ def test_the_policy_gradient_prefers_what_is_rewarded_and_skips_what_was_forced(
     samples, _, batch = drawn
     encoder = Encoder(tiny).eval()
 
-    def loss_gradient(batch: Batch) -> torch.Tensor:
+    def loss_gradient(batch: RolloutBatch) -> torch.Tensor:
         reading = read_alone(encoder, chunks_of(samples, batch.groups, tiny.rows, 64))
         reading = Reading(*(part.detach().requires_grad_() for part in reading))
         terms = policy_terms(reading, batch, RECIPE.clip)
@@ -125,7 +124,7 @@ def test_the_policy_gradient_prefers_what_is_rewarded_and_skips_what_was_forced(
         assert reading.decision_B2.grad is not None
         return reading.decision_B2.grad
 
-    def rewarded(batch: Batch, kind: bool) -> Batch:
+    def rewarded(batch: RolloutBatch, kind: bool) -> RolloutBatch:
         scored = [
             replace(
                 one, reward_G=np.array([float((member.token_ids is not None) is kind) for member in group], np.float32)
@@ -154,7 +153,7 @@ def test_control_trains_logs_every_term_and_resumes_bit_for_bit(
     whole = run(tiny, tmp_path / "whole", 4)
     terms = {
         "policy_decision",
-        "policy_words",
+        "policy_rationale",
         "kl",
         "anchor",
         "reward_adaptive",
@@ -183,25 +182,26 @@ def test_a_recipe_that_cannot_resume_is_refused() -> None:
         Rewards(cost=-1)
 
 
-def test_questions_read_in_parts_give_the_same_run(drawn: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_questions_read_in_parts_and_layers_recomputed_give_the_same_run(
+    drawn: Any, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     samples, bank, _ = drawn
     losses = []
-    for size in (64, 3):
-        recipe = replace(RECIPE, questions_at_once=size)
-        run = train_control(
-            load_checkpoint(tiny_checkpoint), lambda _: samples, recipe, tmp_path / str(size), bank=bank
-        )
+    for size, recomputed in ((None, False), (3, True)):
+        recipe, weights = replace(RECIPE, micro_batch=size), TrainedWeights(gradient_checkpointing=recomputed)
+        checkpoint, folder = load_checkpoint(tiny_checkpoint), tmp_path / str(size)
+        run = train_control(checkpoint, lambda _: samples, recipe, folder, bank=bank, weights=weights)
         losses.append([row["loss"] for row in run])
     assert losses[1] == pytest.approx(losses[0], rel=5e-3)  # float32 sums, in another order, through four steps
 
 
 def test_adapters_leave_the_reference_where_it_was(drawn: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
     samples, bank, _ = drawn
-    recipe = replace(RECIPE, lora=LoraSettings(rank=4))
-    rows = {
-        name: list(train_control(load_checkpoint(tiny_checkpoint), lambda _: samples, one, tmp_path / name, bank=bank))
-        for name, one in {"lora": recipe, "full": RECIPE}.items()
-    }
+    adapters = TrainedWeights(method="lora", lora=LoraSettings(rank=4))
+    rows: dict[str, list[dict[str, float]]] = {}
+    for one in (adapters, ALL_WEIGHTS):
+        checkpoint, folder = load_checkpoint(tiny_checkpoint), tmp_path / one.method
+        rows[one.method] = list(train_control(checkpoint, lambda _: samples, RECIPE, folder, bank=bank, weights=one))
     for name in ("kl", "anchor"):
         assert rows["lora"][0][name] == pytest.approx(0, abs=1e-5)
         assert rows["lora"][-1][name] > 0

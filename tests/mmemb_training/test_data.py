@@ -44,10 +44,10 @@ def table(path: Path, rows: Rows, *, row_group_size: int = 2) -> None:
 def mmeb(folder: Path, subset: str, rows: Rows) -> list[Sample]:
     """Write a subset with the images that its rows name, and read it."""
     full = [EMPTY | row for row in rows]
-    for place, row in enumerate(full):
+    for index, row in enumerate(full):
         for column in ("qry_image_path", "pos_image_path", "neg_image_path"):
             if row[column]:
-                picture(folder / row[column], place)
+                picture(folder / row[column], index)
     table(folder / subset / "original-00000-of-00001.parquet", full)
     return list(read(f"mmeb/{subset}", folder))
 
@@ -150,13 +150,13 @@ def test_every_subset_reads_a_query_that_is_only_its_instruction(tmp_path: Path)
 def test_negatives_may_be_absent_and_files_are_read_in_order_and_lazily(tmp_path: Path) -> None:
     for part in range(2):
         rows = [
-            {"qry": "q", "qry_image_path": "", "pos_text": f"{part}-{place}", "pos_image_path": ""}
-            for place in range(200)
+            {"qry": "q", "qry_image_path": "", "pos_text": f"{part}-{index}", "pos_image_path": ""}
+            for index in range(200)
         ]
         table(tmp_path / "ChartQA" / f"original-0000{part}-of-00002.parquet", rows, row_group_size=50)
     table(tmp_path / "ChartQA" / "diverse_instruction-00000-of-00001.parquet", [{"qry": "paraphrased"}])
     assert [sample.wanted for sample in read("mmeb/ChartQA", tmp_path)] == [
-        f"{part}-{place}" for part in range(2) for place in range(200)
+        f"{part}-{index}" for part in range(2) for index in range(200)
     ]
     (tmp_path / "ChartQA" / "original-00001-of-00002.parquet").write_bytes(b"damaged")
     assert next(read("mmeb/ChartQA", tmp_path)).negatives == ()
@@ -231,8 +231,8 @@ def videos(folder: Path, name: str, lines: Sequence[Any], **frames: int) -> Path
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for video, count in frames.items():
-        for place in range(count):
-            picture(folder / "train_300k" / video / f"c01_{place + 1:04d}.jpeg", place)
+        for index in range(count):
+            picture(folder / "train_300k" / video / f"c01_{index + 1:04d}.jpeg", index)
     return folder
 
 

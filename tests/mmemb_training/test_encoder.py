@@ -8,40 +8,40 @@ from torch.nn import functional as F
 from mmemb_deploy.inputs import prompts
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.rows import collate
-from mmemb_training.batches import encode_batch
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.encoder import Continuation, Encoder
 from mmemb_training.model import checkpoint_layers
+from mmemb_training.prefill import prefill
 
 RATIONALES: tuple[list[int], ...] = ([5, 6, 7], [], [9, 8, 7, 6, 5, 4, 3])
 
 
 def test_paths_that_share_a_prefill_equal_whole_sequences(tiny: Checkpoint, mixed_inputs: list[Any]) -> None:
     rows = [tiny.rows.row(parse(content), "Find it.") for content in mixed_inputs]
-    paths = [Continuation(place, token_ids) for place in (3, 1, 4) for token_ids in RATIONALES]
+    paths = [Continuation(index, token_ids) for index in (3, 1, 4) for token_ids in RATIONALES]
     ids, encoder = tiny.rows.prompt.ids, Encoder(tiny).eval()
     with torch.no_grad():
         reading = encoder(rows, paths)
-        for place, path in enumerate(paths):
+        for index, path in enumerate(paths):
             tokens = tiny.rows.prompt.path(path.token_ids)
             whole = collate([rows[path.prompt].extended(tokens)], 0)
-            hidden_SD = encode_batch(tiny.model, whole, tiny.vision)[0][0]
+            hidden_SD = prefill(tiny.model, whole, tiny.vision)[0][0]
             start = rows[path.prompt].length
             logp_SV = F.log_softmax(tiny.model.lm_head(hidden_SD), dim=-1)
             expected = [logp_SV[start + at, token] for at, token in enumerate(tokens[1:-1])]
-            torch.testing.assert_close(reading.reasoned_RD[place], hidden_SD[-1], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(reading.reasoned_RD[index], hidden_SD[-1], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(reading.direct_BD[path.prompt], hidden_SD[start - 1], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(
-                reading.logprobs_RT[place, : len(expected)], torch.stack(expected), rtol=1e-4, atol=1e-4
+                reading.logprobs_RT[index, : len(expected)], torch.stack(expected), rtol=1e-4, atol=1e-4
             )
-            assert not reading.logprobs_RT[place, len(expected) :].any()
+            assert not reading.logprobs_RT[index, len(expected) :].any()
             decision = logp_SV[start - 1, [ids[prompts.THINK], ids[prompts.STOP]]]
             torch.testing.assert_close(reading.decision_B2[path.prompt], decision, rtol=1e-4, atol=1e-4)
 
 
 def test_embedding_alone_gives_the_same_states(tiny: Checkpoint, mixed_inputs: list[Any]) -> None:
     rows = [tiny.rows.row(parse(content), "") for content in mixed_inputs]
-    paths = [Continuation(place, token_ids) for place in (0, 2) for token_ids in RATIONALES]
+    paths = [Continuation(index, token_ids) for index in (0, 2) for token_ids in RATIONALES]
     encoder = Encoder(tiny).eval()
     with torch.no_grad():
         reading = encoder(rows, paths)

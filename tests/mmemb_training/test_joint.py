@@ -9,21 +9,22 @@ from torch.nn import functional as F
 
 from mmemb_deploy.inputs import prompts
 from mmemb_deploy.inputs.rows import collate
-from mmemb_training.batches import encode_batch
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.encoder import Encoder
 from mmemb_training.grad_cache import backward
-from mmemb_training.joint import JointStep, Lesson, Objective
-from mmemb_training.lora import LoraSettings, add_lora
+from mmemb_training.joint import JointStep, Lesson
+from mmemb_training.lora import add_lora
 from mmemb_training.losses import info_nce
+from mmemb_training.prefill import prefill
+from mmemb_training.recipes.settings import LoraSettings, Objective
 from mmemb_training.samples import query_row, target_row
-from mmemb_training.trainer import plain_accelerator
+from mmemb_training.stage import plain_accelerator
 
 OBJECTIVE = Objective(lambda_g=0.7, lambda_d=0.3, dims=(48, 24))
 
 
 def step(lessons: Sequence[Lesson], checkpoint: Checkpoint, chunks: int, objective: Objective = OBJECTIVE) -> JointStep:
-    return JointStep(lessons, checkpoint.rows, objective, query_chunks=chunks, target_chunks=chunks)
+    return JointStep(lessons, checkpoint.rows, objective, hard_negatives=2, query_chunks=chunks, target_chunks=chunks)
 
 
 def gradients(
@@ -73,23 +74,23 @@ def test_the_loss_is_the_sum_of_its_parts_row_by_row(lessons: list[Lesson], tiny
     with torch.no_grad():
         readings = [encoder(chunk.rows, chunk.paths) for chunk in share.chunks]
         loss, terms = share.loss(readings, plain_accelerator())
-        direct, reasoned, words, decisions = [], [], [], []
+        direct, reasoned, logprobs, decisions = [], [], [], []
         for lesson in chosen:
             row = query_row(lesson.sample.question, tiny.rows)
             path = (
                 [] if lesson.rationale is None else tiny.rows.prompt.path(tiny.rows.prompt.tokenize(lesson.rationale))
             )
-            hidden_SD = encode_batch(model, collate([row.extended(path)], 0), tiny.vision)[0][0]
+            hidden_SD = prefill(model, collate([row.extended(path)], 0), tiny.vision)[0][0]
             logp_SV = F.log_softmax(model.lm_head(hidden_SD), dim=-1)
             direct.append(hidden_SD[row.length - 1])
             decisions.append(-logp_SV[row.length - 1, ids[prompts.THINK if path else prompts.STOP]])
             if path:
                 reasoned.append(hidden_SD[-1])
-                words += [-logp_SV[row.length + at, token] for at, token in enumerate(path[1:-1])]
+                logprobs += [-logp_SV[row.length + at, token] for at, token in enumerate(path[1:-1])]
         targets = [lesson.sample.target for lesson in chosen]
         targets += [negative for lesson in chosen for negative in lesson.sample.negatives]
         candidates_CD = torch.stack(
-            [encode_batch(model, collate([target_row(one, tiny.rows)], 0), tiny.vision)[0][0, -1] for one in targets]
+            [prefill(model, collate([target_row(one, tiny.rows)], 0), tiny.vision)[0][0, -1] for one in targets]
         )
     relevant_QC = torch.tensor([[lesson.sample.wanted in target.labels for target in targets] for lesson in chosen])
     reasons_Q = torch.tensor([lesson.rationale is not None for lesson in chosen])
@@ -97,7 +98,7 @@ def test_the_loss_is_the_sum_of_its_parts_row_by_row(lessons: list[Lesson], tiny
     expected = {
         "direct": info_nce(torch.stack(direct), candidates_CD, relevant_QC, 0.02, OBJECTIVE.dims),
         "reasoned": info_nce(torch.stack(reasoned), candidates_CD, relevant_QC[reasons_Q], 0.02, OBJECTIVE.dims),
-        "rationale": torch.stack(words).mean(),
+        "rationale": torch.stack(logprobs).mean(),
         "decision": torch.stack(decisions).mean(),
     }
     for name, value in expected.items():

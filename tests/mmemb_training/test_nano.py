@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from mmemb_deploy import OptionError
-from mmemb_deploy.evaluation.digitchain import apply_operator
+from mmemb_deploy.evaluation.digitchain import FAMILIES, DigitChain, apply_operator
+from mmemb_deploy.evaluation.pairs import Pair
 from mmemb_training.checkpoint import load_checkpoint
 from mmemb_training.nano.ablation import COSTS, RULES, SEEDS, Ablation
 from mmemb_training.nano.ablation_report import draw, markdown
@@ -25,11 +26,12 @@ from mmemb_training.nano.digits import (
     states_only_truths,
     verbose,
 )
+from mmemb_training.nano.method import NanoRecipe, NanoRun, pair_aware
 from mmemb_training.nano.model import MAX_RATIONALE_TOKENS, nano_checkpoint
-from mmemb_training.nano.stages import NanoRecipe, NanoRun, pair_aware
-from mmemb_training.selection.select import Choice, choose
+from mmemb_training.selection.select import KeptRationales, kept_rationales
 
-RECIPE = NanoRecipe(backbone_steps=2, pool=100, joint_steps=2, control_steps=2, control_questions=4)
+RECIPE = NanoRecipe(backbone_steps=2, pool=40, joint_steps=2, control_steps=2, batch=12, control_questions=2)
+QUERIES = 5
 
 
 class Watched:
@@ -49,9 +51,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     """A whole ablation of a recipe that learns nothing: its folder, tables and stages."""
     folder = tmp_path_factory.mktemp("nano")
     watched = Watched()
+    source = DigitChain("calibration", 0)
+    held_out = [Pair.of(example) for family in FAMILIES for example in source.examples(family, 1)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmemb_training.nano.ablation.CALIBRATION_STEP", 200)
-        tables = Ablation(folder, RECIPE, watched, report=lambda _: None, queries=20).tables()
+        patch.setattr("mmemb_training.nano.ablation.held_out_pairs", lambda _: held_out)
+        patch.setattr("mmemb_training.nano.model.MAX_RATIONALE_TOKENS", 4)  # a model that learns nothing never stops
+        tables = Ablation(folder, RECIPE, watched, report=lambda _: None, queries=QUERIES).tables()
     return folder, tables, watched
 
 
@@ -70,7 +75,7 @@ def test_the_ablation_runs_every_row_once(finished: tuple[Path, dict[str, Any], 
     assert len(tables["reward"]) == 1 + len(COSTS) + 1
     assert all(len(values) == len(SEEDS) for row in tables["dependence"].values() for values in row.values())
     again = Watched()
-    assert Ablation(folder, RECIPE, again, report=lambda _: None, queries=20).tables() == tables
+    assert Ablation(folder, RECIPE, again, report=lambda _: None, queries=QUERIES).tables() == tables
     assert again.stages == []
 
 
@@ -104,8 +109,18 @@ def test_the_final_checkpoint_is_a_standard_transformers_folder(finished: tuple[
 def test_another_recipe_does_not_continue_a_run(finished: tuple[Path, dict[str, Any], Watched], tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", finished[0] / "backbone", tmp_path / "backbone"], check=True)
     (tmp_path / "backbone" / "checkpoint" / "mmemb.json").unlink()
-    with pytest.raises(OptionError, match="holds a run with another recipe"):
-        NanoRun(tmp_path, replace(RECIPE, seed=1), Watched()).backbone()
+    other = replace(RECIPE, seed=1)
+    for folder in (tmp_path, finished[0]):  # as it trains, and when it is done
+        with pytest.raises(OptionError, match="holds the work of another job, with another recipe"):
+            NanoRun(folder, other, Watched()).backbone()
+
+
+def test_figures_of_another_ablation_are_not_taken_for_this_one_s(
+    finished: tuple[Path, dict[str, Any], Watched],
+) -> None:
+    for recipe, queries, differing in ((RECIPE, QUERIES + 1, "queries"), (replace(RECIPE, seed=1), QUERIES, "recipe")):
+        with pytest.raises(OptionError, match=f"the work of another job, with another {differing}: "):
+            Ablation(finished[0], recipe, Watched(), report=lambda _: None, queries=queries)
 
 
 def test_a_folder_that_is_no_checkpoint_names_what_is_missing(
@@ -151,15 +166,15 @@ def test_workers_are_flawed_as_their_names_say() -> None:
 
 
 def test_every_rationale_fits_the_token_limit() -> None:
-    words = nano_checkpoint(0).rows.prompt.tokenize
+    tokenize = nano_checkpoint(0).rows.prompt.tokenize
     told = draw_digits("train", 6, 400).told.values()
-    assert max(len(words(rule(*one))) for one in told for rule in (exact, verbose, slips, hollow)) <= (
+    assert max(len(tokenize(rule(*one))) for one in told for rule in (exact, verbose, slips, hollow)) <= (
         MAX_RATIONALE_TOKENS
     )
 
 
 def test_a_question_that_kept_nothing_is_taught_to_stop(finished: tuple[Path, dict[str, Any], Watched]) -> None:
     run = NanoRun(finished[0], RECIPE, Watched())
-    choices = choose(run.selection(), pair_aware, temperature=1.0)
-    assert Choice() in choices.values()
-    assert len(choices) == RECIPE.pool
+    kept = kept_rationales(run.selection(), pair_aware, temperature=1.0)
+    assert KeptRationales() in kept.values()
+    assert len(kept) == RECIPE.pool

@@ -19,14 +19,14 @@ from rich.console import Console
 
 from mmemb_deploy import BackendError, OptionError
 from mmemb_deploy.inputs.prompts import IMAGE_PAD, VISION_END, VISION_START
+from mmemb_training.pool.build import FAILURES, build_pool, print_report, read_pool
 from mmemb_training.pool.endpoint import shown_parts
-from mmemb_training.pool.job import FAILURES, build_pool, print_report, read_pool
 from mmemb_training.pool.workers import REQUEST, Worker, Written
 from mmemb_training.samples import Question
 
 
 def ask(count: int) -> list[Question]:
-    return [Question(key=f"q{place}", task=f"task{place % 2}", content=f"question {place}") for place in range(count)]
+    return [Question(key=f"q{index}", task=f"task{index % 2}", content=f"question {index}") for index in range(count)]
 
 
 def test_an_endpoint_is_shown_the_instruction_the_images_and_the_text(endpoint: Any) -> None:
@@ -75,7 +75,7 @@ def test_reasoning_and_conclusion_are_one_rationale_whatever_the_server_parses(
 def test_as_many_requests_are_in_flight_as_allowed_and_no_more(endpoint: Any) -> None:
     endpoint.reply = endpoint.together(3, endpoint.answer)
     written = endpoint.worker(concurrency=3).write(ask(12))
-    assert [one.rationales[0] for one in written] == [f"0: question {place}" for place in range(12)]
+    assert [one.rationales[0] for one in written] == [f"0: question {index}" for index in range(12)]
     assert endpoint.reply.peak == 3
 
 
@@ -134,7 +134,7 @@ def test_what_fails_is_reported_and_asked_again_by_the_next_run(endpoint: Any, t
     report = build_pool(questions, [endpoint.worker()], tmp_path, batch=2)["served"]
     assert [endpoint.asked(body) for body in endpoint.received] == ["question 3"]
     assert (report["questions"], report["failed"]) == (5, 1)
-    assert [one.rationale for one in read_pool(tmp_path)["q3"]] == ["0: question 3", "1: question 3"]
+    assert [one.text for one in read_pool(tmp_path)["q3"]] == ["0: question 3", "1: question 3"]
 
 
 class Echo:
@@ -151,7 +151,7 @@ class Echo:
         for question in questions:
             self._stop(question)
             self.seen.append(question.key)
-            written.append(Written(tuple(f"{self.name} {place} {question.content}" for place in range(self.samples))))
+            written.append(Written(tuple(f"{self.name} {index} {question.content}" for index in range(self.samples))))
         return written
 
 
@@ -169,7 +169,7 @@ def test_a_killed_job_goes_on_without_loss_or_duplicate(tmp_path: Path) -> None:
             build_pool(ask(11), echoes(), folder, batch=2)
         os.kill(job.pid, signal.SIGKILL)
         assert job.wait() == -signal.SIGKILL
-    (folder / "part.new").write_bytes(b"PAR1 and then the kill")
+    (folder / ".part-00009.parquet.new").write_bytes(b"PAR1 and then the kill")
     assert {key: len(found) for key, found in read_pool(folder).items()} == {f"q{n}": 3 - (n > 5) for n in range(11)}
     one, two = Echo("one", 2), Echo("two", 1)
     build_pool(ask(11), [one, two], folder, batch=2)
@@ -203,7 +203,7 @@ def test_a_pool_of_other_workers_samples_or_questions_is_refused(tmp_path: Path)
         (ask(4), echoes(), "questions"),
     ]
     for questions, workers, differing in others:
-        with pytest.raises(OptionError, match=f"a pool of other {differing} "):
+        with pytest.raises(OptionError, match=f"the work of another job, with another {differing}: "):
             build_pool(questions, workers, tmp_path, batch=2)
     assert read_pool(tmp_path) == before
 
@@ -264,7 +264,7 @@ def local(source: Path, *, batch: int = 8, seed: int = 0, temperature: float = 1
 def test_a_local_model_reads_text_images_and_video_alone_as_in_a_batch(
     chat_model: Path, mixed_inputs: list[Any]
 ) -> None:
-    questions = [Question(key=str(place), task="t", content=content) for place, content in enumerate(mixed_inputs)]
+    questions = [Question(key=str(index), task="t", content=content) for index, content in enumerate(mixed_inputs)]
     whole, alone = (local(chat_model, batch=batch, temperature=1e-4).write(questions) for batch in (8, 1))
     assert whole == alone  # at this temperature there is one likeliest text
     assert [len(one.rationales) for one in whole] == [2] * len(questions)

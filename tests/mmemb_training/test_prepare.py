@@ -9,10 +9,10 @@ import torch
 
 from mmemb_deploy import OptionError
 from mmemb_training.checkpoint import load_checkpoint
-from mmemb_training.joint import Lesson, Objective
-from mmemb_training.loop import Schedule
+from mmemb_training.joint import Lesson
 from mmemb_training.prepare import prepare
-from mmemb_training.trainer import JointRecipe, train_jointly
+from mmemb_training.recipes.settings import JointRecipe, Objective, Schedule
+from mmemb_training.trainer import train_jointly
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_markers_are_added_and_the_old_rows_kept(public: Path, tiny_checkpoint: 
 def test_a_prepared_model_trains(public: Path, lessons: list[Lesson], tmp_path: Path) -> None:
     checkpoint = prepare(str(public), tmp_path / "start", dims=(48,), max_rationale_tokens=9, max_pixels=1024)
     assert checkpoint.vision.max_pixels == 1024
-    recipe = JointRecipe(schedule=Schedule(steps=3, learning_rate=1e-3), objective=Objective(dims=(48,)))
+    recipe = JointRecipe(schedule=Schedule(steps=3, learning_rate=1e-3), objective=Objective(dims=(48,)), batch=8)
     losses = [row["loss"] for row in train_jointly(checkpoint, lambda _: lessons[:8], recipe, tmp_path / "run")]
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]

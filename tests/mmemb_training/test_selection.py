@@ -14,15 +14,17 @@ from torch.nn import functional as F
 from mmemb_deploy import OptionError
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.rows import collate
-from mmemb_training.batches import encode_batch
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint
 from mmemb_training.nano.digits import Digits
-from mmemb_training.pool.job import Candidate
+from mmemb_training.pool.build import Rationale
+from mmemb_training.prefill import prefill
+from mmemb_training.recipes.settings import Margins
 from mmemb_training.samples import Question, Sample, Target, query_row, target_row
+from mmemb_training.selection import assess as module
+from mmemb_training.selection.assess import OtherRationales, assess, assess_pool
 from mmemb_training.selection.bank import TargetBank, mine_negatives
 from mmemb_training.selection.evaluators import Confidence, EmbedderEvaluator, JudgeEvaluator
-from mmemb_training.selection.job import judge_pool
-from mmemb_training.selection.select import Judged, Margins, Strangers, Verdict, choose, judge, report
+from mmemb_training.selection.select import Assessed, Verdict, kept_rationales, report
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def mined(digits: Digits, model: Checkpoint) -> list[Sample]:
 def state(model: Checkpoint, row: Any, tokens: Sequence[int] = ()) -> torch.Tensor:
     """The last state of one prompt and what follows it, by one forward pass of its own."""
     with torch.no_grad():
-        return encode_batch(model.model, collate([row.extended(tokens)], 0), model.vision)[0][0, -1]
+        return prefill(model.model, collate([row.extended(tokens)], 0), model.vision)[0][0, -1]
 
 
 def test_the_embedder_s_confidence_is_its_softmax_at_the_target(mined: list[Sample], model: Checkpoint) -> None:
@@ -70,7 +72,7 @@ def test_the_judge_s_confidence_is_yes_against_no_after_the_rationale(model: Che
         target=Target(content={"text": "seven", "image": image}, labels=frozenset("x")),
     )
     (found,) = JudgeEvaluator(model).confidences([sample], [["it is a seven", "no idea"]])
-    words = model.rows.prompt.tokenize
+    tokenize = model.rows.prompt.tokenize
     text = "Query: Find it. what is it?\nCandidate: seven"
     instruction = "Decide whether the candidate is what the query asks for. The query's images come first."
     prompt = model.rows.row(parse({"images": [image, image], "text": text}), instruction)
@@ -80,10 +82,10 @@ def test_the_judge_s_confidence_is_yes_against_no_after_the_rationale(model: Che
         position_ids_3S=prompt.position_ids_3S[:, :-1],
         visual_index_S=prompt.visual_index_S[:-1],
     )
-    yes, no = (words(f" {word}")[-1] for word in ("yes", "no"))
-    ask = words("Does the candidate match? Answer:")
+    yes, no = (tokenize(f" {word}")[-1] for word in ("yes", "no"))
+    ask = tokenize("Does the candidate match? Answer:")
     odds = []
-    for tokens in (ask, *([*words(f"About the query: {one}\n"), *ask] for one in ("it is a seven", "no idea"))):
+    for tokens in (ask, *([*tokenize(f"About the query: {one}\n"), *ask] for one in ("it is a seven", "no idea"))):
         logits_V = model.model.lm_head(state(model, bare, tokens))
         odds.append((logits_V[yes] - logits_V[no]).item())
     assert [found.without, *found.with_each] == pytest.approx(odds, abs=1e-3)
@@ -114,33 +116,37 @@ class KnownConfidence:
 def questions(count: int) -> list[Sample]:
     return [
         Sample(
-            question=Question(key=f"q{place}", task="t", content="x"),
+            question=Question(key=f"q{index}", task="t", content="x"),
             wanted="a",
             target=Target(content="y", labels=frozenset("a")),
         )
-        for place in range(count)
+        for index in range(count)
     ]
 
 
-def test_content_tells_a_hollow_rationale_from_a_good_one() -> None:
+def test_content_tells_a_hollow_rationale_from_a_good_one(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = questions(6)
     pool = {
         sample.question.key: [
-            Candidate("solver", 0, f"good {sample.question.key}"),
-            Candidate("liar", 0, f"bad {sample.question.key}"),
-            Candidate("poser", 0, "hollow"),
+            Rationale("solver", 0, f"good {sample.question.key}"),
+            Rationale("liar", 0, f"bad {sample.question.key}"),
+            Rationale("poser", 0, "hollow"),
         ]
         for sample in samples
     }
-    judged = list(judge(samples, pool, KnownConfidence(), Strangers(samples, pool, 2, 0), batch=4))
-    found = {(one.candidate.worker, one.verdict(Margins())) for one in judged}
-    assert found == {("solver", Verdict.KEPT), ("liar", Verdict.HARMFUL), ("poser", Verdict.FORMAT_ONLY)}
-    assert {one.content for one in judged if one.candidate.worker == "solver"} == {5.0}  # 3 against strangers' -2
-    counts = report(judged, Margins())
+    monkeypatch.setattr(module, "BATCH", 4)
+    found = list(assess(samples, pool, KnownConfidence(), OtherRationales(samples, pool, 2, 0)))
+    assert {(one.rationale.worker, one.verdict(Margins())) for one in found} == {
+        ("solver", Verdict.KEPT),
+        ("liar", Verdict.HARMFUL),
+        ("poser", Verdict.FORMAT_ONLY),
+    }
+    assert {one.content for one in found if one.rationale.worker == "solver"} == {5.0}  # 3 against others' -2
+    counts = report(found, Margins())
     assert counts["worker"]["poser"] == {"kept": 0, "format-only": 6, "useless": 0, "harmful": 0}
     assert counts["task"]["t"] == {"kept": 6, "format-only": 6, "useless": 0, "harmful": 6}
     against = next(
-        iter(judge(samples, pool, KnownConfidence(), Strangers(samples, pool, 2, 0), against_negatives=True))
+        iter(assess(samples, pool, KnownConfidence(), OtherRationales(samples, pool, 2, 0), against_negatives=True))
     )
     assert against.gain == 2.5
 
@@ -148,9 +154,9 @@ def test_content_tells_a_hollow_rationale_from_a_good_one() -> None:
 def test_an_interrupted_selection_goes_on_and_judges_nothing_twice(
     tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmemb_training.selection.job.CHUNK", 2)
+    monkeypatch.setattr(module, "CHUNK", 2)
     samples = questions(5)
-    pool = {one.question.key: [Candidate("solver", 0, f"good {one.question.key}")] for one in samples[:4]}
+    pool = {one.question.key: [Rationale("solver", 0, f"good {one.question.key}")] for one in samples[:4]}
     asked: list[str] = []
 
     class Counting(KnownConfidence):
@@ -161,30 +167,38 @@ def test_an_interrupted_selection_goes_on_and_judges_nothing_twice(
             return super().confidences(samples, rationales)
 
     with pytest.raises(KeyboardInterrupt):
-        judge_pool(samples, pool, Counting(), tmp_path / "selection", Margins(), identity="known")
+        assess_pool(samples, pool, Counting(), tmp_path / "selection", Margins(), identity="known")
     (tmp_path / "resumed").touch()
-    found = judge_pool(samples, pool, Counting(), tmp_path / "selection", Margins(), identity="known")
+    found = assess_pool(samples, pool, Counting(), tmp_path / "selection", Margins(), identity="known")
     assert asked == ["q0", "q1", "q2", "q3"]  # q4 has no candidate
     assert [one.question for one in found] == asked
     assert json.loads((tmp_path / "selection" / "report.json").read_text())["worker"]["solver"]["kept"] == 4
-    with pytest.raises(OptionError, match="was judged with"):
-        judge_pool(samples, pool, Counting(), tmp_path / "selection", Margins(), identity="other")
+    with pytest.raises(OptionError, match="holds the work of another job, with another evaluator"):
+        assess_pool(samples, pool, Counting(), tmp_path / "selection", Margins(), identity="other")
+    against = Margins(against_negatives=True)
+    with pytest.raises(OptionError, match="another against_negatives"):
+        assess_pool(samples, pool, Counting(), tmp_path / "selection", against, identity="known")
 
 
-def judged(question: str, gain: float, text: str) -> Judged:
-    return Judged(question, "t", Candidate("w", 0, text), gain, gain)
+def assessed(question: str, gain: float, text: str) -> Assessed:
+    return Assessed(question, "t", Rationale("w", 0, text), gain, gain)
 
 
 def test_a_query_draws_by_gain_and_one_that_kept_nothing_is_taught_to_stop() -> None:
-    found = [judged("a", 2.0, "two"), judged("a", 1.0, "one"), judged("a", -1.0, "worse"), judged("b", -1.0, "bad")]
-    choices = choose(found, lambda one: one.gain > 0, temperature=1.0)
-    assert choices["a"].rationales == ("two", "one")
-    assert choices["a"].weights == pytest.approx((np.e / (1 + np.e), 1 / (1 + np.e)))
+    found = [
+        assessed("a", 2.0, "two"),
+        assessed("a", 1.0, "one"),
+        assessed("a", -1.0, "worse"),
+        assessed("b", -1.0, "bad"),
+    ]
+    kept = kept_rationales(found, lambda one: one.gain > 0, temperature=1.0)
+    assert kept["a"].texts == ("two", "one")
+    assert kept["a"].weights == pytest.approx((np.e / (1 + np.e), 1 / (1 + np.e)))
     rng = np.random.default_rng(0)
-    drawn = [choices["a"].draw(rng) for _ in range(1000)]
+    drawn = [kept["a"].draw(rng) for _ in range(1000)]
     assert drawn.count("two") == pytest.approx(731, abs=45)
-    assert choices["b"].draw(rng) is None
-    assert choose(found, lambda _: True, temperature=float("inf"))["a"].weights == pytest.approx((1 / 3,) * 3)
+    assert kept["b"].draw(rng) is None
+    assert kept_rationales(found, lambda _: True, temperature=float("inf"))["a"].weights == pytest.approx((1 / 3,) * 3)
 
 
 def test_mined_negatives_never_answer_and_the_hardest_come_first(
@@ -196,9 +210,9 @@ def test_mined_negatives_never_answer_and_the_hardest_come_first(
         assert len(new) == 5
         assert not any(after.wanted in negative.labels for negative in after.negatives)
         query_D = F.normalize(state(model, query_row(after.question, model.rows)), dim=0).numpy()
-        similarity = [float(bank.embeddings_CD[bank.place(target)] @ query_D) for target in new]
-        wrong = [place for place, target in enumerate(bank.targets) if after.wanted not in target.labels]
-        best = sorted((float(bank.embeddings_CD[place] @ query_D) for place in wrong), reverse=True)
+        similarity = [float(bank.embeddings_CD[bank.index(target)] @ query_D) for target in new]
+        wrong = [index for index, target in enumerate(bank.targets) if after.wanted not in target.labels]
+        best = sorted((float(bank.embeddings_CD[index] @ query_D) for index in wrong), reverse=True)
         assert similarity[:3] == pytest.approx(best[:3], abs=1e-5)
 
 
@@ -208,7 +222,7 @@ def test_a_target_too_like_the_right_one_is_taken_for_an_unlabelled_right_one(
     bank = TargetBank(digits.samples, model)
     for sample in mine_negatives(digits.samples, bank, model, hard=500, share_of_positive=0.9):
         query_D = F.normalize(state(model, query_row(sample.question, model.rows)), dim=0).numpy()
-        own = float(bank.embeddings_CD[bank.place(sample.target)] @ query_D)
+        own = float(bank.embeddings_CD[bank.index(sample.target)] @ query_D)
         known = digits.samples[[one.question.key for one in digits.samples].index(sample.question.key)].negatives
         for negative in sample.negatives[len(known) :]:
-            assert float(bank.embeddings_CD[bank.place(negative)] @ query_D) <= 0.9 * own + 1e-6
+            assert float(bank.embeddings_CD[bank.index(negative)] @ query_D) <= 0.9 * own + 1e-6

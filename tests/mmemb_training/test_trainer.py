@@ -2,13 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,89 +19,101 @@ from safetensors.torch import load_file
 
 from mmemb_deploy import OptionError
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint
-from mmemb_training.joint import Lesson, Objective
-from mmemb_training.loop import METRICS, STOPPED, Schedule, TrainingError
-from mmemb_training.lora import LoraSettings
+from mmemb_training.joint import Lesson
+from mmemb_training.loop import METRICS, STOPPED, TrainingError
+from mmemb_training.recipes.settings import JointRecipe, LoraSettings, Objective, Schedule, TrainedWeights
 from mmemb_training.runtime import torch_embedder
-from mmemb_training.trainer import JointRecipe, train_jointly
+from mmemb_training.trainer import train_jointly
 
 SCRIPT = Path(__file__).with_name("train_briefly.py")
 RECIPE = JointRecipe(
-    schedule=Schedule(steps=4, learning_rate=1e-3, warmup=2, save_every=2), objective=Objective(dims=(48, 24))
+    schedule=Schedule(steps=4, learning_rate=1e-3, warmup=2, save_every=2), objective=Objective(dims=(48, 24)), batch=8
 )
 
 
-def run_script(source: Path, folder: Path, *options: str, processes: int = 1, kill_after: int = -1) -> Any:
-    """Run train_briefly.py; return its losses, or None if it was to be killed."""
-    launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "KILL_AFTER": str(kill_after),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    command = [sys.executable, *launch, str(SCRIPT), str(source), str(folder), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if kill_after > 0:
-        assert done.returncode == -9, done.stderr
-        return None
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+Run = Callable[..., list[float]]
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+def run_briefly(tiny_checkpoint: Path) -> Iterator[Run]:
+    """Train the tiny checkpoint by train_briefly.py, in processes of their own; return the losses."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    command, pipe = [sys.executable, str(SCRIPT)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
+
+        def run(
+            folder: Path, mode: str, *options: str, processes: int = 1, kill_after: int | None = None
+        ) -> list[float]:
+            assert server.stdin is not None
+            assert server.stdout is not None
+            job = {"source": str(tiny_checkpoint), "folder": str(folder), "mode": mode, "options": options}
+            server.stdin.write(json.dumps(job | {"processes": processes, "kill_after": kill_after}) + "\n")
+            server.stdin.flush()
+            codes = json.loads(server.stdout.readline())
+            said = "".join(path.read_text() for path in sorted(folder.glob("output-*")))
+            assert codes == [0 if kill_after is None else -signal.SIGKILL] * processes, said
+            return [json.loads(line)["loss"] for line in (folder / METRICS).read_text().splitlines()]
+
+        yield run
+        assert server.stdin is not None
+        server.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def alone(run_briefly: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
     """One process's run: its folder and its losses."""
     folder = tmp_path_factory.mktemp("alone")
-    return folder, run_script(tiny_checkpoint, folder, "alone")
+    return folder, run_briefly(folder, "alone")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoint" / "model.safetensors")
 
 
-def test_a_killed_run_goes_on_bit_for_bit(
-    tiny_checkpoint: Path, alone: tuple[Path, list[float]], tmp_path: Path
-) -> None:
-    run_script(tiny_checkpoint, tmp_path, "alone", kill_after=5)  # after the state of step 4
-    assert run_script(tiny_checkpoint, tmp_path, "alone") == alone[1]
+def test_a_killed_run_goes_on_bit_for_bit(run_briefly: Run, alone: tuple[Path, list[float]], tmp_path: Path) -> None:
+    assert run_briefly(tmp_path, "alone", kill_after=5) == alone[1][:5]  # after the state of step 4
+    assert run_briefly(tmp_path, "alone") == alone[1]
     expected = weights(alone[0])
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path).items())
 
 
 @pytest.fixture(scope="module")
-def alone_with_lora(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+def alone_with_lora(run_briefly: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
     """The same with adapters."""
     folder = tmp_path_factory.mktemp("lora")
-    return folder, run_script(tiny_checkpoint, folder, "alone", "lora")
+    return folder, run_briefly(folder, "alone", "lora")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_two_processes_give_the_loss_curve_of_one(
-    request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path: Path, mode: str, method: str
+    request: pytest.FixtureRequest, run_briefly: Run, tmp_path: Path, mode: str, method: str
 ) -> None:
     folder, expected = request.getfixturevalue("alone" if method == "full" else "alone_with_lora")
     # With all weights, FSDP2 also recomputes activations: the same curve says that both are exact.
     options = {("full", "fsdp2"): ["checkpointing"], ("full", "ddp"): []}.get((method, mode), ["lora"])
-    found = run_script(tiny_checkpoint, tmp_path, mode, *options, processes=2)
+    found = run_briefly(tmp_path, mode, *options, processes=2)
     np.testing.assert_allclose(found, expected, rtol=2e-4)  # sums of float32 in another order
     one = weights(folder)
     for name, tensor in weights(tmp_path).items():
         torch.testing.assert_close(tensor, one[name], rtol=1e-2, atol=2e-4)
 
 
-def test_training_in_bf16_stays_close(tiny_checkpoint: Path, alone: tuple[Path, list[float]], tmp_path: Path) -> None:
-    np.testing.assert_allclose(run_script(tiny_checkpoint, tmp_path, "alone", "bf16"), alone[1], rtol=0.05)
+def test_training_in_bf16_stays_close(run_briefly: Run, alone: tuple[Path, list[float]], tmp_path: Path) -> None:
+    np.testing.assert_allclose(run_briefly(tmp_path, "alone", "bf16"), alone[1], rtol=0.05)
 
 
 def test_lora_moves_the_language_model_and_the_markers_alone(
     tiny: Checkpoint, lessons: list[Lesson], tmp_path: Path
 ) -> None:
     before = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
-    recipe = replace(RECIPE, lora=LoraSettings(rank=4))
-    list(train_jointly(tiny, lambda step: lessons[8 * step : 8 * step + 8], recipe, tmp_path))
+    weights = TrainedWeights(method="lora", lora=LoraSettings(rank=4))
+    list(train_jointly(tiny, lambda step: lessons[8 * step : 8 * step + 8], RECIPE, tmp_path, weights=weights))
     after = tiny.model.state_dict()
     assert before.keys() == after.keys()
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
@@ -126,9 +138,9 @@ def test_adapters_over_bf16_weights_are_float32_and_merge_into_bf16(
     tiny_checkpoint: Path, lessons: list[Lesson], tmp_path: Path
 ) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint, dtype="bfloat16")
-    recipe = replace(RECIPE, lora=LoraSettings(rank=4))
+    weights = TrainedWeights(method="lora", lora=LoraSettings(rank=4))
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    run = train_jointly(checkpoint, lambda _: lessons[:8], recipe, tmp_path, accelerator=accelerator)
+    run = train_jointly(checkpoint, lambda _: lessons[:8], RECIPE, tmp_path, weights=weights, accelerator=accelerator)
     first = next(run)
     trained = [weight for weight in checkpoint.model.parameters() if weight.requires_grad]
     assert {weight.dtype for weight in trained} == {torch.float32}
@@ -175,7 +187,7 @@ def test_a_folder_with_another_run_is_refused_by_what_differs(
 ) -> None:
     draw: Callable[[int], list[Lesson]] = lambda _: lessons[:4]  # noqa: E731
     next(train_jointly(tiny, draw, RECIPE, tmp_path, data="one"))
-    with pytest.raises(OptionError, match="holds a run with another data"):
+    with pytest.raises(OptionError, match="holds the work of another job, with another data"):
         next(train_jointly(tiny, draw, RECIPE, tmp_path, data="two"))
 
 

@@ -1,26 +1,32 @@
-"""Trains a checkpoint for a few steps and writes the losses: run by torchrun, or alone, by test_trainer.py.
+"""Trains checkpoints for a few steps, as test_trainer.py asks: imports torch and reads the digits once, then forks.
 
-usage: train_briefly.py CHECKPOINT FOLDER (alone | ddp | fsdp2) [lora] [bf16] [checkpointing]
+A line of its input is a job in JSON: {"source": checkpoint, "folder": of the run, "mode": "alone", "ddp" or "fsdp2",
+"options": of "lora", "bf16" and "checkpointing", "processes": count, "kill_after": step or null}. A line of its output
+holds the exit codes of the job's processes, whose own output lies in FOLDER/output-RANK.
 """
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from mmemb_training.checkpoint import load_checkpoint
-from mmemb_training.joint import Lesson, Objective
-from mmemb_training.loop import Schedule
-from mmemb_training.lora import LoraSettings
+from mmemb_training.joint import Lesson
 from mmemb_training.nano.digits import draw_digits, exact
-from mmemb_training.trainer import JointRecipe, save_trained, train_jointly
+from mmemb_training.recipes.settings import JointRecipe, LoraSettings, Objective, Schedule, TrainedWeights
+from mmemb_training.stage import save_trained
+from mmemb_training.trainer import train_jointly
 
 STEPS = 6
+SECONDS = 240  # after which a process that waits for another one ends
 
 
 def draw(step: int) -> list[Lesson]:
@@ -49,26 +55,50 @@ def accelerator_for(mode: str, precision: str) -> Accelerator:
     return accelerator
 
 
-def main() -> None:
-    source, folder, mode, *options = sys.argv[1:]
-    checkpoint = load_checkpoint(Path(source))
+def train(job: dict[str, Any], rank: int, port: int) -> None:
+    """Do a job as one of its processes, several with the environment that torchrun gives."""
+    signal.alarm(SECONDS)
+    options, folder = job["options"], Path(job["folder"])
+    with (folder / f"output-{rank}").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    if job["processes"] > 1:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["processes"], "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    checkpoint = load_checkpoint(Path(job["source"]))
     recipe = JointRecipe(
         schedule=Schedule(steps=STEPS, learning_rate=1e-3, warmup=2, save_every=2),
         objective=Objective(dims=(48, 24)),
-        query_chunks=2,
-        lora=LoraSettings(rank=4) if "lora" in options else None,
+        batch=8,
+        length_groups=2,
+    )
+    weights = TrainedWeights(
+        method="lora" if "lora" in options else "full",
+        lora=LoraSettings(rank=4),
         gradient_checkpointing="checkpointing" in options,
     )
-    accelerator = accelerator_for(mode, "bf16" if "bf16" in options else "no")
-    run = train_jointly(checkpoint, draw, recipe, Path(folder), accelerator=accelerator)
-    for metrics in run:
-        if metrics["step"] == int(os.environ.get("KILL_AFTER", "-1")):
+    accelerator = accelerator_for(job["mode"], "bf16" if "bf16" in options else "no")
+    for metrics in train_jointly(checkpoint, draw, recipe, folder, weights=weights, accelerator=accelerator):
+        if metrics["step"] == job["kill_after"]:
             os.kill(os.getpid(), signal.SIGKILL)
-    save_trained(checkpoint, Path(folder) / "checkpoint", accelerator)
-    if accelerator.is_main_process:
-        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-        print(json.dumps([json.loads(line)["loss"] for line in lines]))
+    save_trained(checkpoint, folder / "checkpoint", accelerator)
+
+
+def run(job: dict[str, Any]) -> list[int | None]:
+    """Run a job in processes of its own; return their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=train, args=(job, rank, port)) for rank in range(job["processes"])]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 if __name__ == "__main__":
-    main()
+    draw(0)  # reads the digits, which every process would otherwise do again
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), flush=True)

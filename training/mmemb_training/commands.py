@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmemb_deploy.errors import MissingExtraError
-from mmemb_training.plan.commands import plan
+from mmemb_training.recipes.command import plan
 
 if TYPE_CHECKING:
-    from mmemb_training.nano.stages import NanoRecipe
+    from mmemb_training.nano.method import NanoRecipe
     from mmemb_training.stage import Watch
 
 SHOWN = ("direct", "reasoned", "rationale", "decision", "reward", "reasoning_rate")  # beside a progress bar
@@ -39,7 +39,7 @@ def register(app: typer.Typer) -> None:
 def nano(folder: Folder, seed: Seed = 0, scale: Scale = 1.0, as_json: Json = False) -> None:
     """Train the embedded default model on DigitChain by the full method: about 40 minutes on 2 cores."""
     recipe, watch = _setting(seed, scale)
-    from mmemb_training.nano.stages import NanoRun
+    from mmemb_training.nano.method import NanoRun
 
     checkpoint = NanoRun(folder, recipe, watch).full()
     print(json.dumps({"checkpoint": str(checkpoint)}) if as_json else f"checkpoint: {checkpoint}")
@@ -76,11 +76,11 @@ def run(
 ) -> None:
     """Train a Qwen3-VL by the full method; start it with torchrun to use several GPUs."""
     from mmemb_deploy.errors import check_known
-    from mmemb_training.plan.recipes import load_recipe
+    from mmemb_training.recipes.load import load_recipe
 
     settings = load_recipe(recipe)
     try:
-        from mmemb_training.run import STAGES, Run, read_samples
+        from mmemb_training.run_recipe import STAGES, Run, read_samples
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train") from error
     from rich.console import Console
@@ -96,8 +96,8 @@ def random(
     seed: Seed = 0,
 ) -> None:
     """Write a checkpoint of random weights at a real shape, to measure speed and memory with."""
-    from mmemb_training.plan.shapes import find_shape
     from mmemb_training.random_checkpoint import random_checkpoint
+    from mmemb_training.recipes.shapes import find_shape
 
     random_checkpoint(find_shape(shape), folder, seed=seed)
     print(f"checkpoint: {folder}")
@@ -118,7 +118,7 @@ def adopt(
 
 def _setting(seed: int, scale: float) -> tuple[NanoRecipe, Watch]:
     try:
-        from mmemb_training.nano.stages import NanoRecipe
+        from mmemb_training.nano.method import NanoRecipe
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train") from error
     return NanoRecipe(seed=seed).scaled(scale), show_progress

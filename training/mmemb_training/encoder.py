@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from mmemb_deploy.inputs import prompts
 from mmemb_deploy.inputs.rows import Batch, Row, collate
-from mmemb_training.batches import encode_batch
 from mmemb_training.checkpoint import Checkpoint
-from mmemb_training.model import KeyValue, decoder_forward
+from mmemb_training.model import KeyValue, decoder_forward, last_state
+from mmemb_training.prefill import prefill
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,17 @@ class Encoder(nn.Module):
 
     def forward(self, rows: Sequence[Row], paths: Sequence[Continuation]) -> Reading:
         """Read prompts, each up to `<|disc_emb|>`, and rationales after some of them."""
-        batch = collate(rows, self.ids[prompts.PAD])
-        hidden_BSD, cache = encode_batch(self.model, batch, self.spec)
-        last_B = torch.from_numpy(batch.last_B).to(hidden_BSD.device)
-        direct_BD = hidden_BSD[torch.arange(len(rows), device=last_B.device), last_B]
-        choices = torch.tensor([self.ids[prompts.THINK], self.ids[prompts.STOP]], device=last_B.device)
+        batch, cache, direct_BD = self._prefill(rows)
+        device = direct_BD.device
+        choices = torch.tensor([self.ids[prompts.THINK], self.ids[prompts.STOP]], device=device)
         decision_B2 = self.model.lm_head(direct_BD).float().log_softmax(dim=-1)[:, choices]
         if not paths:
             return Reading(
                 direct_BD, decision_B2, direct_BD.new_zeros(0, direct_BD.shape[1]), decision_B2.new_zeros(0, 1)
             )
-        owners, tokens = [path.prompt for path in paths], [self.prompt.path(path.token_ids) for path in paths]
-        hidden_RTD, ids_RT, lengths_R = self._follow(batch, cache, owners, tokens)
-        reasoned_RD = hidden_RTD[torch.arange(len(paths), device=last_B.device), lengths_R - 1]
-        predicts_RT = torch.arange(hidden_RTD.shape[1] - 2, device=last_B.device) < lengths_R[:, None] - 2
+        hidden_RTD, ids_RT, lengths_R = self._follow(batch, cache, *self._tokens(paths))
+        reasoned_RD = last_state(hidden_RTD, lengths_R - 1)
+        predicts_RT = torch.arange(hidden_RTD.shape[1] - 2, device=device) < lengths_R[:, None] - 2
         logits_NV = self.model.lm_head(hidden_RTD[:, :-2][predicts_RT]).float()
         logprobs_N = -nn.functional.cross_entropy(logits_NV, ids_RT[:, 1:-1][predicts_RT], reduction="none")
         logprobs_RT = logprobs_N.new_zeros(predicts_RT.shape).masked_scatter(predicts_RT, logprobs_N)
@@ -77,29 +74,32 @@ class Encoder(nn.Module):
 
     def embed(self, rows: Sequence[Row], paths: Sequence[Continuation], *, at_once: int = 128) -> tuple[Tensor, Tensor]:
         """Return the states at `<|disc_emb|>` (B, D) and `<|gen_emb|>` (R, D) alone, `at_once` rationales in a pass."""
-        batch = collate(rows, self.ids[prompts.PAD])
-        hidden_BSD, cache = encode_batch(self.model, batch, self.spec)
-        last_B = torch.from_numpy(batch.last_B).to(hidden_BSD.device)
-        direct_BD = hidden_BSD[torch.arange(len(rows), device=last_B.device), last_B]
+        batch, cache, direct_BD = self._prefill(rows)
         reasoned_RD = direct_BD.new_empty(len(paths), direct_BD.shape[1])
-        order = sorted(range(len(paths)), key=lambda place: len(paths[place].token_ids))
+        order = sorted(range(len(paths)), key=lambda index: len(paths[index].token_ids))
         for start in range(0, len(paths), at_once):
-            places = order[start : start + at_once]
-            owners = [paths[place].prompt for place in places]
-            tokens = [self.prompt.path(paths[place].token_ids) for place in places]
-            hidden_RTD, _, lengths_R = self._follow(batch, cache, owners, tokens)
-            reasoned_RD[places] = hidden_RTD[torch.arange(len(places), device=last_B.device), lengths_R - 1]
+            chosen = order[start : start + at_once]
+            hidden_RTD, _, lengths_R = self._follow(batch, cache, *self._tokens([paths[index] for index in chosen]))
+            reasoned_RD[chosen] = last_state(hidden_RTD, lengths_R - 1)
         return direct_BD, reasoned_RD
 
     def next_logits(self, rows: Sequence[Row], continued: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
         """Return the logits after prompts that go on with tokens, (R, V); `continued` holds prompts and tokens."""
-        batch = collate(rows, self.ids[prompts.PAD])
-        _, cache = encode_batch(self.model, batch, self.spec)
+        batch, cache, _ = self._prefill(rows)
         owners, tokens = [owner for owner, _ in continued], [list(token_ids) for _, token_ids in continued]
         hidden_RTD, _, lengths_R = self._follow(batch, cache, owners, tokens)
-        last_RD = hidden_RTD[torch.arange(len(tokens), device=lengths_R.device), lengths_R - 1]
-        logits_RV: Tensor = self.model.lm_head(last_RD)
+        logits_RV: Tensor = self.model.lm_head(last_state(hidden_RTD, lengths_R - 1))
         return logits_RV
+
+    def _prefill(self, rows: Sequence[Row]) -> tuple[Batch, list[KeyValue], Tensor]:
+        """Return prompts as a batch, their KV cache, and their states at `<|disc_emb|>`, (B, D)."""
+        batch = collate(rows, self.ids[prompts.PAD])
+        hidden_BSD, cache = prefill(self.model, batch, self.spec)
+        return batch, cache, last_state(hidden_BSD, torch.from_numpy(batch.last_B).to(hidden_BSD.device))
+
+    def _tokens(self, paths: Sequence[Continuation]) -> tuple[list[int], list[list[int]]]:
+        """Return the prompts that paths follow, and their tokens with markers."""
+        return [path.prompt for path in paths], [self.prompt.path(path.token_ids) for path in paths]
 
     def _follow(
         self, batch: Batch, cache: list[KeyValue], owners: Sequence[int], tokens: Sequence[list[int]]
@@ -107,8 +107,8 @@ class Encoder(nn.Module):
         """Return the states of tokens that follow the prompts `owners`, (R, T, D), their ids and their lengths."""
         lengths_R = np.array([len(row) for row in tokens])
         token_ids_RT = np.full((len(tokens), lengths_R.max()), self.ids[prompts.PAD], np.int64)
-        for place, row in enumerate(tokens):
-            token_ids_RT[place, : len(row)] = row
+        for index, row in enumerate(tokens):
+            token_ids_RT[index, : len(row)] = row
         steps_T = np.arange(lengths_R.max())
         owners_R = np.asarray(owners)
         starts_R = batch.position_ids_3BT[0, owners_R, batch.last_B[owners_R]] + 1

@@ -54,11 +54,11 @@ def backward(
     loss, terms = loss_of(leaves)
     flat = [leaf for reading in leaves for leaf in reading]
     gradients = torch.autograd.grad(loss * scale, flat, allow_unused=True, materialize_grads=True)
-    for place, chunk in enumerate(chunks):
-        last = place == len(chunks) - 1
-        with nullcontext() if last else accelerator.no_sync(encoder), _drawing_again(seeds[place]):
+    for index, chunk in enumerate(chunks):
+        last = index == len(chunks) - 1
+        with nullcontext() if last else accelerator.no_sync(encoder), _drawing_again(seeds[index]):
             reading = encoder(chunk.rows, chunk.paths)
-            first = place * len(Reading._fields)
+            first = index * len(Reading._fields)
             surrogate = [
                 (value * gradient).sum()
                 for value, gradient in zip(reading, gradients[first : first + len(reading)], strict=True)

@@ -10,7 +10,7 @@ C candidates, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,23 +24,8 @@ from mmemb_deploy.inputs.rows import RowEncoder
 from mmemb_training.encoder import Continuation, Reading
 from mmemb_training.grad_cache import Chunk
 from mmemb_training.losses import info_nce
+from mmemb_training.recipes.settings import Objective
 from mmemb_training.samples import Sample, query_row, target_row
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """The weights of the joint loss."""
-
-    temperature: float = 0.02
-    lambda_g: float = 1.0
-    lambda_d: float = 1.0
-    dims: tuple[int, ...]  # Matryoshka sizes, largest first
-    teach_decision: bool = True  # False while only rationales of one's own are at hand, as for a backbone
-
-    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """Return the loss that the terms add up to."""
-        taught = terms["rationale"] + (terms["decision"] if self.teach_decision else 0)
-        return terms["reasoned"] + self.lambda_g * taught + self.lambda_d * terms["direct"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +39,8 @@ class Lesson:
 class JointStep:
     """One process's share of a step: its chunks for the encoder, and the loss of what came back.
 
-    `query_chunks` and `target_chunks` are the same for all processes, which run the encoder equally often.
+    The first `hard_negatives` of a sample's negatives are read. `query_chunks` and `target_chunks` are the same for all
+    processes, which run the encoder equally often.
     """
 
     def __init__(
@@ -63,28 +49,29 @@ class JointStep:
         encoder: RowEncoder,
         objective: Objective,
         *,
+        hard_negatives: int,
         query_chunks: int,
         target_chunks: int,
     ) -> None:
         self._objective = objective
         rows = [query_row(lesson.sample.question, encoder) for lesson in lessons]
-        words = [None if lesson.rationale is None else encoder.prompt.tokenize(lesson.rationale) for lesson in lessons]
+        tokens = [None if lesson.rationale is None else encoder.prompt.tokenize(lesson.rationale) for lesson in lessons]
         # Alike lengths share a chunk, the rationale's first: little padding.
-        order = sorted(range(len(rows)), key=lambda place: (len(words[place] or []), rows[place].length))
-        lessons, rows = [lessons[place] for place in order], [rows[place] for place in order]
-        words = [words[place] for place in order]
-        self._reasons_Q = torch.tensor([path is not None for path in words])
+        order = sorted(range(len(rows)), key=lambda index: (len(tokens[index] or []), rows[index].length))
+        lessons, rows = [lessons[index] for index in order], [rows[index] for index in order]
+        tokens = [tokens[index] for index in order]
+        self._reasons_Q = torch.tensor([path is not None for path in tokens])
         self._wanted = [lesson.sample.wanted for lesson in lessons]
         targets = [lesson.sample.target for lesson in lessons]
-        targets += [negative for lesson in lessons for negative in lesson.sample.negatives]
+        targets += [negative for lesson in lessons for negative in lesson.sample.negatives[:hard_negatives]]
         self._labels = [target.labels for target in targets]
         self._query_chunks = [
-            Chunk([rows[place] for place in places], _paths([words[place] for place in places]))
-            for places in _split(len(rows), query_chunks)
+            Chunk([rows[index] for index in indices], _paths([tokens[index] for index in indices]))
+            for indices in _split(len(rows), query_chunks)
         ]
         self._target_chunks = [
-            Chunk([target_row(targets[place], encoder) for place in places], [])
-            for places in _split(len(targets), target_chunks)
+            Chunk([target_row(targets[index], encoder) for index in indices], [])
+            for indices in _split(len(targets), target_chunks)
         ]
 
     @property
@@ -100,10 +87,10 @@ class JointStep:
         direct_QD = torch.cat([reading.direct_BD for reading in queries])
         decision_Q2 = torch.cat([reading.decision_B2 for reading in queries])
         reasoned_RD = torch.cat([reading.reasoned_RD for reading in queries])
-        words_R = torch.cat([reading.logprobs_RT.sum(dim=1) for reading in queries])
+        logprob_R = torch.cat([reading.logprobs_RT.sum(dim=1) for reading in queries])
         counts_R = torch.cat([(reading.logprobs_RT != 0).sum(dim=1) for reading in queries])
         real_R = self._real_paths().to(reasons_Q.device)
-        reasoned_RD, words_R, counts_R = reasoned_RD[real_R], words_R[real_R], counts_R[real_R]
+        reasoned_RD, logprob_R, counts_R = reasoned_RD[real_R], logprob_R[real_R], counts_R[real_R]
         everyone_QD, everyone_RD = _gather(direct_QD, accelerator), _gather(reasoned_RD, accelerator)
         candidates_CD = _gather(torch.cat([reading.direct_BD for reading in targets]), accelerator)
         relevant_QC = self._relevance(accelerator).to(direct_QD.device)
@@ -114,7 +101,7 @@ class JointStep:
         terms = {
             "direct": info_nce(everyone_QD, candidates_CD, relevant_QC, *settings),
             "reasoned": info_nce(everyone_RD, candidates_CD, relevant_QC[reasons_everyone_Q], *settings),
-            "rationale": -words_R.sum() / total[0].clamp(min=1),
+            "rationale": -logprob_R.sum() / total[0].clamp(min=1),
             "decision": -decision_Q2.gather(1, label_Q).sum() / total[1],
         }
         loss = objective.total(terms)
@@ -124,8 +111,8 @@ class JointStep:
 
     def _real_paths(self) -> Tensor:
         """Return which paths are a lesson's own, and not the empty one that fills a chunk without any."""
-        places = torch.split(self._reasons_Q, [len(chunk.rows) for chunk in self._query_chunks])
-        return torch.cat([torch.ones(int(part.sum()), dtype=torch.bool) if part.any() else part[:1] for part in places])
+        parts = torch.split(self._reasons_Q, [len(chunk.rows) for chunk in self._query_chunks])
+        return torch.cat([torch.ones(int(part.sum()), dtype=torch.bool) if part.any() else part[:1] for part in parts])
 
     def _relevance(self, accelerator: Accelerator) -> Tensor:
         wanted: list[str] = gather_object(self._wanted) if accelerator.num_processes > 1 else self._wanted
@@ -133,9 +120,9 @@ class JointStep:
         return torch.tensor([[one in found for found in labels] for one in wanted])
 
 
-def _paths(words: Sequence[list[int] | None]) -> list[Continuation]:
+def _paths(tokens: Sequence[list[int] | None]) -> list[Continuation]:
     """Return the paths of a chunk; one without any gets an empty one, so that all processes run the same layers."""
-    found = [Continuation(place, path) for place, path in enumerate(words) if path is not None]
+    found = [Continuation(index, path) for index, path in enumerate(tokens) if path is not None]
     return found or [Continuation(0, [])]
 
 

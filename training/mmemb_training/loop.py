@@ -18,16 +18,15 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mmemb_deploy.errors import MmembError, OptionError
-from mmemb_deploy.files import write_whole
+from mmemb_deploy.errors import MmembError
+from mmemb_deploy.files import claim, write_whole
+from mmemb_training.recipes.settings import Schedule
 
 RUN, METRICS, STOPPED = "run.json", "metrics.jsonl", "stopped.json"
 RECENT = 50  # steps whose median loss tells a spike
@@ -35,42 +34,6 @@ RECENT = 50  # steps whose median loss tells a spike
 
 class TrainingError(MmembError):
     """A loss that is not finite, or far above the recent ones; the message names where its batch was saved."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How the weights move: AdamW, linear warm-up, then a cosine to zero."""
-
-    seed: int = 0
-    steps: int
-    learning_rate: float  # the highest
-    warmup: int = 100  # steps
-    weight_decay: float = 0.05  # of matrices
-    betas: tuple[float, float] = (0.9, 0.98)
-    gradient_norm: float = 1.0  # clipped to this
-    spike: float | None = 20.0  # times the median of the recent losses stops the run; None for losses around zero
-    save_every: int = 200  # steps
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "learning_rate", "gradient_norm", "spike", "save_every"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise OptionError(f"{name} is {getattr(self, name)}: it must be positive")
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * (1 + math.cos(math.pi * done)) / 2
-
-    def optimizer(self, model: nn.Module) -> torch.optim.AdamW:
-        """Return AdamW over the weights that take gradients; vectors and norms are not decayed."""
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
-        groups = [
-            {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=self.betas)
 
 
 class Step(Protocol):
@@ -94,19 +57,17 @@ def run_steps(
     `identity` says what the run is, in JSON; `describe` names the samples of a step's batch. Raises OptionError if the
     folder holds another run, TrainingError for a loss that is not finite or a spike.
     """
-    identity = json.loads(json.dumps(identity))
     start, seconds = _resume(folder, identity, accelerator)
     recent: deque[float] = deque(maxlen=RECENT)
-    for step in range(start, schedule.steps):
+    for step in range(start, schedule.length):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
         optimizer.zero_grad()
         loss, terms = step_of(step)
         value = loss.item()
-        if not math.isfinite(value) or (
-            schedule.spike is not None and len(recent) == RECENT and value > schedule.spike * statistics.median(recent)
-        ):
+        watched = schedule.spike and len(recent) == RECENT
+        if not math.isfinite(value) or (watched and value > schedule.spike * statistics.median(recent)):
             _stop(folder, step, value, terms, describe(step), accelerator)
         recent.append(value)
         norm: Any = accelerator.clip_grad_norm_(weights.parameters(), schedule.gradient_norm)
@@ -119,24 +80,21 @@ def run_steps(
         if accelerator.is_main_process:
             with (folder / METRICS).open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
-        if (step + 1) % schedule.save_every == 0 or step + 1 == schedule.steps:
+        if (step + 1) % schedule.save_every == 0 or step + 1 == schedule.length:
             _save(folder, step + 1, accelerator)
         yield metrics
 
 
 def _resume(folder: Path, identity: dict[str, Any], accelerator: Accelerator) -> tuple[int, float]:
     """Load the last state of an unfinished run; return the next step and the seconds spent so far."""
-    folder.mkdir(parents=True, exist_ok=True)
-    known = json.loads((folder / RUN).read_text()) if (folder / RUN).exists() else identity
-    if known != identity:
-        names = sorted(name for name in {*known, *identity} if known.get(name) != identity.get(name))
-        raise OptionError(f"{folder} holds a run with another {', '.join(names)}: choose another folder")
+    if accelerator.is_main_process:
+        claim(folder, identity, name=RUN)
+    accelerator.wait_for_everyone()
     states = sorted(folder.glob("state-*[0-9]"))
     step = int(states[-1].name.rpartition("-")[2]) if states else 0
     lines = (folder / METRICS).read_text().splitlines()[:step] if step else []
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_whole(folder / RUN, json.dumps(identity, indent=1))
         write_whole(folder / METRICS, "".join(line + "\n" for line in lines))
     if not states:
         return 0, 0.0

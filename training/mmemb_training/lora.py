@@ -1,38 +1,21 @@
-"""LoRA by peft: adapters on the language model's projections, and the rows of the new markers trained beside them."""
+"""Which weights train: all of them, or by peft adapters on the language model's projections and the markers' rows."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from mmemb_deploy.errors import MissingExtraError, OptionError
+from mmemb_deploy.errors import MissingExtraError
 from mmemb_deploy.inputs import prompts
 from mmemb_training.checkpoint import Checkpoint
+from mmemb_training.model import checkpoint_layers
+from mmemb_training.recipes.settings import LoraSettings, TrainedWeights
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TRAINED_MARKERS = (prompts.DISC_EMB, prompts.GEN_EMB)  # rows that a public checkpoint does not have
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """Adapters of a rank on the named projections of every text layer; their output is scaled by alpha / rank."""
-
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    targets: tuple[str, ...] = PROJECTIONS
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise OptionError(f"rank is {self.rank}: it must be at least 1")
-        unknown = set(self.targets) - set(PROJECTIONS)
-        if unknown:
-            raise OptionError(f"targets holds {', '.join(sorted(unknown))}: choose from {', '.join(PROJECTIONS)}")
 
 
 def add_lora(checkpoint: Checkpoint, settings: LoraSettings) -> Any:
@@ -54,6 +37,18 @@ def add_lora(checkpoint: Checkpoint, settings: LoraSettings) -> Any:
         if weight.requires_grad:
             weight.data = weight.data.float()  # small steps vanish in bf16, which the frozen weights may be in
     return adapter
+
+
+@contextmanager
+def trainable(checkpoint: Checkpoint, weights: TrainedWeights) -> Generator[Any]:
+    """Make a checkpoint's model train as `weights` say, and whole again after the block; yield the adapters, if any."""
+    adapter = None if weights.adapters is None else add_lora(checkpoint, weights.adapters)
+    if weights.gradient_checkpointing:
+        checkpoint_layers(checkpoint.model)
+    yield adapter
+    checkpoint.model.eval()
+    if adapter is not None:
+        merge_lora(adapter)
 
 
 def merge_lora(adapter: Any) -> None:

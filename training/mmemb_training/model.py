@@ -113,6 +113,12 @@ def decoder_forward(
     return language_model.norm(hidden_BSD), present
 
 
+def last_state(hidden_BSD: Tensor, last_B: Tensor) -> Tensor:
+    """Return each row's state at the index of its last token, (B, D): what an embedding, a gate and a head read."""
+    last_B1D = last_B[:, None, None].expand(-1, -1, hidden_BSD.shape[-1])
+    return hidden_BSD.gather(1, last_B1D).squeeze(1)
+
+
 def checkpoint_layers(model: Any) -> None:
     """Recompute every layer's activations in the backward pass of a training model instead of keeping them.
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.inputs import prompts
-from mmemb_training.model import decoder_forward, vision_forward
+from mmemb_training.model import decoder_forward, last_state, vision_forward
 
 
 class Part(nn.Module):
@@ -98,7 +98,7 @@ class Prefill(DecoderPart):
             visual_index_BS=visual_index,
             deepstack_LVD=None if deepstack is None else deepstack.to(dtype),
         )
-        state_BD = last_state(hidden_BSD, mask).float()
+        state_BD = last_state(hidden_BSD, mask.sum(dim=1) - 1).float()
         return F.normalize(state_BD, dim=-1), state_BD, *(tensor for layer in cache for tensor in layer)
 
 
@@ -116,7 +116,7 @@ class Decode(DecoderPart):
     def forward(self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
         layers = list(zip(past[::2], past[1::2], strict=True))
         hidden_BTD, cache = decoder_forward(self.language_model, token_ids, position_ids, mask, past=layers)
-        state_BD = last_state(hidden_BTD, mask[:, past[0].shape[2] :])
+        state_BD = last_state(hidden_BTD, mask[:, past[0].shape[2] :].sum(dim=1) - 1)
         logits_BW = self.lm_head(state_BD).float()
         return logits_BW, F.normalize(state_BD.float(), dim=-1), *(tensor for layer in cache for tensor in layer)
 
@@ -138,12 +138,6 @@ class Gate(Part):
     def forward(self, state: Tensor) -> tuple[Tensor]:
         think_B, stop_B = (state.float() @ self.rows_2D.float().T).unbind(-1)
         return (torch.sigmoid(think_B - stop_B),)
-
-
-def last_state(hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:
-    """Return each row's state at its last unmasked token, (B, D)."""
-    last_B11 = (mask_BS.sum(dim=1) - 1)[:, None, None]
-    return hidden_BSD.gather(1, last_B11.expand(-1, -1, hidden_BSD.shape[-1])).squeeze(1)
 
 
 def parts(model: Any, marker_ids: dict[str, int]) -> dict[str, Part]:

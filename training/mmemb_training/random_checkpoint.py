@@ -14,8 +14,8 @@ from mmemb_deploy.errors import OptionError
 from mmemb_deploy.inputs import prompts
 from mmemb_deploy.inputs.prompts import PromptEncoder
 from mmemb_training.checkpoint import new_checkpoint, save_facts
-from mmemb_training.plan.shapes import ModelShape
 from mmemb_training.prepare import PROMPT
+from mmemb_training.recipes.shapes import TEXT_KEYS, VISION_KEYS, ModelShape
 from mmemb_training.tokenizer import train_tokenizer
 
 SHARD_BYTES = 2 * 2**30
@@ -57,14 +57,8 @@ def model_config(shape: ModelShape, encoder: PromptEncoder) -> Qwen3VLConfig:
     section = text.head_dim // 2
     side = (section - 2 * (section // 3 // 2 * 2)), section // 3 // 2 * 2
     return Qwen3VLConfig(
-        text_config={
-            "hidden_size": text.hidden,
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
-            "num_key_value_heads": text.kv_heads,
-            "head_dim": text.head_dim,
-            "intermediate_size": text.intermediate,
-            "vocab_size": text.vocabulary,
+        text_config={key: getattr(text, field) for field, key in TEXT_KEYS.items()}
+        | {
             "max_position_embeddings": 262144,
             "tie_word_embeddings": text.tied,
             "rope_parameters": {
@@ -73,18 +67,8 @@ def model_config(shape: ModelShape, encoder: PromptEncoder) -> Qwen3VLConfig:
                 "mrope_section": [side[0], side[1], side[1]],
             },
         },
-        vision_config={
-            "depth": vision.layers,
-            "hidden_size": vision.hidden,
-            "num_heads": vision.heads,
-            "intermediate_size": vision.intermediate,
-            "out_hidden_size": vision.out,
-            "patch_size": vision.patch,
-            "temporal_patch_size": vision.temporal_patch,
-            "spatial_merge_size": vision.merge,
-            "num_position_embeddings": vision.positions,
-            "deepstack_visual_indexes": list(vision.deepstack),
-        },
+        vision_config={key: getattr(vision, field) for field, key in VISION_KEYS.items()}
+        | {"deepstack_visual_indexes": list(vision.deepstack)},
         image_token_id=ids[prompts.IMAGE_PAD],
         video_token_id=ids[prompts.VIDEO_PAD],
         vision_start_token_id=ids[prompts.VISION_START],

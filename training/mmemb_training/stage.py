@@ -2,36 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from mmemb_training.checkpoint import FACTS, Checkpoint, load_checkpoint
-from mmemb_training.trainer import save_trained
+from mmemb_deploy.files import claim
+from mmemb_training.checkpoint import FACTS, Checkpoint, load_checkpoint, save_checkpoint
 
 Metrics = Iterator[dict[str, float]]
 Watch = Callable[[str, Metrics, int], None]  # runs a stage's steps: its name, its metrics, how many there are
 
 
-def finish_stage(
+def plain_accelerator() -> Accelerator:
+    """Return an accelerator for one process, on the first GPU where there is one."""
+    return Accelerator(cpu=not torch.cuda.is_available())
+
+
+def save_trained(
+    checkpoint: Checkpoint, folder: Path, accelerator: Accelerator, provenance: dict[str, Any] | None = None
+) -> None:
+    """Write what was trained, from one process, with sharded weights gathered."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(checkpoint.model, options=options)
+    if accelerator.is_main_process:
+        save_checkpoint(checkpoint, folder, provenance=provenance, weights=weights)
+    accelerator.wait_for_everyone()
+
+
+def run_stage(
     folder: Path,
-    checkpoint: Checkpoint,
-    steps: Metrics,
-    count: int,
+    begin: Callable[[], tuple[Checkpoint, Metrics, int]],
     watch: Watch,
     accelerator: Accelerator,
+    asked: Mapping[str, Any],
     provenance: dict[str, Any],
     *,
     dtype: str = "float32",
 ) -> Checkpoint:
-    """Run a stage's `count` steps and save what they made of `checkpoint`, unless that was done; return it, as loaded.
+    """Run a stage and save what it made, in `folder / "checkpoint"`, unless that was done; return it, as loaded.
 
-    The folder's name is the stage's; the checkpoint lies in `folder / "checkpoint"`.
+    `begin` gives the checkpoint that is trained, the steps that do it, and their count. A stage is named by its folder.
+    `asked` says, in JSON, what the stage is to make; raises OptionError if it made something else.
     """
     target = folder / "checkpoint"
-    if not (target / FACTS).exists():
+    finished = (target / FACTS).exists()
+    if accelerator.is_main_process:
+        claim(folder, asked, begun=None if finished else False)  # what is unfinished, the loop itself claims
+    if not finished:
+        checkpoint, steps, count = begin()
         watch(folder.name, steps, count)
         stages = [*checkpoint.facts.provenance.get("stages", []), folder.name]
         save_trained(checkpoint, target, accelerator, {"stages": stages, **provenance})

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from mmemb_deploy.errors import MissingExtraError, OptionError
+from mmemb_deploy.files import whole
 
 LOCK = ".lock"
 
 
 def write_part(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows as a new part, under a temporary name until it is whole. No rows, no part."""
+    """Add rows as a new part. No rows, no part."""
     if not rows:
         return
     arrow, parquet = _arrow()
     number = 1 + max((int(path.stem.rpartition("-")[2]) for path in folder.glob("part-*.parquet")), default=-1)
-    new = folder / "part.new"
-    parquet.write_table(arrow.Table.from_pylist([dict(row) for row in rows]), new)
-    new.replace(folder / f"part-{number:05d}.parquet")
+    with whole(folder / f"part-{number:05d}.parquet") as new:
+        parquet.write_table(arrow.Table.from_pylist([dict(row) for row in rows]), new)
 
 
 def read_parts(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:

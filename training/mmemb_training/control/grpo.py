@@ -1,27 +1,27 @@
 """GRPO on the decision and on the rationale, in paired groups (METHOD stage 4).
 
-    policy   = - mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) over decisions, and over words
+    policy   = - mean of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) over decisions, and over tokens of rationales
     L        = policy + beta KL(policy || reference) + anchor * mean of 1 - cos(z, z of the reference), both embeddings
 
-Decision and words are normalised apart, as in Thinkless (arXiv 2505.13379): one control token would drown among the
-words. The decision's advantage compares all rollouts of a group; the words' those that reason, so that bad words earn
-nothing for a good decision. A forced decision takes no policy gradient; the words after it do. Targets and negatives
-are those of a frozen snapshot, and `anchor` keeps the embeddings where stage 3 left them, on the policy's own
-rationales: reinforcement learns when to reason and what to write, not what a rationale means. InfoNCE in its place
-was tried, and taught the reasoned embedding to distrust rationales, since some that are drawn are wrong.
+Decision and rationale are normalised apart, as in Thinkless (arXiv 2505.13379): one control token would drown among
+the others. The decision's advantage compares all rollouts of a group; the rationale's those that reason, so that a bad
+one earns nothing for a good decision. A forced decision takes no policy gradient; what follows it does. Targets and
+negatives are those of a frozen snapshot, and `anchor` keeps the embeddings where stage 3 left them, on the policy's own
+rationales: reinforcement learns when to reason and what to write, not what a rationale means. InfoNCE in its place was
+tried, and taught the reasoned embedding to distrust rationales, since some that are drawn are wrong.
 
 TRL's GRPOTrainer (1.16) was read first. Its experimental `rollout_func` could draw these groups, mask a forced token
 and hand embeddings to its rewards; but every token of a rollout shares one advantage there, the loss has no place for
 the anchor, and a prompt with its images is read again for each of its rollouts. Drawing, scoring and loss would all
 be ours; what would remain is a loop, and `loop.run_steps` is one.
-Axes: Q questions, R rollouts that reason, T words, D embedding size.
+Axes: Q questions, R rollouts that reason, T tokens, D embedding size.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,47 +29,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mmemb_deploy.errors import OptionError
 from mmemb_training.checkpoint import Checkpoint
-from mmemb_training.control.policy import Batch, chunks_of, merged, policy_terms, read_alone, statistics
-from mmemb_training.control.rewards import Rewards, score_group
-from mmemb_training.control.rollouts import Group, draw_groups
+from mmemb_training.control.policy import RolloutBatch, chunks_of, merged, policy_terms, read_alone, statistics
+from mmemb_training.control.rewards import score_group
+from mmemb_training.control.rollouts import draw_groups
 from mmemb_training.encoder import Encoder, Reading
 from mmemb_training.grad_cache import Chunk, backward
-from mmemb_training.loop import Schedule, run_steps
-from mmemb_training.lora import LoraSettings, add_lora, merge_lora, without_lora
+from mmemb_training.loop import run_steps
+from mmemb_training.lora import trainable, without_lora
+from mmemb_training.recipes.settings import ALL_WEIGHTS, ControlRecipe, TrainedWeights
 from mmemb_training.samples import Sample
 from mmemb_training.selection.bank import TargetBank
-from mmemb_training.trainer import plain_accelerator
+from mmemb_training.stage import plain_accelerator
 
 Draw = Callable[[int], list[Sample]]  # the questions of a batch of rollouts, a function of its number
-DrawGroups = Callable[..., list[Group]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlRecipe:
-    """How adaptive control is learnt."""
-
-    schedule: Schedule
-    rewards: Rewards = field(default_factory=Rewards)
-    group: int = 8  # rollouts of a question
-    updates: int = 2  # steps on each batch of rollouts; the second and later ones are clipped
-    clip: float = 0.2
-    beta: float = 0.04  # of the KL to the model that stage 3 left
-    anchor: float = 50.0
-    paired: bool = True  # every group holds a rollout of each kind
-    questions_at_once: int = 64  # whose activations are held together; more questions are read twice (GradCache)
-    lora: LoraSettings | None = None  # None trains all weights
-    log_norms_every: int = 10  # steps between measurements of each term's gradient norm, where all are read at once
-
-    def __post_init__(self) -> None:
-        if self.group < 2:
-            raise OptionError(f"group is {self.group}: a group needs at least 2 rollouts to compare")
-        if self.schedule.save_every % self.updates:
-            raise OptionError(
-                f"save_every is {self.schedule.save_every}: it must be a multiple of updates ({self.updates}), so that "
-                f"a resumed run begins with fresh rollouts"
-            )
 
 
 def train_control(
@@ -79,8 +52,8 @@ def train_control(
     folder: Path,
     *,
     bank: TargetBank,
+    weights: TrainedWeights = ALL_WEIGHTS,
     data: Any = None,
-    draw_rollouts: DrawGroups = draw_groups,
     accelerator: Accelerator | None = None,
 ) -> Iterator[dict[str, float]]:
     """Train a checkpoint's model in place, yielding every step's metrics; an unfinished run in `folder` goes on.
@@ -90,15 +63,11 @@ def train_control(
     """
     accelerator = accelerator or plain_accelerator()
     torch.manual_seed(recipe.schedule.seed)
-    adapter = None if recipe.lora is None else add_lora(checkpoint, recipe.lora)
-    read_reference = _reference(checkpoint, adapter)
-    model = Encoder(checkpoint).train()
-    encoder, optimizer = accelerator.prepare(model, recipe.schedule.optimizer(model))
-    batch: Batch | None = None
+    batch: RolloutBatch | None = None
 
-    def roll_out(turn: int) -> Batch:
+    def roll_out(turn: int) -> RolloutBatch:
         samples, limit = draw(turn), checkpoint.facts.max_rationale_tokens
-        groups = draw_rollouts(
+        groups = draw_groups(
             checkpoint,
             samples,
             size=recipe.group,
@@ -110,20 +79,20 @@ def train_control(
             score_group(group, bank.candidates(sample), recipe.rewards, limit)
             for sample, group in zip(samples, groups, strict=True)
         ]
-        chunks = chunks_of(samples, groups, checkpoint.rows, recipe.questions_at_once)
-        return Batch(samples, groups, scored, read_alone(encoder, chunks), read_reference(chunks))
+        chunks = chunks_of(samples, groups, checkpoint.rows, recipe.micro_batch)
+        return RolloutBatch(samples, groups, scored, read_alone(encoder, chunks), read_reference(chunks))
 
     def step_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         nonlocal batch
         if batch is None or step % recipe.updates == 0:
             batch = roll_out(step // recipe.updates)
         drawn = batch
-        chunks = chunks_of(drawn.samples, drawn.groups, checkpoint.rows, recipe.questions_at_once)
+        chunks = chunks_of(drawn.samples, drawn.groups, checkpoint.rows, recipe.micro_batch)
 
         def loss_of(readings: Sequence[Reading]) -> tuple[Tensor, dict[str, Tensor]]:
             terms = policy_terms(merged(readings), drawn, recipe.clip)
             parts = {
-                "policy": terms["policy_decision"] + terms["policy_words"] + recipe.beta * terms["kl"],
+                "policy": terms["policy_decision"] + terms["policy_rationale"] + recipe.beta * terms["kl"],
                 "anchor": recipe.anchor * terms["anchor"],
             }
             logged = {name: term.detach() for name, term in terms.items()} | statistics(drawn)
@@ -134,20 +103,15 @@ def train_control(
 
         return backward(encoder, chunks, loss_of, accelerator, cached=len(chunks) > 1)
 
-    identity = {"recipe": asdict(recipe), "data": data}
-    yield from run_steps(
-        folder,
-        identity,
-        recipe.schedule,
-        accelerator,
-        encoder,
-        optimizer,
-        step_of,
-        lambda step: [sample.question.key for sample in draw(step // recipe.updates)],
-    )
-    checkpoint.model.eval()
-    if adapter is not None:
-        merge_lora(adapter)
+    def describe(step: int) -> list[str]:
+        return [sample.question.key for sample in draw(step // recipe.updates)]
+
+    identity = {"recipe": asdict(replace(recipe, micro_batch=None)), "weights": asdict(weights), "data": data}
+    with trainable(checkpoint, weights) as adapter:
+        read_reference = _reference(checkpoint, adapter)
+        model = Encoder(checkpoint).train()
+        encoder, optimizer = accelerator.prepare(model, recipe.schedule.optimizer(model))
+        yield from run_steps(folder, identity, recipe.schedule, accelerator, encoder, optimizer, step_of, describe)
 
 
 def _reference(checkpoint: Checkpoint, adapter: Any) -> Callable[[Sequence[Chunk]], Reading]:

@@ -1,6 +1,6 @@
 """One batch of rollouts: what the policy gradient and its companions are made of (`grpo` states the formulas).
 
-Axes: Q questions, G rollouts of a question, R rollouts that reason, T words, 2 = (`<think>`, stop).
+Axes: Q questions, G rollouts of a question, R rollouts that reason, T tokens of a rationale, 2 = (`<think>`, stop).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mmemb_training.samples import Sample, query_row
 
 
 @dataclass(frozen=True)
-class Batch:
+class RolloutBatch:
     """Rollouts of some questions, scored, with the log-probabilities of the policy that drew them."""
 
     samples: Sequence[Sample]
@@ -33,16 +33,16 @@ class Batch:
     reference: Reading
 
 
-def chunks_of(samples: Sequence[Sample], groups: Sequence[Group], encoder: RowEncoder, size: int) -> list[Chunk]:
-    """Return what the encoder is to read, `size` questions at once, each with the rationales of its group."""
-    chunks = []
+def chunks_of(samples: Sequence[Sample], groups: Sequence[Group], encoder: RowEncoder, size: int | None) -> list[Chunk]:
+    """Return what the encoder is to read, `size` questions at once (None: all), each with its group's rationales."""
+    chunks, size = list[Chunk](), size or len(samples)
     for start in range(0, len(samples), size):
         part = groups[start : start + size]
         rows = [query_row(sample.question, encoder) for sample in samples[start : start + size]]
         chunks.append(
             Chunk(
                 rows,
-                [Continuation(place, one.token_ids) for place, one in _reasoning(part) if one.token_ids is not None],
+                [Continuation(index, one.token_ids) for index, one in _reasoning(part) if one.token_ids is not None],
             )
         )
     return chunks
@@ -55,22 +55,22 @@ def read_alone(encoder: Any, chunks: Sequence[Chunk]) -> Reading:
 
 
 def merged(readings: Sequence[Reading]) -> Reading:
-    """Return the readings of chunks as one, words padded to the longest."""
+    """Return the readings of chunks as one, log-probabilities padded to the longest."""
     longest = max(reading.logprobs_RT.shape[1] for reading in readings)
-    words = [F.pad(reading.logprobs_RT, (0, longest - reading.logprobs_RT.shape[1])) for reading in readings]
+    logprobs = [F.pad(reading.logprobs_RT, (0, longest - reading.logprobs_RT.shape[1])) for reading in readings]
     direct, decision, reasoned = (torch.cat(parts) for parts in list(zip(*readings, strict=True))[:3])
-    return Reading(direct, decision, reasoned, torch.cat(words))
+    return Reading(direct, decision, reasoned, torch.cat(logprobs))
 
 
 def _reasoning(groups: Sequence[Group]) -> list[tuple[int, Rollout]]:
-    """Return the rollouts that reason, with their questions' places, in the order of the encoder's paths."""
+    """Return the rollouts that reason, with their questions' indices, in the order of the encoder's paths."""
     return [
-        (place, rollout) for place, group in enumerate(groups) for rollout in group if rollout.token_ids is not None
+        (index, rollout) for index, group in enumerate(groups) for rollout in group if rollout.token_ids is not None
     ]
 
 
-def policy_terms(reading: Reading, batch: Batch, clip: float) -> dict[str, Tensor]:
-    """Return the terms of the loss: policy_decision, policy_words, kl and anchor."""
+def policy_terms(reading: Reading, batch: RolloutBatch, clip: float) -> dict[str, Tensor]:
+    """Return the terms of the loss: policy_decision, policy_rationale, kl and anchor."""
     device = reading.direct_BD.device
     reasons_QG = torch.tensor([[one.token_ids is not None for one in group] for group in batch.groups], device=device)
     drawn_QG = torch.tensor([[not one.forced for one in group] for group in batch.groups], device=device)
@@ -88,7 +88,7 @@ def policy_terms(reading: Reading, batch: Batch, clip: float) -> dict[str, Tenso
     drift = 1 - F.cosine_similarity(ours, theirs, dim=1)
     terms = {
         "policy_decision": -(decided_QG * drawn_QG).sum() / drawn_QG.sum().clamp(min=1),
-        "policy_words": reading.logprobs_RT.sum() * 0.0,
+        "policy_rationale": reading.logprobs_RT.sum() * 0.0,
         "kl": kl_Q.mean(),
         "anchor": drift.mean(),
     }
@@ -97,16 +97,16 @@ def policy_terms(reading: Reading, batch: Batch, clip: float) -> dict[str, Tenso
         count = spoken_RT.sum().clamp(min=1)
         gained_RT = _clipped(reading.logprobs_RT - batch.old.logprobs_RT, among_QG[reasons_QG][:, None], clip)
         behind_RT = batch.reference.logprobs_RT - reading.logprobs_RT
-        terms["policy_words"] = -(gained_RT * spoken_RT).sum() / count
+        terms["policy_rationale"] = -(gained_RT * spoken_RT).sum() / count
         terms["kl"] = terms["kl"] + ((behind_RT.exp() - behind_RT - 1) * spoken_RT).sum() / count
     return terms
 
 
-def _spoken(batch: Batch, logprobs_RT: Tensor) -> Tensor:
-    """Return which words were drawn, (R, T): all and `</think>`, but for a `</think>` that the token limit forced."""
+def _spoken(batch: RolloutBatch, logprobs_RT: Tensor) -> Tensor:
+    """Return which tokens were drawn, (R, T): all and `</think>`, but for a `</think>` that the token limit forced."""
     drawn_R = [len(one.token_ids or ()) + (not one.truncated) for _, one in _reasoning(batch.groups)]
-    places_T = torch.arange(logprobs_RT.shape[1], device=logprobs_RT.device)
-    return places_T < torch.tensor(drawn_R, device=logprobs_RT.device)[:, None]
+    index_T = torch.arange(logprobs_RT.shape[1], device=logprobs_RT.device)
+    return index_T < torch.tensor(drawn_R, device=logprobs_RT.device)[:, None]
 
 
 def _clipped(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -114,7 +114,7 @@ def _clipped(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
-def statistics(batch: Batch) -> dict[str, Tensor]:
+def statistics(batch: RolloutBatch) -> dict[str, Tensor]:
     """Return what to log of a batch: each reward term, the reasoning rate, length, and the gap by task."""
     rollouts = [rollout for group in batch.groups for rollout in group]
     drawn = [rollout for rollout in rollouts if not rollout.forced]

@@ -19,28 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy.errors import OptionError
+from mmemb_training.recipes.settings import Rewards
 
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rewards:
-    """The dials of the reward. `cost` trades quality for latency: what a rationale of full length must earn."""
-
-    cost: float = 0.1
-    sigma: float = 0.1  # the gap, in cosine, that earns the full reward
-    well_formed: float = 0.1
-    embedding: float = 0.5
-    temperature: float = 0.02
-
-    def __post_init__(self) -> None:
-        for name in ("cost", "well_formed", "embedding"):
-            if getattr(self, name) < 0:
-                raise OptionError(f"{name} is {getattr(self, name)}: it must not be negative")
-        for name in ("sigma", "temperature"):
-            if getattr(self, name) <= 0:
-                raise OptionError(f"{name} is {getattr(self, name)}: it must be positive")
 
 
 @dataclass(frozen=True)

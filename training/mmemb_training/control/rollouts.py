@@ -57,8 +57,8 @@ def draw_groups(
     written = pipeline.generator.generate([fast.cache.take(owners.tolist())], max_tokens, sampling(rng, never))
     for owner, member, reasoned in zip(owners, members, written, strict=True):
         forced = bool(forced_QG[owner, member])
-        words = tuple(reasoned.token_ids)
-        groups[owner][member] = Rollout(words, reasoned.embedding_D, reasoned.truncated, forced)
+        token_ids = tuple(reasoned.token_ids)
+        groups[owner][member] = Rollout(token_ids, reasoned.embedding_D, reasoned.truncated, forced)
     return groups
 
 

@@ -106,12 +106,12 @@ def _lines(folder: Path, name: str) -> Iterator[_Line]:
 
 def _frames(folder: Path, video: str) -> dict[str, Any]:
     """Return the content of a video: FRAMES paths, evenly spread, or all where there are fewer, and their seconds."""
-    place = folder / FRAMES_FOLDER / video
+    frames = folder / FRAMES_FOLDER / video
     # Numbers have four digits, and more where those do not suffice.
-    paths = sorted(place.glob("*.jpeg"), key=lambda path: (len(path.name), path.name))
+    paths = sorted(frames.glob("*.jpeg"), key=lambda path: (len(path.name), path.name))
     if not paths:
         raise OptionError(
-            f"{place} is missing or holds no .jpeg; unpack the frames with: "
+            f"{frames} is missing or holds no .jpeg; unpack the frames with: "
             f"cd {folder / FRAMES_FOLDER} && for f in *.tar.gz; do tar -xzf $f; done"
         )
     chosen = range(len(paths))

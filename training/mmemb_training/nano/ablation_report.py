@@ -7,10 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmemb_deploy.errors import MissingExtraError
+from mmemb_deploy.evaluation.theme import LIGHT, drawing
 
-INK, QUIET, LINE, PAPER = "#1f2933", "#7b8794", "#e4e7eb", "#ffffff"
-COLOURS = ("#2b7a9b", "#dd8a3e", "#9aa5b1", "#5f7d4e", "#8c5e8f")
 CONTROL_ROWS = {
     "never": "never",
     "always": "always",
@@ -28,7 +26,7 @@ def markdown(tables: dict[str, Any]) -> str:
         f"# Ablation on DigitChain\n\n{tables['queries']} queries of mixed traffic from the test split, "
         f"{max(1, tables['queries'] // 5)} of each family; recipe {tables['recipe']}.",
         "## Selection: which rationales are learnt\n\n" + _selection(tables["selection"]),
-        "## The pool, as the evaluator judged it\n\n" + _pool(tables["pool"]),
+        "## The pool, as the evaluator assessed it\n\n" + _pool(tables["pool"]),
         "## Control: who decides, over the final model\n\n" + _control(tables["control"]),
         "## Reward: what the policy decides by itself (score 0.5)\n\n" + _reward(tables["reward"]),
         "## Dependence: always, with the rationale changed; mean ± spread over three seeds\n\n"
@@ -111,85 +109,71 @@ def _shown(cell: Any) -> str:
 
 def draw(tables: dict[str, Any], target: Path) -> None:
     """Write the figure as PNG; raises MissingExtraError without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("matplotlib", "bench") from error
-    matplotlib.rcParams.update(
-        {"font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.edgecolor": LINE}
-    )
-    figure = Figure(figsize=(13, 9), facecolor=PAPER, layout="constrained")
-    (selection, control), (reward, dependence) = figure.subplots(2, 2)
-    rules = tables["selection"]
-    _bars(
-        selection,
-        "Selection: hit@1 of auto on mixed traffic",
-        {rule: found["auto"]["hit_at_1"] for rule, found in rules.items()},
-    )
-    _curves(control, tables["control"])
-    _dial(reward, tables["reward"])
-    _dependence_bars(dependence, tables["dependence"])
-    for axes in (selection, control, reward, dependence):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=QUIET, length=0)
-    figure.savefig(target, dpi=130, facecolor=PAPER)
+    with drawing(13, 9) as figure:
+        figure.set_layout_engine("constrained")
+        (selection, control), (reward, dependence) = figure.subplots(2, 2)
+        _bars(selection, tables["selection"])
+        _curves(control, tables["control"])
+        _dial(reward, tables["reward"])
+        _dependence_bars(dependence, tables["dependence"])
+        for axes in (selection, control, reward, dependence):
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(target, dpi=130)
 
 
 def _title(axes: Any, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=11.5, fontweight="bold", color=INK, pad=12)
+    axes.set_title(text, loc="left", fontsize=11.5, fontweight="bold", pad=12)
 
 
-def _bars(axes: Any, title: str, values: dict[str, float]) -> None:
-    _title(axes, title)
-    places = range(len(values))
-    axes.barh(places, values.values(), color=[COLOURS[2]] * (len(values) - 1) + [COLOURS[0]], height=0.6)
-    axes.set_yticks(places, values, color=INK)
+def _bars(axes: Any, rules: dict[str, Any]) -> None:
+    _title(axes, "Selection: hit@1 of auto on mixed traffic")
+    values = [found["auto"]["hit_at_1"] for found in rules.values()]
+    colours = [LIGHT.modes["never"]] * (len(values) - 1) + [LIGHT.modes["auto"]]
+    axes.bar_label(axes.barh(list(rules), values, color=colours, height=0.6), fmt="%.3f", padding=4)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    for place, value in zip(places, values.values(), strict=True):
-        axes.text(value + 0.01, place, f"{value:.3f}", va="center", color=INK)
 
 
 def _curves(axes: Any, table: dict[str, Any]) -> None:
     _title(axes, "Control: hit@1 at every reasoning rate, final model")
     rates = list(table["curve"]["rate"].values())
-    for (name, points), colour in zip(
-        ((name, points) for name, points in table["curve"].items() if name != "rate"), COLOURS, strict=False
-    ):
-        axes.plot(rates, list(points.values()), color=colour, linewidth=2, label=name)
+    gates = {name: list(points.values()) for name, points in table["curve"].items() if name != "rate"}
+    for (name, points), colour in zip(gates.items(), LIGHT.series, strict=False):
+        axes.plot(rates, points, color=colour, linewidth=2, label=name)
     rows = table["rows"]
     for mode, marker in (("auto", "o"), ("oracle_gate", "*")):
         axes.plot(
             rows[mode]["reasoning_rate"],
             rows[mode]["hit_at_1"],
             marker,
-            color=INK,
+            color=LIGHT.ink,
             markersize=9,
             label=CONTROL_ROWS[mode] + (" at the default threshold" if mode == "auto" else ""),
         )
-    axes.set_xlabel("reasoning rate", color=QUIET)
-    axes.legend(frameon=False, loc="lower right")
+    axes.set_xlabel("reasoning rate")
+    axes.legend(loc="lower right")
 
 
 def _dial(axes: Any, table: dict[str, Any]) -> None:
     _title(axes, "Reward: what the policy decides by itself")
-    for place, (name, row) in enumerate(table.items()):
+    for index, (name, row) in enumerate(table.items()):
         auto = row["auto"]
-        axes.scatter(auto["reasoning_rate"], auto["hit_at_1"], s=70, color=COLOURS[place % len(COLOURS)], label=name)
-    axes.set_xlabel("reasoning rate", color=QUIET)
-    axes.set_ylabel("hit@1, mixed traffic", color=QUIET)
-    axes.legend(frameon=False, loc="best")
+        axes.scatter(
+            auto["reasoning_rate"], auto["hit_at_1"], s=70, color=LIGHT.series[index % len(LIGHT.series)], label=name
+        )
+    axes.set_xlabel("reasoning rate")
+    axes.set_ylabel("hit@1, mixed traffic")
+    axes.legend(loc="best")
 
 
 def _dependence_bars(axes: Any, table: dict[str, Any]) -> None:
     _title(axes, "Dependence: always, with the rationale changed")
     width = 0.8 / len(DEPENDENCE_ROWS)
-    for offset, ((mode, label), colour) in enumerate(zip(DEPENDENCE_ROWS.items(), COLOURS, strict=False)):
+    for offset, ((mode, label), colour) in enumerate(zip(DEPENDENCE_ROWS.items(), LIGHT.series, strict=False)):
         means = [statistics.mean(found[mode]) for found in table.values()]
         spreads = [statistics.stdev(found[mode]) for found in table.values()]
-        places = [place + (offset - 1) * width for place in range(len(table))]
-        axes.bar(places, means, width * 0.92, yerr=spreads, color=colour, label=label, error_kw={"ecolor": INK})
-    axes.set_xticks(range(len(table)), table, color=INK)
+        centres = [index + (offset - 1) * width for index in range(len(table))]
+        axes.bar(centres, means, width * 0.92, yerr=spreads, color=colour, label=label, error_kw={"ecolor": LIGHT.ink})
+    axes.set_xticks(range(len(table)), table)
     axes.set_ylim(0, 1.15)
-    axes.legend(frameon=False, ncols=3, loc="upper right")
+    axes.legend(ncols=3, loc="upper right")

@@ -52,7 +52,7 @@ def draw_digits(split: Split, seed: int, count: int, rendering: int = 0) -> Digi
         for family, members in zip(FAMILY_SHARES, rng.multinomial(count, shares / shares.sum()), strict=True)
         for example in source.examples(family, int(members))
     ]
-    keys = [f"{split}-{seed}-{place}" for place in range(count)]
+    keys = [f"{split}-{seed}-{index}" for index in range(count)]
     chosen = np.random.default_rng([seed, count, rendering])
     return Digits(
         tuple(_sample(key, example, chosen) for key, example in zip(keys, examples, strict=True)),
@@ -65,7 +65,7 @@ def _sample(key: str, example: Example, rng: np.random.Generator) -> Sample:
     lookalikes: list[Candidate] = []
     if example.family == "match":
         others = [shown for shown in example.candidates if shown is not target]
-        lookalikes = [others[place] for place in rng.choice(len(others), LOOKALIKES_PER_MATCH, replace=False)]
+        lookalikes = [others[index] for index in rng.choice(len(others), LOOKALIKES_PER_MATCH, replace=False)]
     return Sample(
         question=Question(key=key, task=example.family, content=example.content, instruction=example.instruction),
         wanted=f"drawing {target.drawing}" if example.family == "match" else f"value {example.value}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from tokenizers import Tokenizer
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -57,6 +59,7 @@ def nano_config(encoder: PromptEncoder, vocabulary_size: int) -> Qwen3VLConfig:
 NANO_PROMPT = PromptFormat("Represent the user's input.", RESULT_INSTRUCTION, "")
 
 
+@cache
 def nano_tokenizer() -> Tokenizer:
     """Train the tokenizer on DigitChain's words; any other text falls back to bytes."""
     words = [MATCH_INSTRUCTION, RESULT_INSTRUCTION, NANO_PROMPT.system, "system\nuser\nassistant\n", "<0.5 seconds>"]

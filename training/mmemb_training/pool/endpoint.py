@@ -37,8 +37,8 @@ def shown_parts(question: Question, max_frames: int) -> list[str | Image.Image]:
     parts += request.images
     last = len(request.frames) - 1
     count = min(max_frames, len(request.frames))
-    for place in range(count):
-        frame = place * last // max(1, count - 1)
+    for index in range(count):
+        frame = index * last // max(1, count - 1)
         parts += [f"<{request.timestamps[frame]:.1f} seconds>", request.frames[frame]]
     return [*parts, request.text] if request.text else parts
 

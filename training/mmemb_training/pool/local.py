@@ -87,14 +87,14 @@ class TransformersWorker:
     def _write_batch(self, questions: Sequence[Question]) -> list[Written]:
         prompts: list[_Prompt] = []
         errors: dict[int, str] = {}
-        for place, question in enumerate(questions):
+        for index, question in enumerate(questions):
             try:
                 prompts.append(self._prompt(question))
             except InputError as error:
-                errors[place] = f"{type(error).__name__}: {error}"
+                errors[index] = f"{type(error).__name__}: {error}"
         keys = "\n".join(question.key for question in questions)
         texts = iter(self._generate(prompts, seed=zlib.crc32(keys.encode(), self._seed)) if prompts else [])
-        return [Written((), errors[place]) if place in errors else next(texts) for place in range(len(questions))]
+        return [Written((), errors[index]) if index in errors else next(texts) for index in range(len(questions))]
 
     def _prompt(self, question: Question) -> _Prompt:
         parts = shown_parts(question, self._max_frames)

@@ -32,15 +32,15 @@ class TargetBank:
         distinct = {_key(target): target for sample in samples for target in (sample.target, *sample.negatives)}
         self.targets = list(distinct.values())
         self.embeddings_CD = embed_rows(checkpoint, [target_row(target, checkpoint.rows) for target in self.targets])
-        self._places = {key: place for place, key in enumerate(distinct)}
+        self._index = {key: index for index, key in enumerate(distinct)}
         self._labelled: dict[str, list[int]] = {}
-        for place, target in enumerate(self.targets):
+        for index, target in enumerate(self.targets):
             for label in target.labels:
-                self._labelled.setdefault(label, []).append(place)
+                self._labelled.setdefault(label, []).append(index)
 
-    def place(self, target: Target) -> int:
+    def index(self, target: Target) -> int:
         """Return a target's row of `embeddings_CD`."""
-        return self._places[_key(target)]
+        return self._index[_key(target)]
 
     def answers(self, wanted: str) -> list[int]:
         """Return the rows of the targets that answer a question."""
@@ -48,7 +48,7 @@ class TargetBank:
 
     def candidates(self, sample: Sample) -> Floats:
         """Return the embeddings of a sample's target and of its negatives, in this order."""
-        return self.embeddings_CD[[self.place(target) for target in (sample.target, *sample.negatives)]]
+        return self.embeddings_CD[[self.index(target) for target in (sample.target, *sample.negatives)]]
 
 
 def mine_negatives(
@@ -76,12 +76,12 @@ def mine_negatives(
         wrong_C[bank.answers(sample.wanted)] = False
         usable_C = wrong_C.copy()
         if share_of_positive is not None:
-            usable_C &= similarity_C <= share_of_positive * similarity_C[bank.place(sample.target)]
+            usable_C &= similarity_C <= share_of_positive * similarity_C[bank.index(sample.target)]
         usable = np.flatnonzero(usable_C)
         hardest = usable[np.argsort(-similarity_C[usable], kind="stable")[:hard]]
         others = np.setdiff1d(np.flatnonzero(wrong_C), hardest)
         drawn = rng.choice(others, size=min(even, len(others)), replace=False)
-        found = (bank.targets[place] for place in (*hardest, *drawn))
+        found = (bank.targets[index] for index in (*hardest, *drawn))
         mined.append(replace(sample, negatives=(*sample.negatives, *found)))
     return mined
 
@@ -93,7 +93,7 @@ def embed_rows(checkpoint: Checkpoint, rows: Sequence[Row], *, batch: int = 128)
     pieces = []
     with torch.inference_mode():
         for start in range(0, len(rows), batch):
-            direct_BD, _ = encoder.embed([rows[place] for place in order[start : start + batch]], [])
+            direct_BD, _ = encoder.embed([rows[index] for index in order[start : start + batch]], [])
             pieces.append(F.normalize(direct_BD.float(), dim=-1).numpy(force=True))
     embedded_ND: Floats = np.concatenate(pieces)[np.argsort(order)]
     return embedded_ND

@@ -59,8 +59,8 @@ class EmbedderEvaluator:
 
     def confidences(self, samples: Sequence[Sample], rationales: Sequence[Sequence[str]]) -> list[Confidence]:
         """Return the confidence in every sample, given each of its rationales in turn."""
-        words = self._rows.prompt.tokenize
-        paths = [Continuation(place, words(text)) for place, given in enumerate(rationales) for text in given]
+        tokenize = self._rows.prompt.tokenize
+        paths = [Continuation(index, tokenize(text)) for index, given in enumerate(rationales) for text in given]
         with torch.inference_mode():
             states = self._encoder.embed([query_row(sample.question, self._rows) for sample in samples], paths)
         direct_QD, reasoned_RD = (F.normalize(state.float(), dim=-1) for state in states)
@@ -92,15 +92,15 @@ class JudgeEvaluator:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._encoder = Encoder(checkpoint).eval()
         self._rows = checkpoint.rows
-        self._answers = [self._word("yes"), self._word("no")]
+        self._answers = [self._last_token("yes"), self._last_token("no")]
 
     def confidences(self, samples: Sequence[Sample], rationales: Sequence[Sequence[str]]) -> list[Confidence]:
         """Return the confidence in every sample, given each of its rationales in turn."""
-        words = self._rows.prompt.tokenize
-        ask = words("Does the candidate match? Answer:")
-        tails = [[ask, *(words(f"About the query: {text}\n") + ask for text in given)] for given in rationales]
+        tokenize = self._rows.prompt.tokenize
+        ask = tokenize("Does the candidate match? Answer:")
+        tails = [[ask, *(tokenize(f"About the query: {text}\n") + ask for text in given)] for given in rationales]
         prompts = [self._pair_row(sample) for sample in samples]
-        continued = [(place, tail) for place, group in enumerate(tails) for tail in group]
+        continued = [(index, tail) for index, group in enumerate(tails) for tail in group]
         with torch.inference_mode():
             logits_RV = self._encoder.next_logits(prompts, continued)
         yes_R, no_R = logits_RV[:, self._answers].unbind(dim=1)
@@ -127,6 +127,6 @@ class JudgeEvaluator:
             visual_index_S=row.visual_index_S[:-1],
         )
 
-    def _word(self, word: str) -> int:
+    def _last_token(self, word: str) -> int:
         (*_, token) = self._rows.prompt.tokenize(f" {word}")
         return token

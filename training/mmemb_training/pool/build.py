@@ -1,7 +1,7 @@
 """The pool as a job: resumable, safe from a kill, and losing nothing when a worker fails.
 
 pool.json            what the pool is of: workers and a hash of the questions
-part-00000.parquet   candidates: question, task, worker, sample, rationale
+part-00000.parquet   rationales: question, task, worker, sample, rationale
 failures.jsonl       what failed in the last run; the next run tries it again
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmemb_deploy.errors import OptionError
-from mmemb_deploy.files import write_whole
+from mmemb_deploy.files import claim
 from mmemb_training.pool.workers import Worker
 from mmemb_training.samples import Question
 from mmemb_training.tables import locked, read_parts, write_part
@@ -29,12 +29,12 @@ COLUMNS = ("question", "task", "worker", "sample", "rationale")
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A rationale, who wrote it, and which of the worker's for its question it is."""
+class Rationale:
+    """What was written, by whom, and which of the worker's for its question it is."""
 
     worker: str
     sample: int
-    rationale: str
+    text: str
 
 
 def build_pool(
@@ -54,7 +54,9 @@ def build_pool(
     _check_distinct("questions have the key", [question.key for question in questions])
     _check_distinct("workers have the name", [worker.name for worker in workers])
     with locked(folder):
-        _check_identity(folder, questions, workers)
+        keys = "\n".join(question.key for question in questions)
+        hashed, counts = hashlib.sha256(keys.encode()).hexdigest(), {worker.name: worker.samples for worker in workers}
+        claim(folder, {"questions": hashed, "workers": counts}, name=POOL)
         present = {(row["question"], row["worker"]) for row in read_parts(folder, COLUMNS)}
         (folder / FAILURES).write_text("")
         for worker in workers:
@@ -67,16 +69,16 @@ def build_pool(
         return pool_report(folder, workers, questions)
 
 
-def read_pool(folder: Path) -> dict[str, list[Candidate]]:
+def read_pool(folder: Path) -> dict[str, list[Rationale]]:
     """Return the candidates of every question, by worker and sample."""
-    pool: dict[str, list[Candidate]] = defaultdict(list)
+    pool: dict[str, list[Rationale]] = defaultdict(list)
     for row in read_parts(folder, COLUMNS):
-        pool[row["question"]].append(Candidate(row["worker"], row["sample"], row["rationale"]))
+        pool[row["question"]].append(Rationale(row["worker"], row["sample"], row["rationale"]))
     return {key: sorted(found, key=lambda one: (one.worker, one.sample)) for key, found in pool.items()}
 
 
 def pool_report(folder: Path, workers: Sequence[Worker], questions: Sequence[Question]) -> dict[str, Any]:
-    """Return, by worker: questions written, failed and missing, candidates by task, and their words and emptiness."""
+    """Return, by worker: questions written, failed and missing, candidates by task, and their length and emptiness."""
     rows = list(read_parts(folder, COLUMNS))
     failures = [json.loads(line) for line in (folder / FAILURES).read_text().splitlines()]
     report = {}
@@ -114,9 +116,9 @@ def _write(folder: Path, worker: Worker, questions: Sequence[Question]) -> None:
     write_part(
         folder,
         [
-            {"question": question.key, "task": question.task, "worker": worker.name, "sample": place, "rationale": text}
+            {"question": question.key, "task": question.task, "worker": worker.name, "sample": index, "rationale": text}
             for question, written in zip(questions, results, strict=True)
-            for place, text in enumerate(written.rationales)
+            for index, text in enumerate(written.rationales)
         ],
     )
     with (folder / FAILURES).open("a") as file:
@@ -124,21 +126,6 @@ def _write(folder: Path, worker: Worker, questions: Sequence[Question]) -> None:
             if written.error is not None:
                 failure = {"question": question.key, "worker": worker.name, "error": written.error}
                 file.write(json.dumps(failure, ensure_ascii=False) + "\n")
-
-
-def _check_identity(folder: Path, questions: Sequence[Question], workers: Sequence[Worker]) -> None:
-    keys = "\n".join(question.key for question in questions)
-    identity = {
-        "questions": hashlib.sha256(keys.encode()).hexdigest(),
-        "workers": {worker.name: worker.samples for worker in workers},
-    }
-    path = folder / POOL
-    if not path.exists():
-        write_whole(path, json.dumps(identity, indent=1))
-    known = json.loads(path.read_text())
-    if known != identity:
-        differing = " and ".join(name for name in identity if known.get(name) != identity[name])
-        raise OptionError(f"{folder} holds a pool of other {differing} ({known}): choose another folder")
 
 
 def _check_distinct(what: str, names: Sequence[str]) -> None:

@@ -23,8 +23,8 @@ class TaskBatches:
         self._size = size
         self._seed = seed
         self._tasks: dict[str, list[int]] = {}
-        for place, sample in enumerate(samples):
-            self._tasks.setdefault(sample.question.task, []).append(place)
+        for index, sample in enumerate(samples):
+            self._tasks.setdefault(sample.question.task, []).append(index)
         self.per_pass = sum(len(members) // size for members in self._tasks.values())
         if not self.per_pass:
             largest = max(map(len, self._tasks.values()), default=0)
@@ -33,8 +33,8 @@ class TaskBatches:
 
     def __call__(self, step: int) -> list[Sample]:
         """Return the batch of a step."""
-        passes, place = divmod(step, self.per_pass)
-        return [self._samples[index] for index in self._order(passes)[place]]
+        passes, number = divmod(step, self.per_pass)
+        return [self._samples[index] for index in self._order(passes)[number]]
 
     def _shuffled(self, passes: int) -> list[list[int]]:
         rng = np.random.default_rng([self._seed, passes])
@@ -43,4 +43,4 @@ class TaskBatches:
             order = rng.permutation(members).tolist()
             full = len(order) - len(order) % self._size
             batches += [order[start : start + self._size] for start in range(0, full, self._size)]
-        return [batches[place] for place in rng.permutation(len(batches))]
+        return [batches[index] for index in rng.permutation(len(batches))]

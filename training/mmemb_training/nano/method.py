@@ -11,7 +11,7 @@ A run's folder holds one folder per stage; a stage that is finished is loaded, o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,23 +19,22 @@ from pathlib import Path
 import numpy as np
 
 from mmemb_training.checkpoint import Checkpoint
-from mmemb_training.control.grpo import ControlRecipe, train_control
-from mmemb_training.control.rewards import Rewards
-from mmemb_training.joint import Lesson, Objective
-from mmemb_training.loop import Schedule
-from mmemb_training.nano.backbone import BATCH, train_backbone
-from mmemb_training.nano.digits import digit_workers, draw_digits, states_only_truths
+from mmemb_training.control.grpo import train_control
+from mmemb_training.joint import Lesson
+from mmemb_training.nano.digits import RULES, digit_workers, draw_digits, states_only_truths
 from mmemb_training.nano.model import DIMS, nano_checkpoint
-from mmemb_training.pool.job import Candidate, build_pool, read_pool
+from mmemb_training.pool.build import Rationale, build_pool, read_pool
+from mmemb_training.recipes.settings import ControlRecipe, JointRecipe, Margins, Objective, Rewards, Schedule
 from mmemb_training.samples import Sample
+from mmemb_training.selection.assess import REPORT, assess_pool, read_assessed
 from mmemb_training.selection.bank import TargetBank, mine_negatives
 from mmemb_training.selection.evaluators import EmbedderEvaluator
-from mmemb_training.selection.job import REPORT, judge_pool, read_judged
-from mmemb_training.selection.select import Judged, Keeps, Margins, Verdict, choose
-from mmemb_training.stage import Metrics, Watch, finish_stage
-from mmemb_training.trainer import JointRecipe, plain_accelerator, train_jointly
+from mmemb_training.selection.select import Assessed, Keeps, Verdict, kept_rationales
+from mmemb_training.stage import Metrics, Watch, plain_accelerator, run_stage
+from mmemb_training.trainer import train_jointly
 
 POOL_SEED = 1_000_000  # apart from the backbone's draws
+STYLES = {"exact": 0.5, "verbose": 0.25, "hollow": 0.25}  # shares of the backbone's rationales
 NEGATIVES = {"hard": 12, "even": 12}
 MARGINS = Margins()
 SAMPLING_TEMPERATURE = 4.0  # nats of gain
@@ -50,12 +49,22 @@ class NanoRecipe:
     pool: int = 6000  # questions
     joint_steps: int = 500
     control_steps: int = 320
+    batch: int = 96  # questions of a step of stages 0 and 3
     control_questions: int = 16  # of each batch of rollouts
 
     def scaled(self, share: float) -> NanoRecipe:
         """Return the recipe with a share of its steps and questions."""
         names = ("backbone_steps", "pool", "joint_steps", "control_steps")
         return replace(self, **{name: max(2, round(share * getattr(self, name))) for name in names})
+
+    def backbone(self) -> JointRecipe:
+        """Return the recipe of stage 0. The next-token loss is a mean per token, and small beside InfoNCE."""
+        return JointRecipe(
+            schedule=Schedule(seed=self.seed, steps=self.backbone_steps, learning_rate=2e-3),
+            objective=Objective(lambda_g=2.0, lambda_d=1.0, dims=DIMS, teach_decision=False),
+            batch=self.batch,
+            length_groups=4,
+        )
 
     def joint(self) -> JointRecipe:
         """Return the recipe of stage 3.
@@ -65,33 +74,34 @@ class NanoRecipe:
         return JointRecipe(
             schedule=Schedule(seed=self.seed, steps=self.joint_steps, learning_rate=7e-4, warmup=20),
             objective=Objective(lambda_g=2.0, lambda_d=2.0, dims=DIMS),
-            query_chunks=4,
+            batch=self.batch,
+            length_groups=4,
         )
 
     def control(self, rewards: Rewards, *, paired: bool = True) -> ControlRecipe:
         """Return the recipe of stage 4."""
         schedule = Schedule(
-            seed=self.seed, steps=self.control_steps, learning_rate=1e-4, warmup=10, weight_decay=0.0, spike=None
+            seed=self.seed, steps=self.control_steps, learning_rate=1e-4, warmup=10, weight_decay=0.0, spike=0
         )
-        return ControlRecipe(schedule=schedule, rewards=rewards, paired=paired)
+        return ControlRecipe(schedule=schedule, rewards=rewards, queries=self.control_questions, paired=paired)
 
 
-def pair_aware(one: Judged) -> bool:
+def pair_aware(one: Assessed) -> bool:
     """Keep what helps its pair by what it says: the method's rule."""
     return one.verdict(MARGINS) is Verdict.KEPT
 
 
-def gain_only(one: Judged) -> bool:
+def gain_only(one: Assessed) -> bool:
     """Keep what helps its pair, whatever it says."""
     return one.gain > MARGINS.gain
 
 
-def instance_level(one: Judged) -> bool:
+def instance_level(one: Assessed) -> bool:
     """Keep what is right in itself, whatever it does for the pair."""
-    return states_only_truths(one.candidate.rationale)
+    return states_only_truths(one.rationale.text)
 
 
-def everything(_: Judged) -> bool:
+def everything(_: Assessed) -> bool:
     """Keep all candidates."""
     return True
 
@@ -112,22 +122,39 @@ class NanoRun:
         return self.folder / "control" / "checkpoint"
 
     def backbone(self) -> Checkpoint:
-        """Stage 0."""
-        recipe = self.recipe
-        start = nano_checkpoint(recipe.seed)
-        folder = self.folder / "backbone"
-        steps = train_backbone(start, recipe.seed, recipe.backbone_steps, folder)
-        return self._finish("backbone", start, steps, recipe.backbone_steps)
+        """Stage 0: what a pretrained backbone brings to the method, learnt on DigitChain.
 
-    def selection(self) -> list[Judged]:
-        """Stages 1 and 2: every candidate of the pool, judged by the backbone."""
+        MMEmb-R1 starts from a Qwen3-VL that reads images, calculates, and takes a rationale at its word. Nobody ships
+        one of 1.5M parameters, so this stage makes it: contrastive on both embeddings, and next-token loss on
+        rationales that are never wrong, in three styles. It decides nothing yet.
+        """
+        recipe = self.recipe.backbone()
+
+        def draw(step: int) -> list[Lesson]:
+            rng = np.random.default_rng([self.recipe.seed, step])
+            digits = draw_digits("train", int(rng.integers(2**31)), recipe.batch)
+            styles = rng.choice(list(STYLES), size=recipe.batch, p=list(STYLES.values()))
+            return [
+                Lesson(sample, RULES[style](*digits.told[sample.question.key]))
+                for sample, style in zip(digits.samples, styles, strict=True)
+            ]
+
+        def begin() -> tuple[Checkpoint, Metrics, int]:
+            start = nano_checkpoint(self.recipe.seed)
+            steps = train_jointly(start, draw, recipe, self.folder / "backbone", data={"styles": STYLES})
+            return start, steps, self.recipe.backbone_steps
+
+        return self._stage("backbone", begin)
+
+    def selection(self) -> list[Assessed]:
+        """Stages 1 and 2: every rationale of the pool, assessed by the backbone."""
         folder = self.folder / "selection"
         if (folder / REPORT).exists():
-            return read_judged(folder)
+            return read_assessed(folder)
         backbone = self.backbone()
         samples = self.mined(backbone)
         evaluator = EmbedderEvaluator(backbone, TargetBank(samples, backbone), temperature=0.02)
-        return judge_pool(samples, self._pool(), evaluator, folder, MARGINS, seed=self.recipe.seed)
+        return assess_pool(samples, self._pool(), evaluator, folder, MARGINS, seed=self.recipe.seed)
 
     def mined(self, backbone: Checkpoint) -> list[Sample]:
         """Return the pool's samples with hard negatives, mined with the backbone; the labels of digits are exact."""
@@ -137,56 +164,55 @@ class NanoRun:
 
     def joint(self, name: str, keeps: Keeps) -> Checkpoint:
         """Stage 3, from the backbone, on the candidates that `keeps` keeps."""
-        temperature = SAMPLING_TEMPERATURE if keeps in (pair_aware, gain_only) else float("inf")
-        choices = choose(self.selection(), keeps, temperature=temperature)
+        recipe = self.recipe.joint()
 
-        def draw(step: int) -> list[Lesson]:
-            rng = np.random.default_rng([self.recipe.seed, step])
-            return [Lesson(sample, choices[sample.question.key].draw(rng)) for sample in self._batch(step, BATCH)]
+        def begin() -> tuple[Checkpoint, Metrics, int]:
+            temperature = SAMPLING_TEMPERATURE if keeps in (pair_aware, gain_only) else float("inf")
+            kept = kept_rationales(self.selection(), keeps, temperature=temperature)
 
-        start = self.backbone()
-        steps = train_jointly(start, draw, self.recipe.joint(), self.folder / name, data={"rule": keeps.__name__})
-        return self._finish(name, start, steps, self.recipe.joint_steps)
+            def draw(step: int) -> list[Lesson]:
+                rng = np.random.default_rng([self.recipe.seed, step])
+                return [
+                    Lesson(sample, kept[sample.question.key].draw(rng)) for sample in self._batch(step, recipe.batch)
+                ]
+
+            start = self.backbone()
+            steps = train_jointly(start, draw, recipe, self.folder / name, data={"rule": keeps.__name__})
+            return start, steps, self.recipe.joint_steps
+
+        return self._stage(name, begin)
 
     def control(self, name: str, start: Checkpoint, recipe: ControlRecipe) -> Checkpoint:
         """Stage 4, from what stage 3 left."""
-        count = self.recipe.control_questions
 
-        def steps() -> Metrics:
+        def begin() -> tuple[Checkpoint, Metrics, int]:
             samples = self.mined(start)
-            bank = TargetBank(samples, start)
-
             negatives = {sample.question.key: sample.negatives for sample in samples}
 
             def draw(turn: int) -> list[Sample]:
                 return [
-                    replace(sample, negatives=negatives[sample.question.key]) for sample in self._batch(turn, count)
+                    replace(sample, negatives=negatives[sample.question.key])
+                    for sample in self._batch(turn, recipe.queries)
                 ]
 
-            yield from train_control(start, draw, recipe, self.folder / name, bank=bank, data={"questions": count})
+            steps = train_control(start, draw, recipe, self.folder / name, bank=TargetBank(samples, start))
+            return start, steps, self.recipe.control_steps
 
-        return self._finish(name, start, steps(), self.recipe.control_steps)
+        return self._stage(name, begin)
 
     def _batch(self, number: int, size: int) -> list[Sample]:
         """Return one batch of the pool's samples; every pass over the pool is in another order and rendering."""
         size = min(size, len(self.digits.samples))
-        passes, place = divmod(number, len(self.digits.samples) // size)
+        passes, turn = divmod(number, len(self.digits.samples) // size)
         order = np.random.default_rng([self.recipe.seed, passes]).permutation(len(self.digits.samples))
         shown = self._rendered(passes).samples
-        return [shown[index] for index in order[place * size : (place + 1) * size]]
+        return [shown[index] for index in order[turn * size : (turn + 1) * size]]
 
-    def _pool(self) -> Mapping[str, Sequence[Candidate]]:
+    def _pool(self) -> Mapping[str, Sequence[Rationale]]:
         questions = [sample.question for sample in self.digits.samples]
         build_pool(questions, digit_workers(self.digits), self.folder / "pool", batch=len(questions))
         return read_pool(self.folder / "pool")
 
-    def _finish(self, name: str, checkpoint: Checkpoint, steps: Metrics, count: int) -> Checkpoint:
-        return finish_stage(
-            self.folder / name,
-            checkpoint,
-            steps,
-            count,
-            self._watch,
-            plain_accelerator(),
-            {"recipe": asdict(self.recipe)},
-        )
+    def _stage(self, name: str, begin: Callable[[], tuple[Checkpoint, Metrics, int]]) -> Checkpoint:
+        asked = {"recipe": asdict(self.recipe)}
+        return run_stage(self.folder / name, begin, self._watch, plain_accelerator(), asked, asked)

@@ -9,12 +9,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmemb_deploy.errors import OptionError, check_known
 
+TEXT_KEYS = {
+    "hidden": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "intermediate": "intermediate_size",
+    "vocabulary": "vocab_size",
+}
+VISION_KEYS = {
+    "hidden": "hidden_size",
+    "layers": "depth",
+    "heads": "num_heads",
+    "intermediate": "intermediate_size",
+    "out": "out_hidden_size",
+    "patch": "patch_size",
+    "temporal_patch": "temporal_patch_size",
+    "merge": "spatial_merge_size",
+    "channels": "in_channels",
+    "positions": "num_position_embeddings",
+}
 MARKER_ROWS = 2  # rows of the embedding table that LoRA trains: <|disc_emb|> and <|gen_emb|>
 
 
@@ -127,61 +148,68 @@ class ModelShape:
         return self.text.layers * rank * factors + MARKER_ROWS * self.text.hidden
 
 
-def _text(hidden: int, layers: int, heads: int, intermediate: int, *, tied: bool) -> TextShape:
-    """Return a language model of the family: all sizes share KV heads, head size and vocabulary."""
-    return TextShape(
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=8,
-        head_dim=128,
-        intermediate=intermediate,
-        vocabulary=151936,
-        tied=tied,
-    )
-
-
-def _vision(hidden: int, layers: int, intermediate: int, out: int, deepstack: tuple[int, ...]) -> VisionShape:
-    """Return a vision tower of the family: all sizes share heads, patches and the position table."""
-    return VisionShape(
-        hidden=hidden,
-        layers=layers,
-        heads=16,
-        intermediate=intermediate,
-        out=out,
-        patch=16,
-        temporal_patch=2,
-        merge=2,
-        channels=3,
-        positions=2304,
-        deepstack=deepstack,
-    )
-
-
-_TEXT_2B = _text(2048, 28, 16, 6144, tied=True)
-_TEXT_4B = _text(2560, 36, 32, 9728, tied=True)
-_TEXT_8B = _text(4096, 36, 32, 12288, tied=False)
-_VISION_2B = _vision(1024, 24, 4096, 2048, (5, 11, 17))
-_VISION_4B = _vision(1024, 24, 4096, 2560, (5, 11, 17))
-_VISION_8B = _vision(1152, 27, 4304, 4096, (8, 16, 24))
-_EMBEDDING_README = (
-    "layers and width: README of github.com/QwenLM/Qwen3-VL-Embedding; the rest: its base model, whose class it loads. "
+_TEXT_2B = TextShape(
+    hidden=2048, layers=28, heads=16, kv_heads=8, head_dim=128, intermediate=6144, vocabulary=151936, tied=True
 )
-
-_SMALL_VISION = VisionShape(
-    hidden=512,
-    layers=8,
-    heads=8,
-    intermediate=2048,
-    out=1024,
+_TEXT_4B = replace(_TEXT_2B, hidden=2560, layers=36, heads=32, intermediate=9728)
+_TEXT_8B = replace(_TEXT_2B, hidden=4096, layers=36, heads=32, intermediate=12288, tied=False)
+_VISION_2B = VisionShape(
+    hidden=1024,
+    layers=24,
+    heads=16,
+    intermediate=4096,
+    out=2048,
     patch=16,
     temporal_patch=2,
     merge=2,
     channels=3,
     positions=2304,
-    deepstack=(1, 3, 5),
+    deepstack=(5, 11, 17),
+)
+_VISION_4B = replace(_VISION_2B, out=2560)
+_VISION_8B = replace(_VISION_2B, hidden=1152, layers=27, intermediate=4304, out=4096, deepstack=(8, 16, 24))
+_EMBEDDING = (
+    "layers and width: README of github.com/QwenLM/Qwen3-VL-Embedding; the rest: its base model, whose class it loads. "
 )
 
+SHAPES = {
+    name: ModelShape(name=name, text=text, vision=vision, source=source)
+    for name, text, vision, source in (
+        (
+            "small",
+            replace(_TEXT_2B, hidden=1024, layers=12, intermediate=3072),
+            replace(_VISION_2B, hidden=512, layers=8, heads=8, intermediate=2048, out=1024, deepstack=(1, 3, 5)),
+            "no public model: a shape of 0.2 billion parameters beside its token table, to measure with",
+        ),
+        (
+            "qwen3-vl-2b",
+            _TEXT_2B,
+            _VISION_2B,
+            "config.json of Qwen/Qwen3-VL-2B-Instruct, as torchtitan's experiments/qwen3_vl restates it",
+        ),
+        (
+            "qwen3-vl-4b",
+            _TEXT_4B,
+            _VISION_4B,
+            "config.json of Qwen/Qwen3-VL-4B-Instruct, in the copies that derived models publish",
+        ),
+        (
+            "qwen3-vl-8b",
+            _TEXT_8B,
+            _VISION_8B,
+            "config.json of Qwen/Qwen3-VL-8B-Instruct, as torchtitan's experiments/qwen3_vl restates it; the "
+            "same in ollama's metadata of qwen3-vl:8b-instruct",
+        ),
+        ("qwen3-vl-embedding-2b", _TEXT_2B, _VISION_2B, _EMBEDDING + "2B: tied"),
+        (
+            "qwen3-vl-embedding-8b",
+            _TEXT_8B,
+            _VISION_8B,
+            _EMBEDDING + "8B: counted with the base's untied head, which the method needs and an embedding model may "
+            "not bring",
+        ),
+    )
+}
 HUB = {
     "Qwen/Qwen3-VL-2B-Instruct": "qwen3-vl-2b",
     "Qwen/Qwen3-VL-2B-Thinking": "qwen3-vl-2b",
@@ -193,47 +221,6 @@ HUB = {
     "Qwen/Qwen3-VL-Embedding-8B": "qwen3-vl-embedding-8b",
 }
 """The name here of every public model whose shape is known."""
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        ModelShape(
-            name="small",
-            text=_text(1024, 12, 16, 3072, tied=True),
-            vision=_SMALL_VISION,
-            source="no public model: a shape of 0.2 billion parameters beside its token table, to measure with",
-        ),
-        ModelShape(
-            name="qwen3-vl-2b",
-            text=_TEXT_2B,
-            vision=_VISION_2B,
-            source="config.json of Qwen/Qwen3-VL-2B-Instruct, as torchtitan's experiments/qwen3_vl restates it",
-        ),
-        ModelShape(
-            name="qwen3-vl-4b",
-            text=_TEXT_4B,
-            vision=_VISION_4B,
-            source="config.json of Qwen/Qwen3-VL-4B-Instruct, in the copies that derived models publish",
-        ),
-        ModelShape(
-            name="qwen3-vl-8b",
-            text=_TEXT_8B,
-            vision=_VISION_8B,
-            source="config.json of Qwen/Qwen3-VL-8B-Instruct, as torchtitan's experiments/qwen3_vl restates it; the "
-            "same in ollama's metadata of qwen3-vl:8b-instruct",
-        ),
-        ModelShape(
-            name="qwen3-vl-embedding-2b", text=_TEXT_2B, vision=_VISION_2B, source=_EMBEDDING_README + "2B: tied"
-        ),
-        ModelShape(
-            name="qwen3-vl-embedding-8b",
-            text=_TEXT_8B,
-            vision=_VISION_8B,
-            source=_EMBEDDING_README + "8B: counted with the base's untied head, which the method needs and an "
-            "embedding model may not bring",
-        ),
-    )
-}
 
 
 def find_shape(model: str) -> ModelShape:
@@ -262,7 +249,7 @@ def read_shape(folder: Path) -> ModelShape:
         raise OptionError(f"{path} cannot be read: {error}") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "qwen3_vl":
-        raise OptionError(f"{path}: model_type is {kind!r}; a plan is for 'qwen3_vl', dense Qwen3-VL models")
+        raise OptionError(f"{path}: model_type is {kind!r}; an estimate is for 'qwen3_vl', dense Qwen3-VL models")
     try:
         return _shape(folder.name, str(path), config)
     except KeyError as error:
@@ -277,26 +264,11 @@ def _shape(name: str, source: str, config: Mapping[str, Any]) -> ModelShape:
         name=name,
         source=source,
         text=TextShape(
-            hidden=text["hidden_size"],
-            layers=text["num_hidden_layers"],
-            heads=text["num_attention_heads"],
-            kv_heads=text["num_key_value_heads"],
-            head_dim=text["head_dim"],
-            intermediate=text["intermediate_size"],
-            vocabulary=text["vocab_size"],
             tied=bool(config.get("tie_word_embeddings", False)),
+            **{field: text[key] for field, key in TEXT_KEYS.items()},
         ),
         vision=VisionShape(
-            hidden=vision["hidden_size"],
-            layers=vision["depth"],
-            heads=vision["num_heads"],
-            intermediate=vision["intermediate_size"],
-            out=vision["out_hidden_size"],
-            patch=vision["patch_size"],
-            temporal_patch=vision["temporal_patch_size"],
-            merge=vision["spatial_merge_size"],
-            channels=vision["in_channels"],
-            positions=vision["num_position_embeddings"],
             deepstack=tuple(vision["deepstack_visual_indexes"]),
+            **{field: vision[key] for field, key in VISION_KEYS.items()},
         ),
     )

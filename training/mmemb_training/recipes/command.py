@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from mmemb_deploy.errors import OptionError, check_known
-from mmemb_training.plan.devices import DEVICES, UTILISATION, machine
-from mmemb_training.plan.loads import FILL
-from mmemb_training.plan.planner import Line, Plan, make_plan
-from mmemb_training.plan.recipes import METHODS, load_recipe, recipe_names
-from mmemb_training.plan.shapes import SHAPES, find_shape
+from mmemb_training.recipes.estimate import FILL, Estimate, estimate
+from mmemb_training.recipes.hours import Figure
+from mmemb_training.recipes.load import load_recipe, recipe_names
+from mmemb_training.recipes.machines import DEVICES, UTILISATION, machine
+from mmemb_training.recipes.settings import Method, changed
+from mmemb_training.recipes.shapes import SHAPES, find_shape
 
-GIB, PETA = 2**30, 1e15
-
+SCALES = {"B": (2**30, ",.2f", "GiB"), "FLOP": (1e15, ",.3g", "PFLOP"), "FLOP/s": (1e12, ",.1f", "TFLOP/s")}
 _MODELS = f"{', '.join(SHAPES)}, a public model's hub id, or a checkpoint folder."
 
 
@@ -36,58 +36,56 @@ def plan(
 ) -> None:
     """Say what fits, how much at once, and how many hours each stage takes; nothing is loaded or downloaded."""
     shape = find_shape(model)
-    chosen = load_recipe(_recipe_for(shape.name, method) if recipe is None else recipe)
+    chosen = load_recipe(_recipe_for(shape.name, method) if recipe is None else recipe).with_method(method)
+    if batch is not None:
+        chosen = changed(chosen, "joint.batch", batch)
     there = machine(
         gpus, device=device, memory_gib=memory_gib, tflops=tflops, bandwidth=bandwidth, utilisation=utilisation
     )
-    made = make_plan(shape, chosen.with_method(method), there, examples=examples, batch=batch, fill=fill)
+    made = estimate(shape, chosen, there, examples=examples, fill=fill)
     if as_json:
-        print(json.dumps(made.as_dict()))
+        about = {"model": shape.name, "recipe": chosen.name, "method": chosen.weights.method, "examples": examples}
+        print(json.dumps(about | made.as_dict()))
     else:
-        _show(made)
+        _show(f"{shape.name}, recipe {chosen.name} ({chosen.weights.method}), {examples:,} examples", made)
 
 
 def _recipe_for(model: str, method: str | None) -> str:
     """Return the packaged recipe of a model and a method (lora if not given)."""
-    check_known("method", method or "lora", METHODS)
+    check_known("method", method or "lora", get_args(Method))
     name = f"{model}-{method or 'lora'}"
     if name not in recipe_names():
         raise OptionError(f"no recipe is named {name!r}: pass one of {', '.join(recipe_names())}, or a .toml file")
     return name
 
 
-def _show(made: Plan) -> None:
+def _show(title: str, made: Estimate) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"{made.model}, recipe {made.recipe} ({made.method}), {made.examples:,} examples")
+    table = Table(title=title)
     for heading, justify in (("", "left"), ("", "right"), ("from", "left")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]  # the literals above
-    section = None
-    for line in made.lines:
-        if line.section != section:
-            section = line.section
-            table.add_section()
-            table.add_row(f"[bold]{section}[/bold]")
-        table.add_row(line.name, _value(line), line.basis)
+    for section, figures in made.figures.items():
+        table.add_section()
+        table.add_row(f"[bold]{section}[/bold]")
+        for name, figure in figures.items():
+            table.add_row(name, _value(figure), figure.basis)
     console.print(table)
     if made.fits:
-        console.print(f"fits: {made.micro_batch} prompts at once, {made.chunks} chunks a step", style="green")
+        joint = made.stages["joint"]
+        console.print(f"fits: {joint.micro_batch} questions at once, {joint.chunks} chunks a step", style="green")
         return
     console.print(f"does not fit: {made.reason}", style="red")
     for change in made.changes:
         console.print(f"  fits with {change}")
 
 
-def _value(line: Line) -> str:
-    if line.value is None:
+def _value(figure: Figure) -> str:
+    if figure.value is None:
         return "not known"
-    if line.unit == "B":
-        return f"{line.value / GIB:,.2f} GiB"
-    if line.unit == "FLOP":
-        return f"{line.value / PETA:,.3g} PFLOP"
-    if line.unit == "FLOP/s":
-        return f"{line.value / 1e12:,.1f} TFLOP/s"
-    number = f"{line.value:,.0f}" if line.value == round(line.value) else f"{line.value:,.2f}"
-    return f"{number} {line.unit}".rstrip()
+    scale, form, unit = SCALES.get(
+        figure.unit, (1, ",.0f" if figure.value == round(figure.value) else ",.2f", figure.unit)
+    )
+    return f"{figure.value / scale:{form}} {unit}".rstrip()

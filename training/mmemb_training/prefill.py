@@ -18,7 +18,7 @@ from mmemb_deploy.inputs.rows import Batch, by_grid
 from mmemb_training.model import KeyValue, decoder_forward, vision_forward
 
 
-def encode_batch(model: Any, batch: Batch, spec: VisionSpec) -> tuple[Tensor, list[KeyValue]]:
+def prefill(model: Any, batch: Batch, spec: VisionSpec) -> tuple[Tensor, list[KeyValue]]:
     """Return the states after the final norm, (B, S, D), and every layer's cache."""
     tokens_VD, deepstack_LVD = encode_visuals(model, batch.visuals, spec)
     device = tokens_VD.device
@@ -45,9 +45,9 @@ def encode_visuals(model: Any, visuals: Sequence[Visual], spec: VisionSpec) -> t
     weight = visual.patch_embed.proj.weight
     zero = weight.new_zeros(len(visual.deepstack_visual_indexes) + 1, 1, model.config.text_config.hidden_size)
     pieces, owners = [zero], [np.zeros(1, np.int64)]
-    for grid, places in by_grid(visuals).items():
+    for grid, indices in by_grid(visuals).items():
         tables = vision_tables(*grid, spec)
-        patches_NPF = torch.from_numpy(np.stack([patches(visuals[place], spec) for place in places]))
+        patches_NPF = torch.from_numpy(np.stack([patches(visuals[index], spec) for index in indices]))
         tokens_NMD, deepstack_LNMD = vision_forward(
             visual,
             patches_NPF.to(weight),
@@ -57,7 +57,7 @@ def encode_visuals(model: Any, visuals: Sequence[Visual], spec: VisionSpec) -> t
             _on(weight, tables.rotary_sin_PD),
         )
         pieces.append(torch.cat((tokens_NMD[None], deepstack_LNMD)).flatten(1, 2))
-        owners.append(np.repeat(np.array(places) + 1, tokens_NMD.shape[1]))
+        owners.append(np.repeat(np.array(indices) + 1, tokens_NMD.shape[1]))
     order_V = np.argsort(np.concatenate(owners), kind="stable")  # back into the order of `visuals`
     levels_LVD = torch.cat(pieces, dim=1)[:, _on(weight, order_V)]
     return levels_LVD[0], levels_LVD[1:]

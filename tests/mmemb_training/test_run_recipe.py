@@ -1,0 +1,274 @@
+"""A recipe runs all stages on data in a public layout, from a public model, and goes on where it stopped."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from mmemb_deploy import OptionError
+from mmemb_training.checkpoint import load_checkpoint
+from mmemb_training.pool.build import read_pool
+from mmemb_training.recipes.estimate import estimate
+from mmemb_training.recipes.load import load_recipe
+from mmemb_training.recipes.machines import Machine
+from mmemb_training.recipes.settings import ControlRecipe, JointRecipe, changed
+from mmemb_training.recipes.shapes import SHAPES
+from mmemb_training.run_recipe import CPU_MICRO_BATCH, Run, read_samples, with_micro_batches
+from mmemb_training.samples import Question, Sample, Target
+from mmemb_training.selection.select import KeptRationales
+from mmemb_training.stage import Metrics
+from mmemb_training.task_batches import TaskBatches
+
+INSTRUCTION = "Given an image, find a similar everyday image with the described changes"
+RECIPE = """
+extends = "qwen3-vl-2b-{method}"
+[model]
+source = "{source}"
+max_pixels = 256
+max_rationale_tokens = 9
+video_max_pixels = 256
+[weights]
+precision = "fp32"
+[weights.lora]
+rank = 4
+[pool]
+samples = 2
+max_tokens = 16
+[[pool.workers]]
+name = "served"
+model = "a-model"
+base_url = "http://127.0.0.1:{port}/v1"
+[selection]
+evaluator = "{evaluator}"
+hard_negatives = 2
+[selection.margins]
+gain = 0.0
+content = 0.0
+[joint]
+batch = 4
+micro_batch = 2
+[joint.schedule]
+learning_rate = 1e-3
+steps = 3
+[joint.objective]
+dims = [48, 24]
+[control]
+group = 4
+queries = 3
+[control.schedule]
+steps = 2
+"""
+
+
+@pytest.fixture
+def public(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "public"))
+    (folder / "mmemb.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """A few rows of MMEB-train's CIRR: an image and a change to it, and the image that shows it."""
+    root = tmp_path / "MMEB-train"
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(12):
+        paths = [f"images/CIRR/Train/{side}{index}.png" for side in "qp"]
+        for path in paths:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(root / path)
+        rows.append(
+            {
+                "qry": f"<|image_1|>\n{INSTRUCTION}: {index}",
+                "qry_image_path": paths[0],
+                "pos_text": "<|image_1|>\nRepresent the given image.",
+                "pos_image_path": paths[1],
+                "neg_text": "",
+                "neg_image_path": "",
+            }
+        )
+    (root / "CIRR").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / "CIRR" / "original-00000-of-00001.parquet")
+    return f"mmeb/CIRR={root}"
+
+
+class Watched:
+    """Runs stages, and remembers which."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+
+    def __call__(self, name: str, metrics: Iterator[dict[str, float]], steps: int) -> None:
+        assert len(list(metrics)) == steps
+        self.stages.append(name)
+
+
+@pytest.mark.parametrize(("method", "evaluator"), [("full", "embedder"), ("lora", "judge")])
+def test_a_recipe_runs_from_a_public_model_to_a_controlled_one(
+    endpoint: Any, public: Path, data: str, tmp_path: Path, method: str, evaluator: str
+) -> None:
+    text = RECIPE.format(source=public, port=endpoint.server_port, method=method, evaluator=evaluator)
+    (tmp_path / "recipe.toml").write_text(text)
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    samples, folder, watched = read_samples([data], limit=6), tmp_path / "run", Watched()
+    assert len(samples) == 6
+
+    def run() -> None:
+        Run(recipe, samples, folder, watched, Console(quiet=True)).upto("control")
+
+    run()
+    assert watched.stages == ["joint", "control"]
+    assert sorted(read_pool(folder / "pool")) == [f"mmeb/CIRR/{index}" for index in range(6)]
+    counts = json.loads((folder / "selection" / "report.json").read_text())["worker"]["served"]
+    assert sum(counts.values()) == 12
+    requests = len(endpoint.received)
+    run()
+    assert watched.stages == ["joint", "control"]
+    assert len(endpoint.received) == requests
+    final = load_checkpoint(folder / "control" / "checkpoint")
+    assert final.facts.provenance["stages"] == ["joint", "control"]
+    assert final.facts.provenance["source"] == str(public)
+    assert final.facts.dims == (48, 24)
+    cheaper = changed(changed(recipe, "joint.micro_batch", 1), "model.max_tokens", 1024)
+    Run(cheaper, samples, folder, watched, Console(quiet=True)).upto("control")
+    assert watched.stages == ["joint", "control"]
+    for path, value, differing in (
+        ("model.max_pixels", 512, "max_pixels"),
+        ("selection.hard_negatives", 1, "evaluator"),
+        ("joint.hard_negatives", 0, "recipe"),
+        ("selection.sampling_temperature", 1.0, "selection"),
+        ("control.group", 6, "recipe"),
+    ):
+        other = Run(changed(recipe, path, value), samples, folder, watched, Console(quiet=True))
+        with pytest.raises(OptionError, match=f"the work of another job, with another {differing}: "):
+            other.upto("control")
+    assert watched.stages == ["joint", "control"]
+
+
+SMALL_GPU = Machine(name="a GPU", source="a test", memory_gib=24)
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl-2b-lora", "qwen3-vl-4b-lora"])
+def test_a_run_without_a_micro_batch_takes_what_the_estimate_says_fits(name: str) -> None:
+    recipe, shape = load_recipe(name), SHAPES[name.removesuffix("-lora")]
+    said: list[str] = []
+    taken = with_micro_batches(recipe, shape, SMALL_GPU, ("joint", "control"), said.append)
+    stages = estimate(shape, recipe, SMALL_GPU).stages
+    assert (taken.joint.micro_batch, taken.control.micro_batch) == tuple(one.micro_batch for one in stages.values())
+    assert [line.split(":")[0] for line in said] == ["joint", "control"]
+    assert f"{stages['joint'].micro_batch} questions at once, as fit into 21.6 GiB" in said[0]
+
+
+def test_a_run_that_cannot_fit_names_what_would_before_it_starts() -> None:
+    recipe, shape = load_recipe("qwen3-vl-4b-full"), SHAPES["qwen3-vl-4b"]
+    with pytest.raises(OptionError, match=r"stage 3 \(joint\) needs .* GiB .* It fits with .*method = lora"):
+        with_micro_batches(recipe, shape, SMALL_GPU, ("joint",), print)
+
+
+def test_a_micro_batch_of_the_recipe_s_own_always_holds() -> None:
+    recipe, shape = load_recipe("qwen3-vl-4b-full"), SHAPES["qwen3-vl-4b"]
+    own = replace(recipe, joint=replace(recipe.joint, micro_batch=1024))
+    for machine, also in ((None, ""), (SMALL_GPU, ", although stage 3 (joint) needs ")):
+        said: list[str] = []
+        assert with_micro_batches(own, shape, machine, ("joint",), said.append) == own
+        assert said[0].startswith(f"joint: 1024 questions at once, as the recipe says{also}")
+
+
+def test_without_a_gpu_a_few_questions_are_read_at_once_and_the_run_says_so() -> None:
+    said: list[str] = []
+    recipe = load_recipe("qwen3-vl-4b-full")
+    taken = with_micro_batches(recipe, SHAPES["qwen3-vl-4b"], None, ("joint", "control"), said.append)
+    assert taken.joint.micro_batch == taken.control.micro_batch == CPU_MICRO_BATCH
+    assert "there is no GPU" in said[0]
+
+
+def test_what_fits_the_gpus_that_are_there_is_what_training_is_given(
+    public: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = RECIPE.format(source=public, port=1, method="full", evaluator="judge").replace("micro_batch = 2\n", "")
+    text = text.replace("batch = 4\n", "batch = 12\n").replace("queries = 3\n", "queries = 10\n")
+    (tmp_path / "recipe.toml").write_text(text)
+    recipe, samples = load_recipe(tmp_path / "recipe.toml"), read_samples([data], limit=None)
+    begun: list[str] = []
+    given: list[JointRecipe | ControlRecipe] = []
+
+    class Stages(Run):
+        def pool(self) -> None:
+            begun.append("pool")
+
+        def selection(self) -> dict[str, KeptRationales]:
+            return {sample.question.key: KeptRationales() for sample in samples}
+
+    def train(_checkpoint: Any, _draw: Any, recipe: JointRecipe | ControlRecipe, *_: Any, **__: Any) -> Metrics:
+        given.append(recipe)
+        return iter(())
+
+    monkeypatch.setattr("mmemb_training.run_recipe.train_jointly", train)
+    monkeypatch.setattr("mmemb_training.run_recipe.train_control", train)
+
+    def run(memory_gib: float) -> None:
+        gpus = Machine(name="a GPU", source="a test", memory_gib=memory_gib)
+        monkeypatch.setattr("mmemb_training.run_recipe.machine_here", lambda _: gpus)
+        Stages(recipe, samples, tmp_path / "run", lambda *_: None, Console(quiet=True)).upto("control")
+
+    with pytest.raises(OptionError, match=r"stage 3 \(joint\) needs"):
+        run(0.001)
+    assert not begun
+    run(80)
+    assert [(one.micro_batch, one.schedule.length) for one in given] == [(12, 3), (10, 2)]  # all of a step at once
+    assert isinstance(given[0], JointRecipe)
+    assert given[0].chunks(processes=1) == 1
+
+
+def test_a_worker_without_an_endpoint_is_loaded_here_and_one_without_a_key_takes_none_from_the_environment(
+    endpoint: Any, public: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = RECIPE.format(source=public, port=endpoint.server_port, method="full", evaluator="judge")
+    here = f'[[pool.workers]]\nname = "here"\nmodel = "{public}"\n[selection]\n'
+    (tmp_path / "recipe.toml").write_text(text.replace("[selection]\n", here))
+    monkeypatch.setenv("OPENAI_API_KEY", "a secret")
+    recipe, samples, folder = load_recipe(tmp_path / "recipe.toml"), read_samples([data], limit=2), tmp_path / "run"
+    Run(recipe, samples, folder, Watched(), Console(quiet=True)).upto("pool")
+    assert {one.worker for row in read_pool(folder / "pool").values() for one in row} == {"served", "here"}
+    assert len(endpoint.received) == len(samples)
+    assert {body["model"] for body in endpoint.received} == {"a-model"}
+    assert endpoint.keys == {"Bearer unused"}
+
+
+def test_data_that_is_not_a_name_and_a_folder_is_refused() -> None:
+    with pytest.raises(OptionError, match="is not NAME=FOLDER"):
+        read_samples(["mmeb/CIRR"], limit=None)
+    with pytest.raises(OptionError, match="data holds no sample"):
+        read_samples([], limit=None)
+
+
+def test_batches_are_of_one_task_and_a_pass_holds_no_sample_twice() -> None:
+    samples = [
+        Sample(
+            question=Question(key=f"{task}{index}", task=task, content="x"),
+            wanted="a",
+            target=Target(content="y", labels=frozenset("a")),
+        )
+        for task, count in (("long", 11), ("short", 4), ("tiny", 2))
+        for index in range(count)
+    ]
+    batches = TaskBatches(samples, 3, seed=0)
+    assert batches.per_pass == 3 + 1
+    for passes in range(3):
+        drawn = [batches(passes * batches.per_pass + index) for index in range(batches.per_pass)]
+        assert all(len({sample.question.task for sample in batch}) == 1 for batch in drawn)
+        keys = [sample.question.key for batch in drawn for sample in batch]
+        assert len(keys) == len(set(keys)) == 12
+    assert {one.question.key for step in range(40) for one in batches(step)} >= {f"long{index}" for index in range(11)}
+    with pytest.raises(OptionError, match="batch is 12: the largest task has 11 samples"):
+        TaskBatches(samples, 12, seed=0)

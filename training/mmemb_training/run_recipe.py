@@ -1,0 +1,322 @@
+"""The method on real data: a recipe's stages, one after the other, in one folder; what is finished is not run again.
+
+    start/                the public model with mmemb's markers
+    pool/  selection/     candidates, and what the evaluator found of each
+    joint/checkpoint      what was kept, learnt
+    control/checkpoint    adaptive control: the model to export
+
+Under torchrun, the stages that train are shared by all processes; the pool and the selection are the main process's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import FullyShardedDataParallelPlugin
+from rich.console import Console
+
+from mmemb_deploy.errors import OptionError
+from mmemb_deploy.files import claim
+from mmemb_deploy.progress import counting
+from mmemb_training.checkpoint import FACTS, Checkpoint, load_checkpoint
+from mmemb_training.control.grpo import train_control
+from mmemb_training.data.registry import read
+from mmemb_training.joint import Lesson
+from mmemb_training.pool.build import build_pool, print_report, read_pool
+from mmemb_training.pool.endpoint import EndpointWorker
+from mmemb_training.pool.local import TransformersWorker
+from mmemb_training.pool.workers import Worker
+from mmemb_training.prepare import prepare
+from mmemb_training.recipes.estimate import estimate
+from mmemb_training.recipes.machines import GIB, Machine
+from mmemb_training.recipes.settings import RunRecipe, TrainedWeights, WorkerSettings, changed
+from mmemb_training.recipes.shapes import ModelShape, read_shape
+from mmemb_training.samples import Sample
+from mmemb_training.selection.assess import REPORT, assess_pool, read_assessed
+from mmemb_training.selection.bank import TargetBank, mine_negatives
+from mmemb_training.selection.evaluators import EmbedderEvaluator, Evaluator, JudgeEvaluator
+from mmemb_training.selection.select import KeptRationales, Verdict, kept_rationales
+from mmemb_training.stage import Metrics, Watch, run_stage
+from mmemb_training.task_batches import TaskBatches
+from mmemb_training.trainer import train_jointly
+
+STAGES = ("pool", "selection", "joint", "control")
+CPU_MICRO_BATCH = 8  # questions that a process reads at once where there is no GPU, whose memory could be asked for
+
+
+def read_samples(data: Sequence[str], limit: int | None) -> list[Sample]:
+    """Read "NAME=FOLDER" data sets, at most `limit` samples of each. Raises OptionError for anything else."""
+    samples: list[Sample] = []
+    for one in data:
+        name, found, folder = one.partition("=")
+        if not found:
+            raise OptionError(f"data {one!r} is not NAME=FOLDER, such as mmeb/CIRR=downloads/MMEB-train")
+        for index, sample in enumerate(read(name, Path(folder))):
+            if index == limit:
+                break
+            samples.append(sample)
+    if not samples:
+        raise OptionError("data holds no sample: pass --data NAME=FOLDER")
+    return samples
+
+
+def accelerator_of(weights: TrainedWeights) -> Accelerator:
+    """Return an accelerator: FSDP2 where all weights train on several GPUs, DDP where adapters do."""
+    plugin = (
+        FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Qwen3VLTextDecoderLayer"],
+        )
+        if int(torch.cuda.device_count()) > 1 and weights.adapters is None
+        else None
+    )
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if weights.precision == "bf16" else "no",
+        fsdp_plugin=plugin,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
+    )
+
+
+def machine_here(gpus: int) -> Machine | None:
+    """Return the GPUs that `gpus` processes train on, None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Machine(name=found.name, source="this machine", memory_gib=found.total_memory / GIB, gpus=gpus)
+
+
+def with_micro_batches(
+    recipe: RunRecipe, shape: ModelShape, machine: Machine | None, stages: Sequence[str], say: Callable[[str], None]
+) -> RunRecipe:
+    """Return the recipe with a micro batch for each of the stages that train: its own, or what fits the machine.
+
+    Without a GPU, and without its own, that is CPU_MICRO_BATCH. Raises OptionError for a stage that cannot fit, naming
+    the changes after which it does.
+    """
+    made = None if machine is None else estimate(shape, recipe, machine)
+    for stage in stages:
+        settings: Any = getattr(recipe, stage)
+        memory = None if made is None else made.stages[stage]
+        size: int = settings.micro_batch or CPU_MICRO_BATCH
+        if settings.micro_batch is not None:
+            why = "as the recipe says" + (f", although {memory.reason()}" if memory and not memory.fits else "")
+        elif memory is None:
+            why = "as there is no GPU whose memory they could fill"
+        elif memory.fits:
+            size, why = memory.micro_batch, f"as fit into {memory.usable / GIB:.1f} GiB"
+        else:
+            raise OptionError(f"{memory.reason()}. It fits with {', or with '.join(made.changes if made else ())}")
+        say(f"{stage}: {size} questions at once, {why}")
+        recipe = changed(recipe, f"{stage}.micro_batch", size)
+    return recipe
+
+
+class Run:
+    """A recipe's stages on some samples, in a folder."""
+
+    def __init__(
+        self, recipe: RunRecipe, samples: Sequence[Sample], folder: Path, watch: Watch, console: Console
+    ) -> None:
+        self.recipe = recipe
+        self.samples = samples
+        self.folder = folder
+        self._watch = watch
+        self._console = console
+        self._accelerator = accelerator_of(recipe.weights)
+        half = recipe.weights.adapters is not None and recipe.weights.precision == "bf16"
+        self._dtype = "bfloat16" if half else "float32"
+
+    def upto(self, stage: str) -> None:
+        """Run the stages up to and including `stage`. Raises OptionError before the first if one that trains cannot."""
+        names = STAGES[: STAGES.index(stage) + 1]
+        processes = self._accelerator.num_processes
+        if "control" in names and self.recipe.weights.adapters is None and processes > 1:
+            raise OptionError(
+                "control with weights.method 'full' decodes with whole weights, and they are sharded: run it on one GPU"
+            )
+        training = [name for name in names if name in ("joint", "control")]
+        if training:
+            shape = read_shape(self._started())
+            here = machine_here(processes)
+            self.recipe = with_micro_batches(self.recipe, shape, here, training, self._console.print)
+        steps = {"pool": self.pool, "selection": self.selection, "joint": self.joint, "control": self.control}
+        for name in names:
+            self._console.rule(name)
+            steps[name]()
+
+    def start(self) -> Checkpoint:
+        """Return the checkpoint that training starts from."""
+        return load_checkpoint(self._started(), dtype=self._dtype)
+
+    def pool(self) -> None:
+        """Stage 1."""
+        if self._accelerator.is_main_process:
+            questions = [sample.question for sample in self.samples]
+            workers = [self._worker(one) for one in self.recipe.pool.workers]
+            with counting(len(questions) * len(workers), shown=True, label="writing") as done:
+                report = build_pool(questions, workers, self.folder / "pool", done=done)
+            print_report(self._console, report)
+        self._accelerator.wait_for_everyone()
+
+    def selection(self) -> dict[str, KeptRationales]:
+        """Stage 2: return what every question kept. A question that no worker wrote for is not among them."""
+        recipe, folder = self.recipe.selection, self.folder / "selection"
+        finished = (folder / REPORT).exists()
+        evaluator = {
+            "kind": recipe.evaluator,
+            "source": self.recipe.model.source,
+            "temperature": recipe.temperature,
+            "hard_negatives": recipe.hard_negatives,
+        }
+        if self._accelerator.is_main_process:
+            more = {"other_rationales": recipe.other_rationales, "against_negatives": recipe.margins.against_negatives}
+            claim(folder, {"evaluator": evaluator} | more, begun=None if finished else False)
+        if self._accelerator.is_main_process and not finished:
+            model = self.start()
+            model.model.to(self._accelerator.device)
+            samples, loaded = self._evaluator(model)
+            with counting(len(samples), shown=True, label="assessing") as done:
+                assess_pool(
+                    samples,
+                    read_pool(self.folder / "pool"),
+                    loaded,
+                    folder,
+                    recipe.margins,
+                    other_rationales=recipe.other_rationales,
+                    identity=evaluator,
+                    done=done,
+                )
+            self._console.print_json((folder / REPORT).read_text())
+        self._accelerator.wait_for_everyone()
+        return kept_rationales(
+            read_assessed(folder),
+            lambda one: one.verdict(recipe.margins) is Verdict.KEPT,
+            temperature=recipe.sampling_temperature,
+        )
+
+    def joint(self) -> Checkpoint:
+        """Stage 3."""
+        return self._stage("joint", self._begin_joint)
+
+    def _begin_joint(self) -> tuple[Checkpoint, Metrics, int]:
+        recipe, start, kept = self.recipe.joint, self.start(), self.selection()
+        known = [sample for sample in self.samples if sample.question.key in kept]
+        batches = TaskBatches(known, recipe.batch, seed=recipe.schedule.seed)
+        recipe = replace(recipe, schedule=recipe.schedule.over(batches.per_pass))
+
+        def draw(step: int) -> list[Lesson]:
+            rng = np.random.default_rng([recipe.schedule.seed, step])
+            return [Lesson(sample, kept[sample.question.key].draw(rng)) for sample in batches(step)]
+
+        steps = train_jointly(
+            start,
+            draw,
+            recipe,
+            self.folder / "joint",
+            weights=self.recipe.weights,
+            data={"samples": len(self.samples), "kept": len(kept)},
+            accelerator=self._accelerator,
+        )
+        return start, steps, recipe.schedule.length
+
+    def control(self) -> Checkpoint:
+        """Stage 4, on as many questions as its steps see. Groups are decoded here: sharded weights cannot be."""
+        return self._stage("control", self._begin_control)
+
+    def _begin_control(self) -> tuple[Checkpoint, Metrics, int]:
+        recipe, rng = self.recipe.control, np.random.default_rng(0)
+        processes = int(self._accelerator.num_processes)  # accelerate types it as what never returns
+        wanted = min(len(self.samples), recipe.queries * math.ceil(recipe.schedule.length / recipe.updates))
+        chosen = [self.samples[index] for index in rng.choice(len(self.samples), size=wanted, replace=False)]
+        share = min(recipe.queries, wanted) // processes  # as many for each, so that all read as often
+        if not share:
+            raise OptionError(f"control.queries is {recipe.queries}: each of {processes} processes needs at least 1")
+        joint = self.joint()
+        joint.model.to(self._accelerator.device)
+        samples = self._mined(chosen, joint)
+
+        def draw(turn: int) -> list[Sample]:
+            drawn = np.random.default_rng([1, turn]).choice(len(samples), size=share * processes, replace=False)
+            return [samples[index] for index in drawn[self._accelerator.process_index :: processes]]
+
+        steps = train_control(
+            joint,
+            draw,
+            recipe,
+            self.folder / "control",
+            bank=TargetBank(samples, joint),
+            weights=self.recipe.weights,
+            data={"samples": wanted},
+            accelerator=self._accelerator,
+        )
+        return joint, steps, recipe.schedule.length
+
+    def _started(self) -> Path:
+        """Return the folder of the checkpoint that training starts from, made if need be."""
+        target, model = self.folder / "start", self.recipe.model
+        asked: Any = {
+            "source": model.source,
+            "dims": self.recipe.joint.objective.dims,
+            "max_rationale_tokens": model.max_rationale_tokens,
+            "max_pixels": model.max_pixels,
+            "video_max_pixels": model.video_frames * model.video_max_pixels,
+        }
+        with self._accelerator.main_process_first():
+            finished = (target / FACTS).exists()
+            if self._accelerator.is_main_process:
+                claim(self.folder, asked, begun=None if finished else False)
+            if not finished:
+                prepare(folder=target, **asked)
+        return target
+
+    def _stage(self, name: str, begin: Callable[[], tuple[Checkpoint, Metrics, int]]) -> Checkpoint:
+        settings: Any = getattr(self.recipe, name)
+        asked = {
+            "recipe": asdict(replace(settings, micro_batch=None)),
+            "selection": asdict(self.recipe.selection),
+            "weights": asdict(replace(self.recipe.weights, gradient_checkpointing=False)),  # saves memory alone
+        }
+        return run_stage(
+            self.folder / name,
+            begin,
+            self._watch,
+            self._accelerator,
+            asked,
+            {"recipe": asdict(self.recipe)},
+            dtype=self._dtype,
+        )
+
+    def _worker(self, settings: WorkerSettings) -> Worker:
+        pool = self.recipe.pool
+        asked: Any = {"samples": pool.samples, "temperature": pool.temperature, "max_tokens": pool.max_tokens}
+        if settings.base_url is None:
+            return TransformersWorker(settings.name, settings.model, device=str(self._accelerator.device), **asked)
+        return EndpointWorker(
+            settings.name,
+            base_url=settings.base_url,
+            model=settings.model,
+            api_key_variable=settings.api_key_variable,
+            **asked,
+        )
+
+    def _evaluator(self, model: Checkpoint) -> tuple[Sequence[Sample], Evaluator]:
+        """Return the frozen evaluator, and the samples as it judges them: the embedder mines its hard negatives."""
+        recipe = self.recipe.selection
+        if recipe.evaluator == "judge":
+            return self.samples, JudgeEvaluator(model)
+        samples = self._mined(self.samples, model)
+        return samples, EmbedderEvaluator(model, TargetBank(samples, model), temperature=recipe.temperature)
+
+    def _mined(self, samples: Sequence[Sample], model: Checkpoint) -> list[Sample]:
+        """Return samples with hard negatives, and as many drawn evenly: where all hard ones look right, some remain."""
+        count = self.recipe.selection.hard_negatives
+        return mine_negatives(samples, TargetBank(samples, model), model, hard=count, even=max(1, count))
