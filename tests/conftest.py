@@ -9,6 +9,7 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     os.sched_setaffinity(0, {allowed[int(worker.removeprefix("gw")) % len(allowed)]})
 
 import ctypes
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -68,11 +69,46 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(present)
 
 
+@pytest.fixture(scope="session")
+def captured_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let torch capture equal graphs once, for all tests and processes of a run: it takes most of an export's time."""
+    import onnx_ir as ir
+    from filelock import FileLock
+
+    from mmemb_export import trace
+
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if worker else own) / "captured"
+    folder.mkdir(exist_ok=True)
+    capture = trace.capture
+
+    def once(graph: Any) -> ir.Model:
+        file = folder / f"{graph.name}-{digest_of(graph)}.onnx"
+        with FileLock(file.with_suffix(".lock")):
+            if not file.exists():
+                ir.save(capture(graph), file)
+        return ir.load(file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "capture", once)
+        yield
+
+
+def digest_of(graph: Any) -> str:
+    """Return a hash of all that a capture depends on: modules, configuration, sizes and types."""
+    part = graph.part
+    configs = {module.config.to_json_string() for module in part.modules() if hasattr(module, "config")}
+    tensors = [(name, tuple(each.shape), each.dtype) for name, each in part.state_dict().items()]
+    inputs = [(name, tuple(each.shape), each.dtype, axes) for name, (each, axes) in graph.inputs.items()]
+    own = {name: value for name, value in vars(part).items() if isinstance(value, int | str | tuple)}
+    return hashlib.sha256(repr((repr(part), sorted(configs), tensors, inputs, own)).encode()).hexdigest()[:16]
+
+
 MakeCheckpoint = Callable[[Path, dict[str, Any], dict[str, Any]], Path]
 
 
 @pytest.fixture(scope="session")
-def make_checkpoint() -> MakeCheckpoint:
+def make_checkpoint(captured_once: None) -> MakeCheckpoint:  # noqa: ARG001 - for whoever exports it
     """Write a checkpoint of a random Qwen3-VL; the dicts change TINY_TEXT and TINY_VISION."""
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration

@@ -29,6 +29,22 @@ Weights = Callable[[str], torch.Tensor]  # the name of a parameter or buffer of 
 
 def trace(graph: Traceable, weights: Weights) -> ir.Model:
     """Trace a graph over fake tensors; its inputs, outputs and the axes that vary carry the ABI's names."""
+    part, model = graph.part, capture(graph)
+    for value in model.graph.inputs[len(part.inputs) :]:
+        model.graph.inputs.remove(value)
+        _bind(model.graph, value, weights)
+    for node in model.graph:
+        for value in node.outputs:  # the tracer calls a token lookup "embedding", as the ABI calls an output
+            if value.name in part.outputs and not value.is_graph_output():
+                value.name = f"{value.name}_inner"
+    _name_axes(model.graph, graph.inputs)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)  # stack traces, with paths of the exporting machine
+    return model
+
+
+def capture(graph: Traceable) -> ir.Model:
+    """Return what torch makes of a graph, with the part's inputs first and then one for each of its weights."""
     part = graph.part.eval()
     given = [graph.inputs[name] for name in part.inputs]
     with _quiet(), graph.mode, torch.no_grad():
@@ -44,20 +60,9 @@ def trace(graph: Traceable, weights: Weights) -> ir.Model:
             verbose=False,
         )
         assert program is not None
-        free = _free_weights(program.model)
+        _free_weights(program.model)
         program.optimize()
-    model = program.model
-    for value in free:
-        model.graph.inputs.remove(value)
-        _bind(model.graph, value, weights)
-    for node in model.graph:
-        for value in node.outputs:  # the tracer calls a token lookup "embedding", as the ABI calls an output
-            if value.name in part.outputs and not value.is_graph_output():
-                value.name = f"{value.name}_inner"
-    _name_axes(model.graph, graph.inputs)
-    common.CommonSubexpressionEliminationPass()(model)
-    common.ClearMetadataAndDocStringPass()(model)  # stack traces, with paths of the exporting machine
-    return model
+    return program.model
 
 
 def _arguments(part: Part, values: list[Any]) -> tuple[Any, ...]:
@@ -80,17 +85,14 @@ def _quiet() -> Generator[None]:
         logger.setLevel(level)
 
 
-def _free_weights(model: ir.Model) -> list[ir.Value]:
-    """Turn the initializers that have no values yet into inputs, and return them."""
-    free = []
+def _free_weights(model: ir.Model) -> None:
+    """Turn the initializers that have no values yet into inputs."""
     for name, value in list(model.graph.initializers.items()):
         assert not name.startswith("lifted_tensor"), "a constant made inside a part has no values in fake mode"
         if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
             del model.graph.initializers[name]
             value.const_value = None
             model.graph.inputs.append(value)
-            free.append(value)
-    return free
 
 
 def _bind(graph: ir.Graph, value: ir.Value, weights: Weights) -> None:

@@ -21,6 +21,12 @@ def setting(fused_bundle: Path) -> Setting:
     return Setting(*load_uncached(fused_bundle, "auto", 1), seconds=0, passes=1)
 
 
+@pytest.fixture(autouse=True)
+def not_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest-benchmark times nothing in a process that pytest-xdist started."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 @pytest.mark.parametrize("workload", KINDS)
 def test_a_workload_fits_the_bundle_and_is_never_the_same(setting: Setting, workload: str) -> None:
     first, second = (setting.maker.row(setting.content(workload)) for _ in range(2))

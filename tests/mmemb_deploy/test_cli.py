@@ -85,7 +85,7 @@ def test_train_and_export_run_from_the_command_line(tmp_path: Path) -> None:
     trained = mmemb("train", "nano", "run", "--scale", "0.001", "--json", folder=tmp_path)
     assert trained.returncode == 0, trained.stderr
     checkpoint = json.loads(trained.stdout)["checkpoint"]
-    exported = mmemb("export", checkpoint, "bundle", "--json", folder=tmp_path)
+    exported = mmemb("export", checkpoint, "bundle", "--form", "fused", "--probes", 24, "--json", folder=tmp_path)
     assert exported.returncode == 0, exported.stderr
     assert json.loads(exported.stdout)["certificate"]["token_agreement"] >= 0.995
     assert mmemb("verify", "bundle", folder=tmp_path).returncode == 0

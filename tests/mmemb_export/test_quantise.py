@@ -255,8 +255,9 @@ def test_a_weight_is_read_once(precision: str, tiny_checkpoint: Path, tmp_path: 
 @pytest.fixture(scope="module")
 def uneven_checkpoint(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Any) -> Path:
     """Layers of 64 inputs, and of UNEVEN ones: the last of every MLP."""
-    text = {"hidden_size": 64, "intermediate_size": UNEVEN[0]}
-    vision = {"hidden_size": 64, "intermediate_size": UNEVEN[1], "out_hidden_size": 64}
+    text = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": UNEVEN[0]}
+    widths = {"hidden_size": 64, "intermediate_size": UNEVEN[1], "out_hidden_size": 64}
+    vision = {"depth": 1, "deepstack_visual_indexes": [0], **widths}
     return Path(make_checkpoint(tmp_path_factory.mktemp("uneven") / "checkpoint", text, vision))
 
 
@@ -302,7 +303,7 @@ def test_what_a_graph_holds_in_the_float_type_is_listed_and_reported(
 
 
 def test_a_coarser_generator_beside_half_precision_is_certified_by_a_twin_with_its_weights_integers_and_scales(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    uneven_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generators: dict[str, dict[str, NDArray[Any]]] = {}
     write_once = TracedGraphs.write
@@ -316,7 +317,7 @@ def test_a_coarser_generator_beside_half_precision_is_certified_by_a_twin_with_i
     recipe = Recipe(
         precision="bfloat16", generator_precision="int8", min_cosine=0.5, max_flips=1, min_token_agreement=0
     )
-    manifest = export_bundle(tiny_checkpoint, tmp_path / "made", recipe=recipe, probes=4, report=lambda _: None)
+    manifest = export_bundle(uneven_checkpoint, tmp_path / "made", recipe=recipe, probes=4, report=lambda _: None)
     precisions = [manifest.graphs[name].precision for name in (abi.EMBEDDER, abi.GENERATOR)]
     assert precisions == ["bfloat16", "int8"]
     ours, twin = generators["bundle"], generators["twin"]
