@@ -1,5 +1,6 @@
 """One layout for training, export and runtime; words never become markers."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,9 @@ from tokenizers import Tokenizer, models
 
 from mmemb_deploy import SchemaError
 from mmemb_deploy.inputs.prompts import DISC_EMB, IMAGE_PAD, MARKERS, PromptEncoder, PromptFormat
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = "mmemb_deploy", "training", "export", "engines", "benchmarks"
 
 
 @pytest.fixture
@@ -31,6 +35,16 @@ def test_without_an_instruction_its_line_is_left_out(encoder: PromptEncoder) -> 
 
 def test_a_rationale_is_a_whole_path(encoder: PromptEncoder) -> None:
     assert encoder.decode(encoder.path(encoder.tokenize("it is 7;"))) == "<think>it is 7;</think><|gen_emb|>"
+
+
+def test_the_reasoning_path_is_built_in_one_place() -> None:
+    builders = set()
+    for path in sorted(source for package in PACKAGES for source in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = {each.id if isinstance(each, ast.Name) else getattr(each, "attr", None) for each in ast.walk(node)}
+            if isinstance(node, ast.List | ast.Tuple) and {"THINK", "END_THINK", "GEN_EMB"} <= named:
+                builders.add(path.name)
+    assert builders == {"prompts.py"}
 
 
 @pytest.mark.parametrize("marker", MARKERS)

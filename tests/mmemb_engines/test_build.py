@@ -212,7 +212,7 @@ def command(*arguments: str) -> Any:
 
 def test_the_command_prints_the_table_and_exits_0_where_all_build(bundle: Bundle, rtx: Library) -> None:
     result = command(
-        str(bundle.folder), "--check", "--flavour", "tensorrt-rtx", "--targets", "sm80,sm120", "--batch", "2", "--json"
+        str(bundle.folder), "--check", "--library", "tensorrt-rtx", "--targets", "sm80,sm120", "--batch", "2", "--json"
     )
     assert result.exit_code == 0
     table = json.loads(result.stdout.splitlines()[-1])
@@ -226,7 +226,7 @@ def test_the_command_prints_the_table_and_exits_0_where_all_build(bundle: Bundle
 def test_the_command_exits_1_and_says_why_where_a_graph_fails(bundle: Bundle, rtx: Library) -> None:
     """Turing has no float32 matrix products in TensorRT for RTX."""
     assert "sm75" in rtx.targets()
-    result = command(str(bundle.folder), "--check", "--flavour", "tensorrt-rtx", "--targets", "sm75", "--batch", "2")
+    result = command(str(bundle.folder), "--check", "--library", "tensorrt-rtx", "--targets", "sm75", "--batch", "2")
     assert result.exit_code == 1
     assert "gate, sm75: " in result.stdout
     assert "FP32 GEMM is not supported" in result.stdout
@@ -238,7 +238,7 @@ def test_the_command_builds_from_traffic_and_says_what_is_not_verified(
     traffic = tmp_path / "traffic.jsonl"
     traffic.write_text('"three"\n"three plus four"\n')
     result = command(
-        str(bundle.folder), "--flavour", "tensorrt-rtx", "--targets", "sm89", "--batch", "2", "--traffic", str(traffic)
+        str(bundle.folder), "--library", "tensorrt-rtx", "--targets", "sm89", "--batch", "2", "--traffic", str(traffic)
     )
     assert result.exit_code == 0
     assert "not verified: these engines were built ahead of time, for a GPU that is not here" in result.stdout
