@@ -33,7 +33,7 @@ tables: $(DEV) ## write the tables of benchmarks/results into the README and the
 	$(BIN)/python docs/tables.py
 
 test: $(DEV) ## install everything, run the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(DEV) ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -9,8 +9,10 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     os.sched_setaffinity(0, {allowed[int(worker.removeprefix("gw")) % len(allowed)]})
 
 import ctypes
+import gc
 import hashlib
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +25,7 @@ import pytest
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.inputs.prompts import PromptFormat
 
+gc.set_threshold(50_000, 20, 50)  # torch makes objects by the million, and among them is little to collect
 TINY_PROMPT = PromptFormat("Represent the user's input.", "Find the result.", "")
 TINY_TEXT: dict[str, Any] = {
     "hidden_size": 48,
@@ -49,6 +52,13 @@ TINY_VISION: dict[str, Any] = {
 }
 
 
+LONG = (
+    "test_cli.py",
+    "test_nano_bundle.py",
+    "test_wheel.py",
+)  # few tests of a minute: first, or a core waits for the last
+
+
 def cuda_works() -> bool:
     """Ask the driver itself: torch may be absent or a CPU build, and ONNX Runtime lists CUDA where there is none."""
     try:
@@ -59,6 +69,7 @@ def cuda_works() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
     there = cuda_works()
     missing = pytest.mark.skip(reason="no NVIDIA GPU with a working driver")
     present = pytest.mark.skip(reason="there is a GPU")
@@ -252,6 +263,10 @@ class Endpoint(ThreadingHTTPServer):
         self.answer, self.asked, self.together = answer, asked, Together
         self.received: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), BrokenPipeError):  # a client that did not wait for its answer
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

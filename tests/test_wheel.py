@@ -58,7 +58,17 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     programs = folder / "bin"
-    run(programs / "python", "-m", "pip", "install", "-c", CONSTRAINTS, f"{wheel}[cpu,bench]", cwd=folder)
+    run(
+        programs / "python",
+        "-m",
+        "pip",
+        "install",
+        "--no-compile",
+        "-c",
+        CONSTRAINTS,
+        f"{wheel}[cpu,bench]",
+        cwd=folder,
+    )
     return programs
 
 

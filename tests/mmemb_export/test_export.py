@@ -26,7 +26,7 @@ ODD_TEXT: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 1,
     "head_dim": 8,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "hidden_size": 40,
     "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [2, 1, 1]},
