@@ -65,7 +65,7 @@ class Certificate(Part):
     modalities: dict[str, Parity]
     reasoned: Parity | None  # embeddings after the runtime's own rationales, against one full forward pass over each
     token_agreement: Share  # share of rationale tokens that equal the reference's greedy choice; 1 if there are none
-    retrieval_overlap: Share  # share of inputs whose nearest other input is the reference's too
+    retrieval_overlap: Share  # share of inputs whose nearest other input is one of the reference's nearest too
     batch: BatchParity | None = None
     bounds: Bounds
 
