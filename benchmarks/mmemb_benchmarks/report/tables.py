@@ -274,13 +274,16 @@ def _precisions(path: Path) -> Table:
                 name,
                 f"{bundle['onnx_bytes'] / 1e6:.1f}",
                 " / ".join(map(_cosine, cosines)),
+                _cosine(certificate["batch"]["min_cosine"]),
                 f"{certificate['token_agreement']:.2%}",
                 str(sum(each["gate_flips"] for each in direct)),
+                "all" if name == "float32" else str(len({kept for graph in bundle["kept"].values() for kept in graph})),
                 _side_by_side((bundle["mixed"][mode]["hit_at_1"] for mode in MODES), ".3f"),
             )
         )
-    head = "nano on DigitChain, fused", "ONNX, MB", "min cosine, direct / reasoned", "rationale tokens that agree"
-    return Table(_caption(result), (*head, "gate flips", f"mixed hit@1, {' / '.join(MODES)}"), rows)
+    head = "nano on DigitChain, fused", "ONNX, MB", "min cosine, direct / reasoned", "alone, in a batch"
+    more = "tokens that agree", "gate flips", "layers in float32", f"mixed hit@1, {' / '.join(MODES)}"
+    return Table(_caption(result), (*head, *more), rows)
 
 
 def _cosine(value: float) -> str:
