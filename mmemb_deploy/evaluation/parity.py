@@ -96,7 +96,7 @@ def certificate(
         },
         reasoned=reasoned,
         token_agreement=token_agreement,
-        retrieval_overlap=_overlap(ours.direct_ND, theirs.direct_ND),
+        retrieval_overlap=neighbour_overlap(ours.direct_ND, theirs.direct_ND),
         batch=batch,
         bounds=bounds,
     )
@@ -304,10 +304,10 @@ def _parity(cosine_N: NDArray[np.float64], flips_N: NDArray[np.bool_]) -> Parity
     )
 
 
-def _overlap(ours_ND: Floats, theirs_ND: Floats) -> float:
+def neighbour_overlap(ours_ND: Floats, theirs_ND: Floats) -> float:
     """Return the share of rows whose nearest other row is one of those that are nearest to it in the reference too."""
     ours_NN, theirs_NN = (rows_ND @ rows_ND.T for rows_ND in (ours_ND, theirs_ND))
     for cosines_NN in (ours_NN, theirs_NN):
         np.fill_diagonal(cosines_NN, -np.inf)
-    nearest_N = ours_NN.argmax(axis=1)
-    return float(np.mean(theirs_NN[np.arange(len(nearest_N)), nearest_N] >= theirs_NN.max(axis=1) - TIE))
+    picked_N1 = np.take_along_axis(theirs_NN, ours_NN.argmax(axis=1, keepdims=True), axis=1)
+    return float(np.mean(picked_N1 >= theirs_NN.max(axis=1, keepdims=True) - TIE))

@@ -26,6 +26,7 @@ from mmemb_deploy.evaluation.parity import (
     bounds_of,
     measure,
     modality,
+    neighbour_overlap,
     reference_of,
 )
 from mmemb_deploy.machine import cpu_features
@@ -121,6 +122,15 @@ def test_every_bound_that_is_missed_is_named(bundle: Bundle, bounds: dict[str, f
     assert known is not None
     with pytest.raises(CertificateError, match=message):
         known.model_copy(update={"bounds": known.bounds.model_copy(update=bounds)}).check()
+
+
+def test_of_neighbours_that_are_equally_near_any_counts() -> None:
+    theirs = np.array([[1, 0], [1, 0], [1, 0], [0.6, 0.8], [0, 1]], np.float32)
+    rounded = theirs.copy()
+    rounded[1, 0] -= 1e-7  # its copies are nearer to each other now
+    assert neighbour_overlap(rounded, theirs) == 1
+    rounded[3] = [0.8, 0.6]  # nearer to the copies than to the last row
+    assert neighbour_overlap(rounded, theirs) == 0.8
 
 
 def test_the_share_of_flips_that_is_allowed_holds_for_fewer_inputs(bundle: Bundle) -> None:
