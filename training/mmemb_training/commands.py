@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmemb_deploy.cli.options import Json
 from mmemb_deploy.errors import MissingExtraError
 from mmemb_training.recipes.command import plan
 
@@ -21,7 +22,6 @@ SHOWN = ("direct", "reasoned", "rationale", "decision", "reward", "reasoning_rat
 Folder = Annotated[Path, typer.Argument(help="Where the run goes; a run that was interrupted goes on.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the weights and of the examples.")]
 Scale = Annotated[float, typer.Option(min=0.001, help="Share of the recipe's steps and questions, for a quick try.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for scripts.")]
 
 
 def register(app: typer.Typer) -> None:

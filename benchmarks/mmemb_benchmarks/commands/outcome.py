@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mmemb_benchmarks.commands.shared import Json, table
+from mmemb_benchmarks.commands.shared import table
+from mmemb_deploy.cli.options import Json
 
 Result = Annotated[Path, typer.Argument(help="JSON of `mmemb bench suite`, `latency` or `peers`.")]
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmemb_benchmarks.commands.shared import Json, Out, Rounds, check_output, finish, table
+from mmemb_benchmarks.commands.shared import Out, Rounds, check_output, finish, table
+from mmemb_deploy.cli.options import Json
 
 if TYPE_CHECKING:
     from mmemb_benchmarks.peers.contest import PeersResult

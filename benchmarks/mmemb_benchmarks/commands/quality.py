@@ -9,19 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmemb_benchmarks.commands.shared import (
-    Backend,
-    Bundle,
-    Json,
-    Out,
-    Pairs,
-    Queries,
-    Seed,
-    Threads,
-    check_output,
-    finish,
-    table,
-)
+from mmemb_benchmarks.commands.shared import Out, Pairs, Queries, Seed, check_output, finish, table
+from mmemb_deploy.cli.options import Backend, Bundle, Json, Threads
 from mmemb_deploy.errors import OptionError
 
 if TYPE_CHECKING:

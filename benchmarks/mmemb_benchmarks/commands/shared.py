@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-Bundle = Annotated[Path | None, typer.Argument(help="Bundle folder; the embedded nano bundle by default.")]
-Backend = Annotated[str, typer.Option(help="The engine that runs the bundle, as in Embedder.load.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one operator on a CPU; all cores by default.")]
 Requests = Annotated[
     Path | None, typer.Option(help="Inputs, as mmemb embed reads them; DigitChain's mixed traffic by default.")
 ]
@@ -40,7 +37,6 @@ Rate = Annotated[
 Written = Annotated[int | None, typer.Option(min=1, help="Tokens of a rationale, at most.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs that run together.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds that count, after one that warms up.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for scripts.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Also write the JSON object to this file.")]
 
 

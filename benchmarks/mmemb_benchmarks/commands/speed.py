@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmemb_benchmarks.commands.shared import (
-    Backend,
     BatchSize,
-    Bundle,
-    Json,
     Kind,
     Out,
     Pairs,
@@ -21,13 +18,13 @@ from mmemb_benchmarks.commands.shared import (
     Requests,
     Rounds,
     Seed,
-    Threads,
     Written,
     check_output,
     finish,
     table,
 )
 from mmemb_benchmarks.measure import FEWEST_REQUESTS, PRECISION, TARGET
+from mmemb_deploy.cli.options import Backend, Bundle, Json, Threads
 
 if TYPE_CHECKING:
     from mmemb_benchmarks.measure.latency import LatencyResult

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmemb_benchmarks.commands.shared import Backend, BatchSize, Bundle, Json, Threads
+from mmemb_benchmarks.commands.shared import BatchSize
+from mmemb_deploy.cli.options import Backend, Bundle, Json, Threads
 
 if TYPE_CHECKING:
     from mmemb_benchmarks.mmeb_v2.tasks import Task
