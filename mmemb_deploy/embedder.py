@@ -73,7 +73,7 @@ class Embedder:
         if reasoner is not None and manifest.gate is None:
             raise OptionError(f"reasoner is {reasoner.name}: this bundle does not reason, so pass none")
         self._remote = None if reasoner is None else reasoner.writer(encoder.prompt, generator, manifest.limits)
-        self.pipeline = Pipeline(fast_path, generator, model, manifest.batch, self._remote)
+        self.pipeline = Pipeline(fast_path, generator, manifest.batch, manifest.cache_token_bytes, self._remote)
 
     @classmethod
     def load(

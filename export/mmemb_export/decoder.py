@@ -1,9 +1,10 @@
-"""Embedder and generator as one module, to be traced and fused for ONNX Runtime."""
+"""The decoder as one module, to be traced once and written in three forms (`mmemb_export.forms`)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,17 +21,19 @@ class Decoder(DecoderPart):
         self.lm_head = lm_head
         past = tuple(abi.past_names(len(language_model.layers)))
         self.levels = levels
-        text = abi.TOKEN_IDS, abi.POSITION_IDS, abi.MASK, abi.LAST, abi.VISUAL_INDEX, abi.VISUAL_TOKENS
-        self.inputs = (*text, *([abi.DEEPSTACK] if levels else []), *past)
+        counts = abi.MASK, abi.START, abi.LAST
+        shown = abi.VISUAL_INDEX, abi.VISUAL_TOKENS, *([abi.DEEPSTACK] if levels else [])
+        self.inputs = (abi.TOKEN_IDS, abi.POSITION_IDS, *counts, *shown, *past)
         self.listed = len(past) + (1 if levels else 0)
-        made = (abi.EMBEDDING, abi.STATE) if lm_head is None else (abi.EMBEDDING, abi.STATE, abi.LOGITS)
-        self.outputs = (*made, *abi.present_names(len(language_model.layers)))
+        made = () if lm_head is None else (abi.LOGITS, *abi.FED_BACK)
+        self.outputs = (abi.EMBEDDING, abi.STATE, *made, *abi.present_names(len(language_model.layers)))
 
     def forward(
         self,
         token_ids: Tensor,
         position_ids: Tensor,
         mask: Tensor,
+        start: Tensor,
         last: Tensor,
         visual_index: Tensor,
         visual_tokens: Tensor,
@@ -38,7 +41,7 @@ class Decoder(DecoderPart):
     ) -> tuple[Tensor, ...]:
         dtype = self.weight.dtype
         deepstack, past = (listed[0].to(dtype), listed[1:]) if self.levels else (None, listed)
-        hidden_BSD, cache = decoder_forward(
+        hidden_BTD, cache = decoder_forward(
             self.language_model,
             token_ids,
             position_ids,
@@ -48,7 +51,13 @@ class Decoder(DecoderPart):
             deepstack_LVD=deepstack,
             past=list(zip(past[::2], past[1::2], strict=True)),
         )
-        state_BD = last_state(hidden_BSD, last)
-        logits = () if self.lm_head is None else (self.lm_head(state_BD).float(),)
+        last_B = last.clamp(min=0)
+        state_BD = last_state(hidden_BTD, last_B)
         present = (tensor for layer in cache for tensor in layer)
-        return F.normalize(state_BD.float(), dim=-1), state_BD.float(), *logits, *present
+        embedding_BD = F.normalize(state_BD.float(), dim=-1)
+        if self.lm_head is None:
+            return embedding_BD, state_BD.float(), *present
+        logits_BW = self.lm_head(state_BD).float()
+        next_token_B1 = logits_BW.argmax(dim=-1, keepdim=True)
+        next_position_3B1 = torch.gather(position_ids, 2, last_B[None, :, None].expand(3, -1, 1)) + 1
+        return embedding_BD, state_BD.float(), logits_BW, next_token_B1, next_position_3B1, start + last + 1, *present

@@ -21,7 +21,7 @@ from mmemb_training.parts import Part, parts
 Inputs = dict[str, tuple[Tensor, dict[int, str]]]  # by name: an example, and the names of the axes that vary
 
 DECODER = "decoder"  # embedder and generator in one
-ROWS, TOKENS, SHOWN, CACHED, NEW = 2, 7, 3, 5, 3  # sizes to trace with; all vary
+ROWS, SHOWN, CACHED, NEW = 2, 3, 5, 3  # sizes to trace with; all vary
 
 
 @dataclass(frozen=True)
@@ -34,41 +34,32 @@ class Traceable:
     mode: FakeTensorMode
 
 
-def portable_graphs(outline: Checkpoint) -> list[Traceable]:
-    """Return the graphs of a checkpoint in standard ONNX, in the order of `abi.GRAPHS`."""
-    found, model = parts(outline.model, outline.rows.prompt.ids), outline.model
-    mode: FakeTensorMode = model.fake_mode
-    with mode:
-        inputs = {
-            abi.VISION: _image_inputs(outline),
-            abi.EMBEDDER: _token_inputs(TOKENS, 0, "tokens", "tokens") | _visual_inputs(model.config, TOKENS),
-            abi.GATE: {abi.STATE: (torch.zeros(ROWS, model.config.text_config.hidden_size), {0: "batch"})},
-            abi.GENERATOR: _token_inputs(NEW, CACHED, "new_tokens", "all_tokens") | _past_inputs(model),
-        }
-    return [Traceable(name, part, inputs[name], mode) for name, part in found.items()]
-
-
-def fused_graphs(outline: Checkpoint) -> list[Traceable]:
-    """Return vision, gate, and embedder and generator as one DECODER, to be fused (`mmemb_export.fuse`)."""
-    others = [graph for graph in portable_graphs(outline) if graph.name in (abi.VISION, abi.GATE)]
+def traceables(outline: Checkpoint) -> list[Traceable]:
+    """Return vision, the decoder in one, and the gate of a checkpoint that reasons."""
     model = outline.model
+    found = parts(model, outline.rows.prompt.ids)
     mode: FakeTensorMode = model.fake_mode
     with mode:
         head = model.lm_head if outline.facts.prompt.reasons else None
-        levels = len(model.model.visual.deepstack_visual_indexes)
-        part = Decoder(model.model.language_model, head, levels=levels)
-        tokens = _token_inputs(NEW, CACHED, "tokens", "all_tokens") | _visual_inputs(model.config, NEW)
-        last: Inputs = {abi.LAST: (torch.zeros(ROWS, dtype=torch.long), {0: "batch"})}
-        inputs = tokens | _past_inputs(model) | last
-    return [*others, Traceable(DECODER, part, inputs, mode)]
+        decoder = Decoder(model.model.language_model, head, levels=len(model.model.visual.deepstack_visual_indexes))
+        state = torch.zeros(ROWS, model.config.text_config.hidden_size)
+        given: list[tuple[str, Part, Inputs]] = [
+            (abi.VISION, found[abi.VISION], _image_inputs(outline)),
+            (DECODER, decoder, _token_inputs() | _visual_inputs(model.config, NEW) | _past_inputs(model)),
+        ]
+        if outline.facts.prompt.reasons:
+            given.append((abi.GATE, found[abi.GATE], {abi.STATE: (state, {0: "batch"})}))
+    return [Traceable(name, part, inputs, mode) for name, part, inputs in given]
 
 
-def _token_inputs(new: int, cached: int, axis: str, mask_axis: str) -> Inputs:
-    positions = torch.arange(cached, cached + new).expand(3, ROWS, -1).contiguous()
+def _token_inputs() -> Inputs:
+    positions = torch.arange(CACHED, CACHED + NEW).expand(3, ROWS, -1).contiguous()
     return {
-        abi.TOKEN_IDS: (torch.ones(ROWS, new, dtype=torch.long), {0: "batch", 1: axis}),
-        abi.POSITION_IDS: (positions, {1: "batch", 2: axis}),
-        abi.MASK: (torch.ones(ROWS, cached + new, dtype=torch.long), {0: "batch", 1: mask_axis}),
+        abi.TOKEN_IDS: (torch.ones(ROWS, NEW, dtype=torch.long), {0: "batch", 1: "tokens"}),
+        abi.POSITION_IDS: (positions, {1: "batch", 2: "tokens"}),
+        abi.MASK: (torch.ones(ROWS, CACHED + NEW, dtype=torch.long), {0: "batch", 1: "all_tokens"}),
+        abi.START: (torch.full((ROWS,), CACHED), {0: "batch"}),
+        abi.LAST: (torch.zeros(ROWS, dtype=torch.long), {0: "batch"}),
     }
 
 

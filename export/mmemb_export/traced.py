@@ -11,8 +11,8 @@ import onnx_ir as ir
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.manifest import GraphFacts, TensorFacts
 from mmemb_deploy.bundle.precision import FLOATS
-from mmemb_export.fuse import fuse
-from mmemb_export.graphs import DECODER, fused_graphs, portable_graphs
+from mmemb_export.forms import direct, fused, slotted
+from mmemb_export.graphs import DECODER, traceables
 from mmemb_export.integers import quantise_tables
 from mmemb_export.quantise import quantise, quantiser
 from mmemb_export.recipe import Recipe
@@ -20,7 +20,11 @@ from mmemb_export.trace import TRANSPOSED, Weights, trace
 from mmemb_export.weights import save
 from mmemb_training.checkpoint import Checkpoint
 
-FILES = {abi.VISION: [abi.VISION], DECODER: [abi.EMBEDDER, abi.GENERATOR], abi.GATE: [abi.GATE]}  # of weights
+FILES = {  # of weights, and the graphs that read them
+    abi.VISION: [abi.VISION],
+    DECODER: [abi.DIRECT, abi.EMBEDDER, abi.GENERATOR],
+    abi.GATE: [abi.GATE],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,24 +47,19 @@ class TracedGraphs:
         """Trace them in the outline's float type; `report` hears what is being done, here and in `write`."""
         self._recipe, self._report = recipe, report
         traced: dict[str, ir.Model] = {}
-        for graph in portable_graphs(outline) if recipe.form == "portable" else fused_graphs(outline):
+        for graph in traceables(outline):
             report(f"exporting {graph.name}")
             traced[graph.name] = trace(graph, weights)
-        if recipe.form == "fused":
-            text = outline.model.config.text_config
-            decoder = fuse(traced.pop(DECODER), heads=text.num_attention_heads, kv_heads=text.num_key_value_heads)
-            traced |= dict.fromkeys(FILES[DECODER] if outline.facts.prompt.reasons else [abi.EMBEDDER], decoder)
+        traced |= _decoders(traced.pop(DECODER), outline, recipe.form)
         self._traced = {name: traced[name] for name in abi.GRAPHS if name in traced}
 
     def write(self, folder: Path, choices: Choices) -> dict[str, GraphFacts]:
         """Write the graphs and their weights to a folder; return their facts in the order of `abi.GRAPHS`."""
         recipe, facts, models = self._recipe, dict[str, GraphFacts](), dict[str, ir.Model]()
         precisions = {abi.GENERATOR: recipe.generator, abi.GATE: recipe.floats}
-        one_decoder = (
-            self._traced[abi.EMBEDDER] is self._traced.get(abi.GENERATOR) and recipe.precision == recipe.generator
-        )
+        one_decoder = abi.GENERATOR in self._traced and recipe.precision == recipe.generator
         for name, traced in self._traced.items():
-            file = f"{DECODER if one_decoder and name in FILES[DECODER] else name}.onnx"
+            file = f"{DECODER if one_decoder and name in (abi.EMBEDDER, abi.GENERATOR) else name}.onnx"
             precision = precisions.get(name, recipe.precision)
             if file not in models:
                 models[file] = self._quantised(traced, precision, choices)
@@ -71,6 +70,8 @@ class TracedGraphs:
             facts[name] = GraphFacts(
                 file=file,
                 precision=precision,
+                form="fused" if recipe.form == "fused" else "portable",
+                compute=recipe.floats,
                 inputs=tuple(_tensor(value) for value in graph.inputs),
                 outputs=tuple(_tensor(value) for value in graph.outputs),
                 kept=kept,
@@ -90,6 +91,16 @@ class TracedGraphs:
         if recipe.form == "fused":
             quantise_tables(model, choices.kept)
         return quantise(model, quantiser(recipe.form, precision, recipe.floats, choices.ranges), choices.kept)
+
+
+def _decoders(traced: ir.Model, outline: Checkpoint, form: str) -> dict[str, ir.Model]:
+    """Return a decoder's graphs in a form; a model that does not reason keeps no cache but in a fused one."""
+    text = outline.model.config.text_config
+    roles = (abi.EMBEDDER, abi.GENERATOR) if outline.facts.prompt.reasons else ()
+    if form == "fused":
+        one = fused(traced, heads=text.num_attention_heads, kv_heads=text.num_key_value_heads)
+        return dict.fromkeys(roles or (abi.EMBEDDER,), one)
+    return {abi.DIRECT: direct(traced)} | (dict.fromkeys(roles, slotted(traced)) if roles else {})
 
 
 def _kept(traced: ir.Graph, written: ir.Graph) -> tuple[str, ...]:

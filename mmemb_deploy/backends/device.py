@@ -1,19 +1,25 @@
-"""What a decoder with its cache in device memory asks of a GPU and of an engine, and memory that both share."""
+"""What a decoder asks of where it computes: memory, copies, and graphs that read and write addresses."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mmemb_deploy.inputs.preprocess import Floats
+from mmemb_deploy.bundle.manifest import GraphFacts
+from mmemb_deploy.errors import BackendError
 
 ALIGNMENT = 256  # bytes; of an address that TensorRT reads or writes
 
 Shape = tuple[int, ...]
+
+
+class RecordError(BackendError):
+    """What was to be recorded was not, and can still run as it is."""
 
 
 class Memory(Protocol):
@@ -31,6 +37,14 @@ class Memory(Protocol):
 
 
 @dataclass(frozen=True)
+class DeviceArray:
+    """An array in device memory, float32 unless its reader says otherwise."""
+
+    memory: Memory
+    shape: Shape
+
+
+@dataclass(frozen=True)
 class Plane:
     """Where the lines of a copy begin: the first one's address, and the bytes from one to the next."""
 
@@ -38,23 +52,44 @@ class Plane:
     pitch: int
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """An array to be read from device memory."""
+
+    address: int
+    shape: Shape
+    dtype: DTypeLike
+
+
 class Device(Protocol):
-    """A GPU, all of whose work happens in the order in which it was asked for."""
+    """Where a decoder computes; all of its work happens in the order in which it was asked for."""
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """Return what a thread holds, again where it holds it already, while it works with the device."""
+        ...
 
     def allocate(self, nbytes: int) -> Memory:
         """Return memory that is all zeros, aligned to ALIGNMENT."""
         ...
 
-    def upload(self, array: NDArray[Any], memory: Any) -> None:
-        """Copy an array to the start of memory."""
+    def upload(self, array: NDArray[Any], address: int) -> None:
+        """Copy an array to the device; it may be changed at once."""
         ...
 
-    def download(self, memory: Any, shape: Shape, dtype: DTypeLike) -> NDArray[Any]:
-        """Return the start of memory as an array."""
+    def download(self, wanted: Sequence[Wanted]) -> list[NDArray[Any]]:
+        """Wait, once, for all that was started; return arrays of the host's own."""
         ...
 
     def copy(self, source: Plane, target: Plane, width: int, height: int) -> None:
         """Copy `height` lines of `width` bytes inside the device."""
+        ...
+
+    def record(self, start: Callable[[], None]) -> Callable[[], None]:
+        """Return what starts again all that `start`, which has run before, puts on the device.
+
+        Raises RecordError where that cannot be recorded; nothing has run then.
+        """
         ...
 
 
@@ -62,12 +97,22 @@ class DeviceEngine(Protocol):
     """A graph that runs on tensors in device memory."""
 
     @property
-    def inputs(self) -> frozenset[str]:
-        """Return the names of its inputs."""
+    def facts(self) -> GraphFacts:
+        """Return the graph's tensors."""
         ...
 
-    def start(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
-        """Start a run: shapes of all inputs, addresses of all inputs and outputs. Raises BackendError."""
+    def takes(self, shapes: Mapping[str, Shape]) -> bool:
+        """Return whether it can run inputs of these shapes; a name that is missing is not looked at."""
+        ...
+
+    def bind(
+        self, shapes: Mapping[str, Shape], addresses: Mapping[str, int], *, again: bool = False
+    ) -> Callable[[], None]:
+        """Return what starts a run over inputs of these shapes, and inputs and outputs at these addresses.
+
+        The next `bind` ends what it returned, unless `again` says that it will be started again and again.
+        Raises BackendError, here and when it starts.
+        """
         ...
 
 
@@ -86,27 +131,38 @@ class Workspace:
             memory = self._memory[name] = self.device.allocate(aligned(nbytes))
         return memory
 
-    def upload(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Shape], dict[str, int]]:
-        """Copy arrays to the memory of their names; return their shapes and addresses."""
+    def upload(self, arrays: Mapping[str, NDArray[Any] | DeviceArray]) -> tuple[dict[str, Shape], dict[str, int]]:
+        """Copy arrays to the memory of their names, where they are not on the device; return shapes and addresses."""
         addresses = {}
         for name, array in arrays.items():
-            memory = self.reserve(name, array.nbytes)
-            self.device.upload(array, memory)
-            addresses[name] = memory.address
+            if isinstance(array, DeviceArray):
+                addresses[name] = array.memory.address
+            else:
+                addresses[name] = self.reserve(name, array.nbytes).address
+                self.device.upload(array, addresses[name])
         return {name: array.shape for name, array in arrays.items()}, addresses
 
+    def outputs(self, facts: GraphFacts, shapes: Mapping[str, Shape], *, without: frozenset[str]) -> dict[str, Wanted]:
+        """Reserve memory for a graph's outputs, but for those of some names, given the shapes of its inputs."""
+        sizes = axis_sizes(facts, shapes)
+        found = {}
+        for tensor in facts.outputs:
+            if tensor.name not in without:
+                shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
+                nbytes = np.dtype(tensor.dtype).itemsize * int(np.prod(shape))
+                found[tensor.name] = Wanted(self.reserve(tensor.name, nbytes).address, shape, tensor.dtype)
+        return found
 
-def run_engine(
-    engine: DeviceEngine,
-    workspace: Workspace,
-    shapes: Mapping[str, Shape],
-    addresses: Mapping[str, int],
-    results: Mapping[str, Shape],
-) -> dict[str, Floats]:
-    """Run an engine whose inputs, and outputs that stay, are in place; return the outputs of `results`, float32."""
-    memory = {name: workspace.reserve(name, 4 * int(np.prod(shape))) for name, shape in results.items()}
-    engine.start(shapes, {**addresses, **{name: memory[name].address for name in results}})
-    return {name: workspace.device.download(memory[name], shape, np.float32) for name, shape in results.items()}
+
+def axis_sizes(facts: GraphFacts, shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Return the sizes of the axes that vary, by name."""
+    return {
+        axis: size
+        for tensor in facts.inputs
+        if tensor.name in shapes
+        for axis, size in zip(tensor.shape, shapes[tensor.name], strict=True)
+        if isinstance(axis, str)
+    }
 
 
 def aligned(nbytes: int) -> int:

@@ -9,12 +9,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from mmemb_deploy.backends.kv_cache.host import HostDecoder
-from mmemb_deploy.backends.kv_cache.inplace import FusedDecoder
-from mmemb_deploy.backends.protocol import Decoder, Engine
+from mmemb_deploy.backends.device import Shape, axis_sizes
+from mmemb_deploy.backends.host_device import HostDevice
+from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder
+from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.bundle.manifest import Manifest
+from mmemb_deploy.bundle.manifest import GraphFacts
 from mmemb_deploy.errors import BackendError, MissingExtraError, OptionError
 from mmemb_deploy.machine import cores
 
@@ -42,22 +43,29 @@ class OnnxRuntime:
 
     def load(self, bundle: Bundle) -> Engine:
         """Load every graph; raises BackendError for a float type that a CPU lacks, or if ONNX Runtime refuses one."""
-        graphs = bundle.manifest.graphs
-        if bundle.manifest.cache_dtype != "float32":
+        manifest, graphs = bundle.manifest, bundle.manifest.graphs
+        if manifest.compute != "float32":
             raise BackendError(
-                f"{bundle.folder} computes in {bundle.manifest.cache_dtype}, which ONNX Runtime does not on a CPU: run "
-                "it on an NVIDIA GPU, or export the checkpoint again with --form fused"
+                f"{bundle.folder} computes in {manifest.compute}, which ONNX Runtime does not on a CPU: run it on an "
+                "NVIDIA GPU, or export the checkpoint again with --form fused"
             )
         files = {file: self._open(bundle.folder / file) for file in {facts.file for facts in graphs.values()}}
-        sessions = {name: OrtSession(facts.file, files[facts.file]) for name, facts in graphs.items()}
-        decoder = self._decoder(bundle.manifest, sessions[abi.EMBEDDER], sessions.get(abi.GENERATOR))
-        return Engine(self.name, sessions[abi.VISION], decoder, sessions.get(abi.GATE))
-
-    def _decoder(self, manifest: Manifest, embedder: OrtSession, generator: OrtSession | None) -> Decoder[Any]:
-        model = manifest.model
-        if manifest.graphs[abi.EMBEDDER].fused:
-            return FusedDecoder(embedder, generator, model)
-        return HostDecoder(embedder, generator, model.layers)
+        decoder = SlotDecoder(
+            HostDevice(),
+            {
+                name: OrtGraph(files[facts.file], facts)
+                for name, facts in graphs.items()
+                if name in (abi.DIRECT, abi.EMBEDDER, abi.GENERATOR)
+            },
+            manifest,
+            Places(continues=not manifest.fused),  # GroupQueryAttention goes on with several tokens in one row only
+        )
+        vision, gate = (
+            OrtSession(graphs[name].file, files[graphs[name].file]) if name in graphs else None
+            for name in (abi.VISION, abi.GATE)
+        )
+        assert vision is not None
+        return Engine(self.name, vision, decoder, gate)
 
     def _open(self, graph: Path) -> onnxruntime.InferenceSession:
         try:
@@ -67,7 +75,7 @@ class OnnxRuntime:
 
 
 class OrtSession:
-    """One graph in ONNX Runtime."""
+    """One graph in ONNX Runtime, arrays in and out."""
 
     def __init__(self, name: str, session: onnxruntime.InferenceSession) -> None:
         self._name = name
@@ -83,26 +91,43 @@ class OrtSession:
             raise BackendError(f"ONNX Runtime failed in {self._name}: {error}") from error
         return dict(zip(self._outputs, values, strict=True))
 
-    def bind(self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
-        """Return what runs the graph once over these arrays, as they are then, and leaves its outputs in theirs.
 
-        Arrays are contiguous. Inputs that the graph does not declare and outputs that it does not make are left out.
-        """
+class OrtGraph:
+    """One graph in ONNX Runtime as a `device.DeviceEngine`.
+
+    `place` is ONNX Runtime's name of where the addresses are, `types` its name of every type.
+    """
+
+    def __init__(
+        self, session: Any, facts: GraphFacts, place: tuple[str, int] = ("cpu", 0), types: Mapping[str, Any] | None = None
+    ) -> None:
+        self.facts = facts
+        self._session, self._place, self._types = session, place, types or {}
+
+    def takes(self, shapes: Mapping[str, Shape]) -> bool:
+        """Return True: ONNX Runtime makes room for what comes."""
+        del shapes
+        return True
+
+    def bind(
+        self, shapes: Mapping[str, Shape], addresses: Mapping[str, int], *, again: bool = False
+    ) -> Callable[[], None]:
+        """Return what runs the graph over these shapes and addresses."""
+        del again
         binding = self._session.io_binding()
-        held = [*inputs.values(), *outputs.values()]  # the binding knows their addresses alone
-        for name in self._inputs:
-            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(inputs[name]))
-        for name in self._outputs:
-            if name in outputs:
-                binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(outputs[name]))
-            else:
-                binding.bind_output(name)
+        sizes = axis_sizes(self.facts, shapes)
+        for tensor in self.facts.inputs:
+            kind = self._types.get(tensor.dtype, tensor.dtype)
+            binding.bind_input(tensor.name, *self._place, kind, shapes[tensor.name], addresses[tensor.name])
+        for tensor in self.facts.outputs:
+            kind = self._types.get(tensor.dtype, tensor.dtype)
+            shape = [sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
+            binding.bind_output(tensor.name, *self._place, kind, shape, addresses[tensor.name])
 
         def run() -> None:
-            assert held
             try:
                 self._session.run_with_iobinding(binding)
             except Exception as error:
-                raise BackendError(f"ONNX Runtime failed in {self._name}: {error}") from error
+                raise BackendError(f"ONNX Runtime failed in {self.facts.file}: {error}") from error
 
         return run

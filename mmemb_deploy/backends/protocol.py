@@ -6,14 +6,13 @@ and a first row of zeros, L DeepStack levels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from numpy.typing import NDArray
 
-from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.inputs.preprocess import Floats, Ints
 from mmemb_deploy.inputs.rows import Batch
@@ -35,11 +34,11 @@ class Cache(Protocol):
         ...
 
     def take(self, rows: Sequence[int]) -> Self:
-        """Return a copy of some rows, without the padding that none of them needs."""
+        """Return some rows."""
         ...
 
     def split(self) -> Sequence[Self]:
-        """Return every row as a cache of its own; they may share this one's memory."""
+        """Return every row as a cache of its own."""
         ...
 
 
@@ -48,38 +47,57 @@ C = TypeVar("C", bound=Cache)
 
 @dataclass(frozen=True)
 class Prefilled(Generic[C]):
-    """Of every row's last token: the embedding (B, D), L2-normalised, and the state (B, D); and the rows' cache."""
+    """Of every row's last token: the embedding (B, D), L2-normalised, and the state (B, D).
+
+    And the rows' cache, None where none was asked for.
+    """
 
     embeddings_BD: Floats
     states_BD: Floats
-    cache: C
+    cache: C | None
 
 
 @dataclass(frozen=True)
 class Extended(Generic[C]):
-    """Of every row's last token: the embedding (B, D), L2-normalised, and the logits (B, W); and the longer cache.
+    """Of every row's last token: the likeliest to follow, (B,), the embeddings (D,) that were asked for, L2-normalised.
 
-    The logits may be overwritten when that cache is extended.
+    `logits` fetches those of every row, (B, W), until the cache is extended again. And the longer cache.
     """
 
-    embeddings_BD: Floats
-    logits_BW: Floats
+    next_token_B: Ints
+    embeddings: Sequence[Floats]
+    logits: Callable[[], Floats]
     cache: C
 
 
 class Decoder(Protocol[C]):
-    """The embedder and the generator of a bundle: prompts in, then more tokens after the cache they left."""
+    """The decoder of a bundle: prompts in, then more tokens after the cache they left."""
 
-    def prefill(self, batch: Batch, visual_tokens_VD: Floats, deepstack_LVD: Floats) -> Prefilled[C]:
-        """Run prompts; `batch.visual_index_BT` says which row of `visual_tokens_VD` a token shows."""
+    @property
+    def rows(self) -> int:
+        """Most rows that go on together from their caches."""
+        ...
+
+    def fits(self, rows: int, tokens: int) -> bool:
+        """Return whether prompts of so many rows and tokens, padding included, can run at once."""
+        ...
+
+    def prefill(self, batch: Batch, visual: Any, *, keep: bool = True) -> Prefilled[C]:
+        """Run prompts; `batch.visual_index_BT` says which row of `visual` a token shows.
+
+        `visual` is what the backend made of the batch's images. Without `keep` no cache is kept.
+        """
         ...
 
     def stack(self, caches: Sequence[C], capacity: int) -> AbstractContextManager[C]:
-        """Give one cache of all rows, to be extended by at most `capacity` tokens; its memory is its own meanwhile."""
+        """Give one cache of all rows, to be extended by at most `capacity` tokens; `caches` stay as they are."""
         ...
 
-    def extend(self, cache: C, token_ids_BT: Ints, lengths_B: Ints) -> Extended[C]:
-        """Run `lengths_B` new tokens of every row, at least one each. `cache` comes from `stack`, and is used up."""
+    def extend(self, cache: C, token_ids_BT: Ints, lengths_B: Ints, embedded: Sequence[int]) -> Extended[C]:
+        """Run `lengths_B` new tokens of every row, at least one each, and embed some rows.
+
+        `cache` comes from `stack`, or is a part of such a one, and is used up.
+        """
         ...
 
 
@@ -99,15 +117,3 @@ class Backend(Protocol):
     def load(self, bundle: Bundle) -> Engine:
         """Load every graph; raises BackendError if the engine refuses one."""
         ...
-
-
-def prompt_inputs(batch: Batch, visual_tokens_VD: Floats, deepstack_LVD: Floats) -> dict[str, NDArray[Any]]:
-    """Return what a portable embedder graph reads of a batch of prompts, by the names of the ABI."""
-    return {
-        abi.TOKEN_IDS: batch.token_ids_BT,
-        abi.POSITION_IDS: batch.position_ids_3BT,
-        abi.MASK: batch.mask_BT,
-        abi.VISUAL_INDEX: batch.visual_index_BT,
-        abi.VISUAL_TOKENS: visual_tokens_VD,
-        abi.DEEPSTACK: deepstack_LVD,
-    }

@@ -1,11 +1,17 @@
-"""Names of the tensors that go in and out of the four graphs: the contract between export, engines and the runtime.
+"""Names of the tensors that go in and out of a bundle's graphs: the contract between export, engines and the runtime.
 
-Decoder graphs come in two forms. Portable ones are standard ONNX: a cache in, a longer cache out. A fused one is ONNX
-Runtime's own: it is embedder and generator in one, with the inputs and outputs of both, and writes the cache in place.
+A reasoning model's decoder is one graph, `embedder` for prompts and `generator` for what follows them (one file where
+their precisions are equal). Its KV cache lies in slots, R for each row, and is written in place: every `present` has
+the shape and the address of its `past`. New tokens follow the `start` tokens that a row has there, and see those, the
+new ones before them, and themselves; padding lies behind a row's last token, so that nothing of the row sees it.
+`direct` is the same decoder without a cache, for prompts that nothing follows.
+
+In the portable form the decoder is standard ONNX, of TensorScatter and Attention at opset 24; in the fused form, of
+ONNX Runtime's GroupQueryAttention. The tensors are the same.
 
 Axes: N images of one grid, P patches, F values of a patch, M visual tokens of an image, L DeepStack levels, D hidden
-size, V visual tokens of a batch and a first row of zeros, B rows, S tokens of a prompt, T new tokens, K cached and new
-tokens, H key-value heads, E head size, W words of the vocabulary. Floats are float32, ids and masks int64.
+size, V visual tokens of a batch and a first row of zeros, B rows, T new tokens, R slots of a row, H key-value heads,
+E head size, W words of the vocabulary. Floats are float32 but for keys and values, ids and counts int64.
 """
 
 from __future__ import annotations
@@ -14,11 +20,11 @@ from collections.abc import Iterator
 from typing import Final
 
 VISION: Final = "vision"
+DIRECT: Final = "direct"
 EMBEDDER: Final = "embedder"
 GATE: Final = "gate"
 GENERATOR: Final = "generator"
-FAST_GRAPHS: Final = (VISION, EMBEDDER)  # all that a model without reasoning has
-GRAPHS: Final = (*FAST_GRAPHS, GATE, GENERATOR)
+GRAPHS: Final = (VISION, DIRECT, EMBEDDER, GATE, GENERATOR)
 
 # vision, in; the tables come from `mmemb_deploy.inputs.preprocess.vision_tables`
 PATCHES: Final = "patches"  # (N, P, F)
@@ -26,35 +32,40 @@ INTERPOLATION_INDEX: Final = "interpolation_index"  # (P, 4)
 INTERPOLATION_WEIGHT: Final = "interpolation_weight"  # (P, 4)
 ROTARY_COS: Final = "rotary_cos"  # (P, E of the vision tower)
 ROTARY_SIN: Final = "rotary_sin"
-# vision, out; embedder, in
+# vision, out; decoder, in
 VISUAL_TOKENS: Final = "visual_tokens"  # out (N, M, D), in (V, D)
 DEEPSTACK: Final = "deepstack"  # out (L, N, M, D), in (L, V, D); absent where the model has no level
 
-# embedder and generator, in
-TOKEN_IDS: Final = "token_ids"  # (B, S) or (B, T)
-POSITION_IDS: Final = "position_ids"  # (3, B, S) or (3, B, T): time, height, width
-MASK: Final = "mask"  # (B, S) or (B, K): 1 where a token may be attended to; rows are padded on the right
-VISUAL_INDEX: Final = "visual_index"  # (B, S): row of VISUAL_TOKENS that a token shows, 0 for a word
+# decoder, in
+TOKEN_IDS: Final = "token_ids"  # (B, T)
+POSITION_IDS: Final = "position_ids"  # (3, B, T): time, height, width
+LAST: Final = "last"  # (B,): place of a row's last token among the new ones; -1 for a row that has none
+START: Final = "start"  # (B,): tokens of a row in the cache before the new ones, whose slots follow
+VISUAL_INDEX: Final = "visual_index"  # (B, T): row of VISUAL_TOKENS that a token shows, 0 for a word
 
-# in place of MASK in fused graphs, whose cache is a buffer with room that each row fills from its start
-LENGTHS: Final = "lengths"  # (B,): tokens of a row in the cache after the new ones
-LAST: Final = "last"  # (B,): place of a row's last token among the new ones
-
-# embedder and generator, out; all of a row's last unmasked token
+# decoder, out; all of a row's last token
 EMBEDDING: Final = "embedding"  # (B, D), L2-normalised
 STATE: Final = "state"  # (B, D), after the final norm; the gate's input
 LOGITS: Final = "logits"  # (B, W)
+# what the next step of one token reads, so that it need not come from the host
+NEXT_TOKEN: Final = "next_token"  # (B, 1): the likeliest
+NEXT_POSITION: Final = "next_position"  # (3, B, 1)
+NEXT_START: Final = "next_start"  # (B,)
+FED_BACK: Final = {NEXT_TOKEN: TOKEN_IDS, NEXT_POSITION: POSITION_IDS, NEXT_START: START}
+
+# in place of LAST, START and the cache, in torch's modules, which see a whole cache (`mmemb_training.parts`)
+MASK: Final = "mask"  # (B, K): 1 where a token of the cache or a new one may be attended to
 
 SCORE: Final = "score"  # (B,): probability of `<think>` against stop
 
 
 def past_names(layers: int) -> Iterator[str]:
-    """Yield the generator's cache inputs, keys before values, (B, H, K - T, E) each."""
+    """Yield the decoder's cache inputs, keys before values, (B, H, R, E) each."""
     return _cache_names("past", layers)
 
 
 def present_names(layers: int) -> Iterator[str]:
-    """Yield the cache outputs of embedder and generator, in the order of `past_names`, (B, H, K, E) each."""
+    """Yield the decoder's cache outputs, in the order of `past_names` and at their addresses."""
     return _cache_names("present", layers)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.certificate import Certificate, Part, Share
-from mmemb_deploy.bundle.precision import PRECISIONS
+from mmemb_deploy.bundle.precision import PRECISIONS, value_bytes
 from mmemb_deploy.errors import BundleError, SchemaError
 from mmemb_deploy.files import write_whole
 from mmemb_deploy.inputs.parse import Limits
@@ -19,7 +19,7 @@ from mmemb_deploy.inputs.prompts import PromptFormat
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class ModelFacts(Part):
@@ -61,12 +61,9 @@ class GraphFacts(Part):
     precision: str
     inputs: tuple[TensorFacts, ...]
     outputs: tuple[TensorFacts, ...]
+    form: Literal["portable", "fused"]  # standard ONNX, or ONNX Runtime's own operators
+    compute: str  # float type of its activations, and of keys and values
     kept: tuple[str, ...] = ()  # weights in the float type although `precision` is coarser: not taken, or losing most
-
-    @property
-    def fused(self) -> bool:
-        """Whether it is in ONNX Runtime's own operators, whose attention reads the rows' lengths and not a mask."""
-        return any(tensor.name == abi.LENGTHS for tensor in self.inputs)
 
 
 class CurvePoint(Part):
@@ -113,15 +110,25 @@ class Manifest(Part):
         return [name for name in PRECISIONS if name in found]
 
     @property
-    def cache_dtype(self) -> str:
-        """Return the float type of the KV cache, and so of what its decoder computes in."""
-        (first, *_) = abi.present_names(1)
-        return next(tensor.dtype for tensor in self.graphs[abi.EMBEDDER].outputs if tensor.name == first)
+    def decoder(self) -> GraphFacts:
+        """Return its decoder for prompts: the one that keeps a cache, where there is one."""
+        return self.graphs[abi.EMBEDDER if abi.EMBEDDER in self.graphs else abi.DIRECT]
+
+    @property
+    def compute(self) -> str:
+        """Return the float type that its decoder computes in, and keeps keys and values in."""
+        return self.decoder.compute if self.graphs else "float32"
+
+    @property
+    def cache_token_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
+        model = self.model
+        return 2 * model.layers * model.kv_heads * model.head_dim * value_bytes(self.compute)
 
     @property
     def fused(self) -> bool:
         """Whether its decoder is in ONNX Runtime's own operators, for the CPU."""
-        return self.graphs[abi.EMBEDDER].fused
+        return self.decoder.form == "fused"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -129,21 +136,22 @@ def read_manifest(folder: Path) -> Manifest:
     path, text = folder / MANIFEST, manifest_bytes(folder)
     try:
         header = _Header.model_validate_json(text)
-        if header.schema_version > SCHEMA_VERSION:
-            raise SchemaError(
-                f"{path} has schema {header.schema_version}, this version reads {SCHEMA_VERSION}: "
-                f"install mmemb-deploy {header.written_by} or newer"
-            )
+        if header.schema_version != SCHEMA_VERSION:
+            newer = header.schema_version > SCHEMA_VERSION
+            fix = f"install mmemb-deploy {header.written_by} or newer" if newer else "export the checkpoint again"
+            raise SchemaError(f"{path} has schema {header.schema_version}, this version reads {SCHEMA_VERSION}: {fix}")
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise SchemaError(f"{path}: {where}: {first['msg']}; export the bundle again") from error
-    needed = abi.GRAPHS if manifest.prompt.reasons else abi.FAST_GRAPHS
-    missing = [name for name in needed if name not in manifest.graphs]
+    graphs = manifest.graphs
+    reasoning = (abi.EMBEDDER, abi.GATE, abi.GENERATOR)
+    decoder = reasoning if manifest.prompt.reasons else (abi.EMBEDDER if abi.DIRECT not in graphs else abi.DIRECT,)
+    missing = [name for name in (abi.VISION, *decoder) if name not in graphs]
     if missing:
         raise SchemaError(f"{path} describes no graph {missing[0]!r}; export the bundle again")
-    unhashed = {facts.file for facts in manifest.graphs.values()} | {TOKENIZER}
+    unhashed = {facts.file for facts in graphs.values()} | {TOKENIZER}
     if unlisted := sorted(unhashed - manifest.files.keys()):
         raise SchemaError(f"{path} lists no hash of {unlisted[0]}; export the bundle again")
     return manifest

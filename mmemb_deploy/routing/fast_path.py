@@ -17,11 +17,11 @@ from mmemb_deploy.routing.vision import VisionEncoder
 
 @dataclass(frozen=True)
 class FastResult:
-    """Direct embeddings (B, D), L2-normalised; gate scores (B,) in 0..1, NaN without a gate; the cache."""
+    """Direct embeddings (B, D), L2-normalised; gate scores (B,) in 0..1, NaN without a gate; the cache, if it is kept."""
 
     embeddings_BD: Floats
     scores_B: Floats
-    cache: Cache
+    cache: Cache | None
 
 
 class FastPath:
@@ -31,10 +31,14 @@ class FastPath:
         self._vision, self._decoder, self._gate = vision, decoder, gate
         self._pad_id = pad_id
 
-    def run(self, rows: Sequence[Row]) -> FastResult:
-        """Prefill the rows' prompts, up to and including `<|disc_emb|>`."""
+    def fits(self, rows: int, tokens: int) -> bool:
+        """Return whether so many rows of so many tokens run at once."""
+        return self._decoder.fits(rows, tokens)
+
+    def run(self, rows: Sequence[Row], *, keep: bool = True) -> FastResult:
+        """Prefill the rows' prompts, up to and including `<|disc_emb|>`; without `keep`, nothing can follow them."""
         batch = collate(rows, self._pad_id)
-        result = self._decoder.prefill(batch, *self._vision.encode(batch.visuals))
+        result = self._decoder.prefill(batch, self._vision.encode(batch.visuals), keep=keep)
         if self._gate is None:
             scores_B = np.full(len(rows), np.nan, np.float32)
         else:

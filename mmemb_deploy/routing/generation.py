@@ -30,12 +30,6 @@ class _Live:
 Choose = Callable[[Floats], Ints]  # logits (B, W) to the next token of every row (B,)
 
 
-def greedy(logits_BW: Floats) -> Ints:
-    """Choose the likeliest token."""
-    chosen: Ints = logits_BW.argmax(axis=1)
-    return chosen
-
-
 class Generator:
     """Decoding over a batch in which finished rows leave."""
 
@@ -44,26 +38,38 @@ class Generator:
         self._prompt = prompt
         self._marker_ids = frozenset(prompt.ids.values())
 
-    def generate(self, caches: Sequence[Cache], max_tokens: int, choose: Choose = greedy) -> list[Reasoned]:
+    @property
+    def rows(self) -> int:
+        """Most rows that are decoded together."""
+        return self._decoder.rows
+
+    def generate(self, caches: Sequence[Cache], max_tokens: int, choose: Choose | None = None) -> list[Reasoned]:
         """Write a rationale of at most `max_tokens` tokens for every row of the caches and embed it, a token a step.
 
-        Any marker that is chosen closes the rationale, as `</think>` does.
+        `choose` chooses the next tokens, None the likeliest. Any marker that is chosen closes the rationale, as
+        `</think>` does.
         """
         with self._decoder.stack(caches, max_tokens + PATH_MARKERS) as cache:
             return self._write(cache, max_tokens, choose)
 
-    def _write(self, cache: Any, max_tokens: int, choose: Choose) -> list[Reasoned]:
+    def _write(self, cache: Any, max_tokens: int, choose: Choose | None) -> list[Reasoned]:
         end_think, gen_emb = self._prompt.ids[END_THINK], self._prompt.ids[GEN_EMB]
         finished: dict[int, Reasoned] = {}
         live = [_Live(index, self._prompt.ids[THINK]) for index in range(len(cache))]
         while live:
-            fed = [row.token for row in live]
-            step = self._feed(cache, [[token] for token in fed])
+            ending = [place for place, row in enumerate(live) if row.token == gen_emb]
+            step = self._feed(cache, [[row.token] for row in live], ending)
             cache = step.cache
-            for row, embedding_D, chosen in zip(live, step.embeddings_BD, choose(step.logits_BW).tolist(), strict=True):
-                if row.token == gen_emb:
-                    finished[row.index] = Reasoned(embedding_D, row.token_ids, row.truncated)
-                elif row.token == end_think:
+            for place, embedding_D in zip(ending, step.embeddings, strict=True):
+                row = live[place]
+                finished[row.index] = Reasoned(embedding_D, row.token_ids, row.truncated)
+            next_B = step.next_token_B if choose is None else choose(step.logits())
+            if ending:
+                kept = [place for place in range(len(live)) if place not in ending]
+                live, next_B = [live[place] for place in kept], next_B[kept]
+                cache = cache.take(kept) if kept else cache
+            for row, chosen in zip(live, next_B.tolist(), strict=True):
+                if row.token == end_think:
                     row.token = gen_emb
                 elif chosen in self._marker_ids:
                     row.token = end_think
@@ -72,29 +78,25 @@ class Generator:
                 else:
                     row.token = chosen
                     row.token_ids.append(chosen)
-            if gen_emb in fed:
-                kept = [index for index, token in enumerate(fed) if token != gen_emb]
-                live = [live[index] for index in kept]
-                cache = cache.take(kept) if kept else cache
         return [finished[index] for index in range(len(finished))]
 
     def follow(self, caches: Sequence[Cache], rationales: Sequence[Sequence[int]]) -> list[Reasoned]:
         """Embed given rationales, one per row of the caches, in a single pass over their tokens."""
         paths = [self._prompt.path(token_ids) for token_ids in rationales]
         with self._decoder.stack(caches, max(map(len, paths))) as cache:
-            step = self._feed(cache, paths)
+            step = self._feed(cache, paths, range(len(paths)))
         return [
             Reasoned(embedding_D, list(token_ids), truncated=False)
-            for embedding_D, token_ids in zip(step.embeddings_BD, rationales, strict=True)
+            for embedding_D, token_ids in zip(step.embeddings, rationales, strict=True)
         ]
 
-    def _feed(self, cache: Any, tokens: Sequence[Sequence[int]]) -> Extended[Any]:
-        """Run every row's tokens after the cache."""
+    def _feed(self, cache: Any, tokens: Sequence[Sequence[int]], embedded: Sequence[int]) -> Extended[Any]:
+        """Run every row's tokens after the cache, and embed some rows."""
         lengths_B = np.array([len(row) for row in tokens], np.int64)
         token_ids_BT: Ints = np.full((len(tokens), int(lengths_B.max())), self._prompt.ids[PAD], np.int64)
         for index, row in enumerate(tokens):
             token_ids_BT[index, : len(row)] = row
-        return self._decoder.extend(cache, token_ids_BT, lengths_B)
+        return self._decoder.extend(cache, token_ids_BT, lengths_B, embedded)
 
 
 class OwnWriter:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from mmemb_deploy.backends.protocol import Cache
-from mmemb_deploy.bundle.manifest import BatchLimits, ModelFacts
+from mmemb_deploy.bundle.manifest import BatchLimits
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.routing.fast_path import FastPath
 from mmemb_deploy.routing.generation import CallersWriter, Generator, OwnWriter
@@ -23,15 +23,18 @@ class Pipeline:
         self,
         fast_path: FastPath,
         generator: Generator,
-        model: ModelFacts,
         limits: BatchLimits,
+        token_bytes: int,
         writer: RationaleWriter | None = None,
     ) -> None:
-        """`writer` writes the rationales that no caller gave; None leaves them to the bundle's own generator."""
+        """`token_bytes` are those of a token in the KV cache.
+
+        `writer` writes the rationales that no caller gave; None leaves them to the bundle's own generator.
+        """
         self.fast_path, self.generator = fast_path, generator
         self._writer = OwnWriter(generator) if writer is None else writer
         self._caller = CallersWriter(generator)
-        self._model, self._limits = model, limits
+        self._limits, self._token_bytes = limits, token_bytes
 
     def run(
         self,
@@ -51,25 +54,25 @@ class Pipeline:
         if quota is not None:
             self._check_quota(items, quota)
         waiting: Waiting = []
+        together = min(batch_size, self.generator.rows)
         for batch in self._batches(items, batch_size):
-            cache = self._embed(batch)
+            waiting += self._embed(batch, policy, held=quota is not None)
             if quota is not None:
-                held = ((item, cache.take([index])) for index, item in enumerate(batch))  # to be let go one by one
-                waiting = _best([*waiting, *held], quota)
+                waiting = _best(waiting, quota)
             else:
-                waiting += _chosen(batch, cache, policy)
-                while len(waiting) >= batch_size:
-                    self._reason(waiting[:batch_size], max_rationale_tokens)
-                    waiting = waiting[batch_size:]
+                while len(waiting) >= together:
+                    self._reason(waiting[:together], max_rationale_tokens)
+                    waiting = waiting[together:]
             done(len(batch))
-        for start in range(0, len(waiting), batch_size):
-            self._reason(waiting[start : start + batch_size], max_rationale_tokens)
+        for start in range(0, len(waiting), together):
+            self._reason(waiting[start : start + together], max_rationale_tokens)
 
     def _batches(self, items: Sequence[Item], batch_size: int) -> Iterator[list[Item]]:
         """Yield batches of similar length and, among equals, of equal grids; their padded size is within the limit."""
         batch: list[Item] = []
         for item in sorted(items, key=lambda item: (item.row.length, [visual.grid for visual in item.row.visuals])):
-            full = len(batch) == batch_size or (len(batch) + 1) * item.row.length > self._limits.tokens
+            rows, tokens = len(batch) + 1, item.row.length
+            full = rows > batch_size or rows * tokens > self._limits.tokens or not self.fast_path.fits(rows, tokens)
             if batch and full:
                 yield batch
                 batch = []
@@ -77,13 +80,21 @@ class Pipeline:
         if batch:
             yield batch
 
-    def _embed(self, batch: list[Item]) -> Cache:
+    def _embed(self, batch: list[Item], policy: Policy, *, held: bool) -> Waiting:
+        """Run the fast path; return the items that reason, or with `held` all of them, each with its cache."""
         began = time.perf_counter()
-        result = self.fast_path.run([item.row for item in batch])
+        given = any(item.given is not None for item in batch)
+        result = self.fast_path.run([item.row for item in batch], keep=given or policy.reasoning != "never")
         seconds = time.perf_counter() - began
         for item, embedding_D, score in zip(batch, result.embeddings_BD, result.scores_B, strict=True):
             item.embedding_D, item.score, item.fast_path = embedding_D, float(score), seconds
-        return result.cache
+
+        def reasons(item: Item) -> bool:
+            return item.given is not None or policy.wants(item.score)
+
+        cache = result.cache
+        chosen = [index for index, item in enumerate(batch) if held or reasons(item)]
+        return [] if cache is None else [(batch[index], cache.take([index])) for index in chosen]
 
     def _reason(self, waiting: Waiting, max_tokens: int) -> None:
         """Continue from the caches; an item whose writer failed, and may, keeps its direct embedding and why."""
@@ -103,23 +114,13 @@ class Pipeline:
                     item.reasoned, item.embedding_D, item.source = one, one.embedding_D, writer.name
 
     def _check_quota(self, items: Sequence[Item], quota: int) -> None:
-        model = self._model
         longest = max((item.row.length for item in items), default=0)
-        needed = quota * longest * model.layers * 2 * model.kv_heads * model.head_dim * 4
+        needed = quota * longest * self._token_bytes
         if needed > self._limits.cache_bytes:
             raise OptionError(
                 f"reasoning_rate would hold {needed / 2**20:.0f} MiB of KV caches for {quota} inputs, above the "
                 f"bundle's {self._limits.cache_bytes / 2**20:.0f} MiB: pass fewer inputs, or a threshold"
             )
-
-
-def _chosen(batch: Sequence[Item], cache: Cache, policy: Policy) -> Waiting:
-    """Return the items that reason; where some do not, their caches are not kept."""
-    chosen = [index for index, item in enumerate(batch) if item.given is not None or policy.wants(item.score)]
-    if not chosen:
-        return []
-    kept = cache if len(chosen) == len(batch) else cache.take(chosen)
-    return list(zip((batch[index] for index in chosen), kept.split(), strict=True))
 
 
 def _best(waiting: Waiting, quota: int) -> Waiting:

@@ -43,7 +43,7 @@ class VisionEncoder:
         self._max_patches = max_patches
         self._cache = FeatureCache(cache_bytes)
 
-    def encode(self, visuals: Sequence[Visual]) -> tuple[Floats, Floats]:
+    def encode(self, visuals: Sequence[Visual]) -> dict[str, Floats]:
         """Return the tokens (V, D) and DeepStack levels (L, V, D) of the visuals in order, after a zero row."""
         keys = [_key(visual) for visual in visuals]
         unseen = {key: visual for key, visual in zip(keys, visuals, strict=True) if key not in self._cache}
@@ -53,10 +53,10 @@ class VisionEncoder:
             self._cache.add(key, found[key])
         first_1D = np.zeros((1, self._hidden_size), np.float32)
         first_L1D = np.zeros((self._levels, *first_1D.shape), np.float32)
-        return (
-            np.concatenate([first_1D, *(found[key].tokens_MD for key in keys)]),
-            np.concatenate([first_L1D, *(found[key].deepstack_LMD for key in keys)], axis=1),
-        )
+        return {
+            abi.VISUAL_TOKENS: np.concatenate([first_1D, *(found[key].tokens_MD for key in keys)]),
+            abi.DEEPSTACK: np.concatenate([first_L1D, *(found[key].deepstack_LMD for key in keys)], axis=1),
+        }
 
     def _run(self, visuals: Mapping[bytes, Visual]) -> dict[bytes, Features]:
         keys, images = list(visuals), list(visuals.values())

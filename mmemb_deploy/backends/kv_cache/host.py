@@ -1,11 +1,12 @@
-"""A decoder over two sessions whose KV cache is plain arrays in host memory: the portable graphs, and torch modules.
+"""A decoder over two sessions whose KV cache is plain arrays in host memory: torch modules, which make a longer one.
 
 Axes as in `protocol`; K cached tokens, H key-value heads, E head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import sys
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy.backends.protocol import Extended, Prefilled, Session, prompt_inputs
+from mmemb_deploy.backends.protocol import Extended, Prefilled, Session
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.inputs.preprocess import Floats, Ints
 from mmemb_deploy.inputs.rows import Batch
@@ -60,22 +61,37 @@ class HostCache:
 
 
 class HostDecoder:
-    """`embedder` and `generator` read and write the tensors of `bundle.abi`; without a generator it prefills."""
+    """`embedder` and `generator` read and write the tensors of `mmemb_training.parts`."""
+
+    rows = sys.maxsize
 
     def __init__(self, embedder: Session, generator: Session | None, layers: int) -> None:
         self._embedder, self._generator = embedder, generator
         self._past = tuple(abi.past_names(layers))
         self._present = tuple(abi.present_names(layers))
 
-    def prefill(self, batch: Batch, visual_tokens_VD: Floats, deepstack_LVD: Floats) -> Prefilled[HostCache]:
+    def fits(self, rows: int, tokens: int) -> bool:
+        """Return True: nothing is sized ahead."""
+        del rows, tokens
+        return True
+
+    def prefill(self, batch: Batch, visual: Mapping[str, Floats], *, keep: bool = True) -> Prefilled[HostCache]:
         """Run prompts."""
-        outputs = self._embedder.run(prompt_inputs(batch, visual_tokens_VD, deepstack_LVD))
+        outputs = self._embedder.run(
+            {
+                abi.TOKEN_IDS: batch.token_ids_BT,
+                abi.POSITION_IDS: batch.position_ids_3BT,
+                abi.MASK: batch.mask_BT,
+                abi.VISUAL_INDEX: batch.visual_index_BT,
+                **visual,
+            }
+        )
         cache = HostCache(tuple(outputs[name] for name in self._present), batch.mask_BT, batch.next_position_B)
-        return Prefilled(outputs[abi.EMBEDDING], outputs[abi.STATE], cache)
+        return Prefilled(outputs[abi.EMBEDDING], outputs[abi.STATE], cache if keep else None)
 
     @contextmanager
     def stack(self, caches: Sequence[HostCache], capacity: int) -> Generator[HostCache]:
-        """Give one cache of all rows, padded to the longest; the graphs make room themselves."""
+        """Give one cache of all rows, padded to the longest; the modules make room themselves."""
         del capacity
         longest = max(cache.mask_BK.shape[1] for cache in caches)
         padded = [cache.padded(longest) for cache in caches]
@@ -85,7 +101,9 @@ class HostDecoder:
             np.concatenate([cache.next_position_B for cache in padded]),
         )
 
-    def extend(self, cache: HostCache, token_ids_BT: Ints, lengths_B: Ints) -> Extended[HostCache]:
+    def extend(
+        self, cache: HostCache, token_ids_BT: Ints, lengths_B: Ints, embedded: Sequence[int]
+    ) -> Extended[HostCache]:
         """Run new tokens after a cache."""
         assert self._generator is not None
         steps_T = np.arange(token_ids_BT.shape[1])
@@ -101,4 +119,5 @@ class HostDecoder:
         )
         present = tuple(outputs[name] for name in self._present)
         grown = HostCache(present, mask_BK, cache.next_position_B + lengths_B)
-        return Extended(outputs[abi.EMBEDDING], outputs[abi.LOGITS], grown)
+        embeddings_BD, logits_BW = outputs[abi.EMBEDDING], outputs[abi.LOGITS]
+        return Extended(logits_BW.argmax(axis=1), [embeddings_BD[row] for row in embedded], lambda: logits_BW, grown)

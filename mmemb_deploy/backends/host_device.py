@@ -1,0 +1,66 @@
+"""The host as a device: memory of numpy arrays, copies by numpy, and nothing that has to be waited for."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from threading import RLock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmemb_deploy.backends.device import ALIGNMENT, Plane, Wanted
+
+
+class HostMemory:
+    """Bytes of a numpy array, aligned as device memory is; pages that nobody writes cost nothing."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._bytes = np.zeros(nbytes + ALIGNMENT, np.uint8)
+        self.address = self._bytes.ctypes.data + -self._bytes.ctypes.data % ALIGNMENT
+
+
+class HostDevice:
+    """The CPU's own memory as a `device.Device`."""
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+
+    def allocate(self, nbytes: int) -> HostMemory:
+        """Return memory that is all zeros."""
+        return HostMemory(nbytes)
+
+    def upload(self, array: NDArray[Any], address: int) -> None:
+        """Copy an array to an address."""
+        contiguous = np.ascontiguousarray(array)
+        ctypes.memmove(address, contiguous.ctypes.data, contiguous.nbytes)
+
+    def download(self, wanted: Sequence[Wanted]) -> list[NDArray[Any]]:
+        """Return copies of arrays at addresses."""
+        return [
+            _at(each.address, np.dtype(each.dtype).itemsize * int(np.prod(each.shape)))
+            .view(each.dtype)
+            .reshape(each.shape)
+            .copy()
+            for each in wanted
+        ]
+
+    def copy(self, source: Plane, target: Plane, width: int, height: int) -> None:
+        """Copy lines."""
+        if width and height:
+            _lines(target, width, height)[:] = _lines(source, width, height)
+
+    def record(self, start: Callable[[], None]) -> Callable[[], None]:
+        """Return `start`: there is no queue to fill."""
+        return start
+
+
+def _at(address: int, nbytes: int) -> NDArray[np.uint8]:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+
+
+def _lines(plane: Plane, width: int, height: int) -> NDArray[np.uint8]:
+    whole = _at(plane.address, plane.pitch * (height - 1) + width)
+    return np.lib.stride_tricks.as_strided(whole, (height, width), (plane.pitch, 1))

@@ -1,0 +1,221 @@
+"""Keys and values of many rows in one block of memory, in which a row stays where it is while others come and go.
+
+The block is a plane of keys and one of values for every layer, (rows, H, R, E) each: R slots for a row, its tokens in
+the first of them. Rows are leased, and free again once nothing refers to their lease. Where there is no room, rows
+that wait are copied out, to memory of just their size, and back when they go on.
+
+Axes: H key-value heads, E head size.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from mmemb_deploy.backends.device import Device, Memory, Plane, aligned
+from mmemb_deploy.errors import BackendError
+
+BUCKET = 64  # slots come in multiples of it
+FEWEST = 8  # rows of a pool that grows
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the caches of a model have in common: planes, heads, and bytes of one head of one token."""
+
+    planes: int
+    heads: int
+    head_bytes: int
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token."""
+        return self.planes * self.heads * self.head_bytes
+
+    def plane_bytes(self, rows: int, slots: int) -> int:
+        """Return the bytes from one plane to the next."""
+        return aligned(rows * self.heads * slots * self.head_bytes)
+
+
+@dataclass(eq=False)
+class Row:
+    """The lease of a row: where it is, how many tokens it has, and the rotary position of the token that follows."""
+
+    index: int  # -1 while it is copied out
+    length: int
+    position: int
+    parked: Memory | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Memory of so many rows of so many slots."""
+
+    layout: Layout
+    memory: Memory
+    rows: int
+    slots: int
+
+    @classmethod
+    def of(cls, device: Device, layout: Layout, rows: int, slots: int) -> Block:
+        """Allocate one, all zeros: what no token was written to is read too, and hidden only then."""
+        return cls(layout, device.allocate(layout.planes * layout.plane_bytes(rows, slots)), rows, slots)
+
+    def address(self, plane: int, row: int = 0) -> int:
+        """Return where a row of a plane begins."""
+        layout = self.layout
+        start = plane * layout.plane_bytes(self.rows, self.slots)
+        return self.memory.address + start + row * layout.heads * self.slots * layout.head_bytes
+
+
+class Pool:
+    """Rows to lease; one that `grows` gets more of them, and more slots, when they are asked for."""
+
+    def __init__(self, device: Device, layout: Layout, rows: int, slots: int, *, grows: bool) -> None:
+        self.layout, self.grows = layout, grows
+        self._device = device
+        self._block = Block.of(device, layout, rows, slots)
+        self._leases: list[weakref.ref[Row] | None] = [None] * rows
+        self._prefixes: list[tuple[bytes, int]] = [(b"", 0)] * rows  # what the first slots of each row hold, and length
+
+    @property
+    def rows(self) -> int:
+        """Rows that it has."""
+        return self._block.rows
+
+    @property
+    def slots(self) -> int:
+        """Slots of a row."""
+        return self._block.slots
+
+    def addresses(self, row: int) -> Iterator[int]:
+        """Yield where a row begins in every plane."""
+        return (self._block.address(plane, row) for plane in range(self.layout.planes))
+
+    def holder(self, index: int) -> Row | None:
+        """Return the lease of a row, None where it is free."""
+        lease = self._leases[index]
+        return None if lease is None else lease()
+
+    def written(self, index: int) -> int:
+        """Return how many of a row's first slots must not be written: those of its lease, or of a prefix it keeps."""
+        row = self.holder(index)
+        return self._prefixes[index][1] if row is None else row.length
+
+    def keeps(self, rows: Sequence[Row], prefix: bytes) -> bool:
+        """Return whether all rows hold a prefix already, from prompts that were there before."""
+        return all(self._prefixes[row.index][0] == prefix for row in rows)
+
+    def keep(self, rows: Sequence[Row], prefix: bytes, length: int) -> None:
+        """Note that rows begin with a prefix of so many tokens, which stay when the rows are free."""
+        for row in rows:
+            self._prefixes[row.index] = prefix, length
+
+    def lease(self, count: int, prefix: bytes = b"") -> list[Row]:
+        """Return rows that lie side by side, those that hold a prefix if there are such; others may be copied out.
+
+        Raises BackendError for more rows than there can be.
+        """
+        if count > self.rows:
+            if not self.grows:
+                raise BackendError(f"{count} rows are above the {self.rows} of the KV cache: pass a smaller batch_size")
+            self._move_to(max(2 * count, FEWEST), self.slots)
+        starts = [start for start in range(self.rows - count + 1) if not self._held(range(start, start + count))]
+        kept = (start for start in starts if all(self._prefixes[start + row][0] == prefix for row in range(count)))
+        first = next(kept, starts[0] if starts else -1)
+        if first < 0:
+            first = min(range(self.rows - count + 1), key=lambda start: len(self._held(range(start, start + count))))
+            for row in self._held(range(first, first + count)):
+                self._park(row)
+        rows = [Row(index, 0, 0) for index in range(first, first + count)]
+        for row in rows:
+            self._leases[row.index] = weakref.ref(row)
+        return rows
+
+    def ensure(self, slots: int) -> None:
+        """Make sure that every row has so many slots. Raises BackendError where it does not grow."""
+        if slots > self.slots:
+            if not self.grows:
+                raise BackendError(
+                    f"{slots} tokens do not fit in the {self.slots} slots of a row: pass a shorter input, or build "
+                    "engines for longer ones"
+                )
+            self._move_to(self.rows, -(-slots // BUCKET) * BUCKET)
+
+    def bring_in(self, rows: Sequence[Row]) -> None:
+        """Copy rows back that were copied out."""
+        for row in rows:
+            if row.parked is not None:
+                self._place(row, self._free(protected=rows))
+
+    def side_by_side(self, rows: Sequence[Row]) -> None:
+        """Let rows follow each other: the last fill the gaps, or all move where there is room for them."""
+        if not rows:
+            return
+        first = min(row.index for row in rows)
+        wanted = range(first, first + len(rows))
+        inside = {row.index for row in rows if row.index in wanted}
+        gaps = [index for index in wanted if index not in inside]
+        if wanted.stop <= self.rows and not self._held(gaps):
+            outside = (row for row in rows if row.index not in wanted)
+            for row, index in zip(outside, gaps, strict=True):
+                self._place(row, index)
+        else:
+            others = self.lease(len(rows))  # may have copied some of the rows out
+            for row, other in zip(rows, others, strict=True):
+                self._leases[other.index] = None
+                self._place(row, other.index)
+
+    def _held(self, indices: Collection[int]) -> list[Row]:
+        return [row for index in indices if (row := self.holder(index)) is not None]
+
+    def _free(self, protected: Sequence[Row]) -> int:
+        """Return a row that is free, after copying one out if need be."""
+        for index in range(self.rows):
+            if self.holder(index) is None:
+                return index
+        for row in self._held(range(self.rows)):
+            if not any(row is one for one in protected):
+                index = row.index
+                self._park(row)
+                return index
+        raise BackendError(f"{len(protected)} rows are above the {self.rows} of the KV cache: pass a smaller batch_size")
+
+    def _park(self, row: Row) -> None:
+        """Copy a row out."""
+        outside = Block.of(self._device, self.layout, 1, max(row.length, 1))
+        self._copy(self._block, row.index, outside, 0, row.length)
+        self._leases[row.index] = None
+        row.index, row.parked = -1, outside.memory
+
+    def _place(self, row: Row, index: int) -> None:
+        """Copy a row to a free one, from where it is or where it was copied out to."""
+        if row.parked is not None:
+            outside = Block(self.layout, row.parked, 1, max(row.length, 1))
+            self._copy(outside, 0, self._block, index, row.length)
+        else:
+            self._copy(self._block, row.index, self._block, index, row.length)
+            self._leases[row.index] = None
+        self._prefixes[index] = b"", 0
+        row.index, row.parked = index, None
+        self._leases[index] = weakref.ref(row)
+
+    def _move_to(self, rows: int, slots: int) -> None:
+        """Move everything to a larger block."""
+        block = Block.of(self._device, self.layout, rows, slots)
+        for row in self._held(range(self.rows)):
+            self._copy(self._block, row.index, block, row.index, row.length)
+        self._leases += [None] * (rows - self.rows)
+        self._prefixes = [(b"", 0)] * rows
+        self._block = block
+
+    def _copy(self, source: Block, row: int, target: Block, to_row: int, tokens: int) -> None:
+        size = self.layout.head_bytes
+        for plane in range(self.layout.planes):
+            self._device.copy(
+                Plane(source.address(plane, row), source.slots * size),
+                Plane(target.address(plane, to_row), target.slots * size),
+                tokens * size,
+                self.layout.heads,
+            )

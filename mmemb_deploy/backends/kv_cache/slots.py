@@ -1,0 +1,363 @@
+"""A decoder whose KV cache lies in slots of a pool and is written in place, wherever the backend computes.
+
+A step of one token runs over rows that lie side by side, by an engine bound once for each number of them; what it
+feeds to the next step stays on the device. Where a row costs as much as its share of the work (a CPU), exactly the rows
+at hand run, after gaps are filled; where it costs next to nothing (a GPU), all rows up to the last run, padded to a
+power of two, and none is moved: those that wait get a token written behind theirs, which the next one overwrites.
+
+Axes as in `protocol`; P rows of a step, R slots of a row, W words of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmemb_deploy.backends.device import Device, DeviceArray, DeviceEngine, Plane, RecordError, Shape, Wanted, Workspace
+from mmemb_deploy.backends.kv_cache.pool import BUCKET, FEWEST, Layout, Pool, Row
+from mmemb_deploy.backends.protocol import Extended, Prefilled
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.manifest import Manifest
+from mmemb_deploy.bundle.precision import value_bytes
+from mmemb_deploy.inputs.preprocess import Floats, Ints
+from mmemb_deploy.inputs.prompts import PATH_MARKERS
+from mmemb_deploy.inputs.rows import Batch
+
+Visual = Mapping[str, NDArray[Any] | DeviceArray]  # VISUAL_TOKENS and DEEPSTACK, by name
+CACHE = "past."
+
+
+@dataclass(frozen=True)
+class SlotCache:
+    """Rows of a pool, in an order; taking, splitting and joining them copies nothing."""
+
+    rows: tuple[Row, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: Sequence[int]) -> SlotCache:
+        """Return some rows."""
+        return SlotCache(tuple(self.rows[row] for row in rows))
+
+    def split(self) -> list[SlotCache]:
+        """Return every row as a cache of its own."""
+        return [SlotCache((row,)) for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Places:
+    """How a backend lays out rows.
+
+    Fixed rows and slots are those that engines were built for, padded to a power of two for a step; None lets the pool
+    grow, and steps run over exactly their rows. `chunk` bounds the tokens of a row that follow in one run, and
+    `continues` says whether prompts of several rows may go on from a prefix.
+    """
+
+    rows: int | None = None
+    slots: int | None = None
+    chunk: int | None = None
+    continues: bool = True
+
+
+class SlotDecoder:
+    """Runs a bundle's decoder graphs: `direct` where nothing follows, else `embedder`, then `generator`."""
+
+    def __init__(self, device: Device, graphs: Mapping[str, DeviceEngine], manifest: Manifest, places: Places) -> None:
+        model = manifest.model
+        self._device, self._model, self._places = device, model, places
+        self._direct, self._embedder = graphs.get(abi.DIRECT), graphs.get(abi.EMBEDDER)
+        self._generator = graphs.get(abi.GENERATOR)
+        self._past, self._present = tuple(abi.past_names(model.layers)), tuple(abi.present_names(model.layers))
+        self._prompts, self._steps = Workspace(device), Workspace(device)
+        self._bound: dict[tuple[int, int], Step] = {}
+        self.notes: list[str] = []
+        if self._embedder is not None:
+            layout = Layout(len(self._past), model.kv_heads, model.head_dim * value_bytes(manifest.compute))
+            rows, slots = places.rows or FEWEST, places.slots or BUCKET
+            self.pool = Pool(device, layout, rows, slots, grows=places.rows is None)
+
+    @property
+    def rows(self) -> int:
+        """Most rows of a step."""
+        return self._places.rows or sys.maxsize
+
+    def fits(self, rows: int, tokens: int) -> bool:
+        """Return whether prompts of so many rows and tokens run at once, by either graph."""
+        shapes = {abi.TOKEN_IDS: (rows, tokens), abi.POSITION_IDS: (3, rows, tokens)}
+        engines = [engine for engine in (self._direct, self._embedder) if engine is not None]
+        slots = self._places.slots is None or tokens <= self._places.slots
+        return slots and all(engine.takes(shapes) for engine in engines)
+
+    def prefill(self, batch: Batch, visual: Visual, *, keep: bool = True) -> Prefilled[SlotCache]:
+        """Run prompts. Padding follows a row's own tokens, which therefore never see it."""
+        with self._device.lock:
+            if self._direct is not None and not (keep and self._embedder):
+                made = self._run(self._direct, _prompt(batch, visual, 0), {})
+                return Prefilled(made[abi.EMBEDDING], made[abi.STATE], None)
+            return self._prefill(batch, visual)
+
+    def _prefill(self, batch: Batch, visual: Visual) -> Prefilled[SlotCache]:
+        assert self._embedder is not None
+        count, tokens = batch.token_ids_BT.shape
+        self.pool.ensure(tokens + self._model.max_rationale_tokens + PATH_MARKERS)
+        prefix = batch.token_ids_BT[0, : batch.prefix].tobytes()
+        rows = self.pool.lease(count, prefix)
+        known = batch.prefix and self.pool.keeps(rows, prefix) and (count == 1 or self._places.continues)
+        start = batch.prefix if known else 0
+        arrays = _prompt(batch, visual, start) | {abi.START: np.full(count, start, np.int64)}
+        made = self._run(self._embedder, arrays, self._cache_addresses(rows[0].index))
+        self.pool.keep(rows, prefix, batch.prefix)
+        for row, length, position in zip(rows, batch.last_B + 1, batch.next_position_B, strict=True):
+            row.length, row.position = int(length), int(position)
+        return Prefilled(made[abi.EMBEDDING], made[abi.STATE], SlotCache(tuple(rows)))
+
+    def _run(
+        self, engine: DeviceEngine, arrays: Mapping[str, Any], cached: Mapping[str, int]
+    ) -> dict[str, NDArray[Any]]:
+        """Run prompts; return embeddings and states."""
+        names = [tensor.name for tensor in engine.facts.inputs if not tensor.name.startswith(CACHE)]
+        shapes, addresses = self._prompts.upload({name: arrays[name] for name in names})
+        if cached:
+            shapes |= dict.fromkeys(self._past, self._cache_shape(len(arrays[abi.TOKEN_IDS])))
+        outputs = self._prompts.outputs(engine.facts, shapes, without=frozenset(self._present))
+        addresses |= {name: each.address for name, each in outputs.items()} | dict(cached)
+        engine.bind(shapes, addresses)()
+        names = [abi.EMBEDDING, abi.STATE]
+        return dict(zip(names, self._device.download([outputs[name] for name in names]), strict=True))
+
+    @contextmanager
+    def stack(self, caches: Sequence[SlotCache], capacity: int) -> Generator[SlotCache]:
+        """Give one cache of all rows, which are as they were when it ends."""
+        rows = tuple(row for cache in caches for row in cache.rows)
+        assert len(set(map(id, rows))) == len(rows), "a row cannot be extended twice at once"
+        before = [(row, row.length, row.position) for row in rows]
+        with self._device.lock:
+            self.pool.ensure(max(row.length for row in rows) + capacity)
+        try:
+            yield SlotCache(rows)
+        finally:
+            for row, length, position in before:
+                row.length, row.position = length, position
+
+    def extend(
+        self, cache: SlotCache, token_ids_BT: Ints, lengths_B: Ints, embedded: Sequence[int]
+    ) -> Extended[SlotCache]:
+        """Run new tokens after a cache, whose rows grow by them."""
+        with self._device.lock:
+            self.pool.bring_in(cache.rows)
+            if token_ids_BT.shape[1] == 1:
+                return self._step(cache, token_ids_BT, embedded)
+            return self._follow(cache, token_ids_BT, lengths_B, embedded)
+
+    def _step(self, cache: SlotCache, token_ids_B1: Ints, embedded: Sequence[int]) -> Extended[SlotCache]:
+        first, count = self._span(cache.rows)
+        step = self._bound.get((first, count)) or self._bind_step(first, count)
+        places = np.array([row.index - first for row in cache.rows])
+        step.feed(places, token_ids_B1[:, 0], [row.position for row in cache.rows], self._starts(first, count))
+        step.start()
+        embeddings = [step.row(abi.EMBEDDING, int(places[row])) for row in embedded]
+        next_P1, *found = self._device.download([step.outputs[abi.NEXT_TOKEN], *embeddings])
+        step.advance(next_P1)
+        for row in cache.rows:
+            row.length, row.position = row.length + 1, row.position + 1
+
+        def logits() -> Floats:
+            wanted = [step.row(abi.LOGITS, int(place)) for place in places]
+            return np.stack(self._device.download(wanted))
+
+        return Extended(next_P1[places, 0], found, logits, cache)
+
+    def _span(self, rows: Sequence[Row]) -> tuple[int, int]:
+        """Return the first row of a step and how many run."""
+        if self._places.rows is None:
+            self.pool.side_by_side(rows)
+            return min(row.index for row in rows), len(rows)
+        return 0, min(1 << max(row.index for row in rows).bit_length(), self.pool.rows)
+
+    def _starts(self, first: int, count: int) -> Ints:
+        return np.array([self.pool.written(first + row) for row in range(count)], np.int64)
+
+    def _bind_step(self, first: int, count: int) -> Step:
+        """Bind a step of so many rows, and record it where that can be done."""
+        assert self._generator is not None
+        if self._places.rows is None:
+            self._bound.clear()  # the pool may have moved, and rows seldom come back to the same places
+        inputs = {name: value for name, value in self._blank(count, 1).items() if name in _names(self._generator)}
+        shapes, addresses = self._steps.upload(inputs)
+        outputs = self._steps.outputs(self._generator.facts, shapes, without=frozenset(self._present))
+        shapes |= dict.fromkeys(self._past, self._cache_shape(count))
+        addresses |= self._cache_addresses(first) | {name: each.address for name, each in outputs.items()}
+        run = self._generator.bind(shapes, addresses, again=True)
+
+        def start() -> None:
+            run()
+            for made, fed in abi.FED_BACK.items():
+                nbytes = 8 * int(np.prod(shapes[fed]))
+                self._device.copy(Plane(addresses[made], nbytes), Plane(addresses[fed], nbytes), nbytes, 1)
+
+        step = Step(self._device, addresses, outputs, start, count)
+        self._bound[first, count] = step
+        return step
+
+    def warm_up(self) -> None:
+        """Run and record a step of every padded number of rows, so that none is recorded while inputs wait."""
+        if self._generator is None or self._places.rows is None:
+            return
+        counts = [1 << power for power in range(self.pool.rows.bit_length()) if 1 << power < self.pool.rows]
+        with self._device.lock:
+            for count in (*counts, self.pool.rows):
+                step = self._bind_step(0, count)
+                step.feed(np.array([], np.int64), np.array([], np.int64), [], self._starts(0, count))
+                step.start()
+                (next_P1,) = self._device.download([step.outputs[abi.NEXT_TOKEN]])
+                step.advance(next_P1)
+                try:
+                    step.start = self._device.record(step.start)
+                except RecordError as error:
+                    self.notes.append(f"steps of {count} rows run without a CUDA graph: {error}")
+
+    def _follow(
+        self, cache: SlotCache, token_ids_BT: Ints, lengths_B: Ints, embedded: Sequence[int]
+    ) -> Extended[SlotCache]:
+        """Run several tokens of every row, in chunks; each row's results come from the chunk of its last token."""
+        if not self._places.continues and len(cache) > 1:
+            return self._follow_alone(cache, token_ids_BT, lengths_B, embedded)
+        total = token_ids_BT.shape[1]
+        chunk = min(self._places.chunk or total, total)
+        next_B: Ints = np.zeros(len(cache), np.int64)
+        embeddings_BD: Floats = np.zeros((len(cache), self._model.hidden_size), np.float32)
+        logits_BW: Floats = np.zeros((len(cache), self._model.vocabulary_size), np.float32)
+        for begin in range(0, total, chunk):
+            ids_BT = token_ids_BT[:, begin : begin + chunk]
+            new_B = (lengths_B - begin).clip(0, ids_BT.shape[1])
+            ends = np.flatnonzero((new_B > 0) & (lengths_B <= begin + chunk))
+            next_B[ends], embeddings_BD[ends], logits_BW[ends] = self._follow_chunk(cache.rows, ids_BT, new_B, ends)
+        return Extended(next_B, [embeddings_BD[row] for row in embedded], lambda: logits_BW, cache)
+
+    def _follow_alone(
+        self, cache: SlotCache, token_ids_BT: Ints, lengths_B: Ints, embedded: Sequence[int]
+    ) -> Extended[SlotCache]:
+        """Run every row's tokens by themselves."""
+        made = []
+        for place, one in enumerate(cache.split()):
+            ids_1T = token_ids_BT[place : place + 1, : lengths_B[place]]
+            made.append(self.extend(one, ids_1T, lengths_B[place : place + 1], [0]))
+        logits_BW = np.concatenate([each.logits() for each in made])
+        next_B = np.concatenate([each.next_token_B for each in made])
+        return Extended(next_B, [made[row].embeddings[0] for row in embedded], lambda: logits_BW, cache)
+
+    def _follow_chunk(
+        self, rows: Sequence[Row], token_ids_BT: Ints, new_B: Ints, ends: Ints
+    ) -> tuple[Ints, Floats, Floats]:
+        """Run a chunk; return next tokens, embeddings and logits of the rows that end in it."""
+        assert self._generator is not None
+        first, count = self._span(rows)
+        places = np.array([row.index - first for row in rows])
+        new = token_ids_BT.shape[1]
+        self.pool.ensure(int(self._starts(first, count).max()) + new)
+        inputs = self._blank(count, new) | {abi.START: self._starts(first, count)}
+        inputs[abi.TOKEN_IDS][places] = token_ids_BT
+        positions_B = np.array([row.position for row in rows])
+        inputs[abi.POSITION_IDS][:, places] = positions_B[:, None] + np.arange(new)
+        inputs[abi.LAST][places] = new_B - 1
+        shapes, addresses = self._prompts.upload(
+            {name: value for name, value in inputs.items() if name in _names(self._generator)}
+        )
+        outputs = self._prompts.outputs(self._generator.facts, shapes, without=frozenset(self._present))
+        shapes |= dict.fromkeys(self._past, self._cache_shape(count))
+        addresses |= self._cache_addresses(first) | {name: each.address for name, each in outputs.items()}
+        self._generator.bind(shapes, addresses)()
+        names = abi.NEXT_TOKEN, abi.EMBEDDING, abi.LOGITS
+        next_P1, embeddings_PD, logits_PW = self._device.download([outputs[name] for name in names])
+        for row, more in zip(rows, new_B.tolist(), strict=True):
+            row.length, row.position = row.length + more, row.position + more
+        return next_P1[places[ends], 0], embeddings_PD[places[ends]], logits_PW[places[ends]]
+
+    def _blank(self, rows: int, new: int) -> dict[str, NDArray[Any]]:
+        """Return the inputs of tokens that show nothing, of rows that have no new one."""
+        row_1D = np.zeros((1, self._model.hidden_size), np.float32)
+        return {
+            abi.TOKEN_IDS: np.zeros((rows, new), np.int64),
+            abi.POSITION_IDS: np.zeros((3, rows, new), np.int64),
+            abi.START: np.zeros(rows, np.int64),
+            abi.LAST: np.full(rows, -1, np.int64),
+            abi.VISUAL_INDEX: np.zeros((rows, new), np.int64),
+            abi.VISUAL_TOKENS: row_1D,
+            abi.DEEPSTACK: np.zeros((self._model.deepstack_levels, *row_1D.shape), np.float32),
+        }
+
+    def _cache_shape(self, rows: int) -> Shape:
+        return rows, self._model.kv_heads, self.pool.slots, self._model.head_dim
+
+    def _cache_addresses(self, row: int) -> dict[str, int]:
+        addresses = list(self.pool.addresses(row))
+        return dict(zip(self._past, addresses, strict=True)) | dict(zip(self._present, addresses, strict=True))
+
+
+class Step:
+    """A step of one token of some rows, bound to its memory; it knows what the device holds, and sends the rest."""
+
+    def __init__(
+        self,
+        device: Device,
+        addresses: Mapping[str, int],
+        outputs: Mapping[str, Wanted],
+        start: Callable[[], None],
+        count: int,
+    ) -> None:
+        self.outputs, self.start = outputs, start
+        self._device, self._addresses = device, addresses
+        self._held: dict[str, Ints] = {
+            abi.TOKEN_IDS: np.zeros((count, 1), np.int64),
+            abi.POSITION_IDS: np.zeros((3, count, 1), np.int64),
+            abi.START: np.zeros(count, np.int64),
+            abi.LAST: np.full(count, -1, np.int64),
+        }
+
+    def feed(self, places: Ints, token_ids: Ints, positions: Sequence[int], starts: Ints) -> None:
+        """Put a token in the places of some rows; the others, which begin at `starts` too, get none."""
+        wanted = {name: held.copy() for name, held in self._held.items()}
+        wanted[abi.TOKEN_IDS][places, 0] = token_ids
+        wanted[abi.POSITION_IDS][:, places, 0] = positions
+        wanted[abi.START][:] = starts
+        wanted[abi.LAST][:] = -1
+        wanted[abi.LAST][places] = 0
+        for name, values in wanted.items():
+            if not np.array_equal(values, self._held[name]):
+                self._device.upload(values, self._addresses[name])
+                self._held[name] = values
+
+    def advance(self, next_token_P1: Ints) -> None:
+        """Note what the step has fed to the next one."""
+        self._held[abi.TOKEN_IDS] = next_token_P1
+        self._held[abi.POSITION_IDS] += 1
+        self._held[abi.START] += self._held[abi.LAST] + 1
+
+    def row(self, name: str, place: int) -> Wanted:
+        """Return one row of an output."""
+        whole = self.outputs[name]
+        shape = whole.shape[1:]
+        nbytes = np.dtype(whole.dtype).itemsize * int(np.prod(shape))
+        return Wanted(whole.address + place * nbytes, shape, whole.dtype)
+
+
+def _prompt(batch: Batch, visual: Visual, start: int) -> dict[str, Any]:
+    """Return what a decoder reads of prompts from `start` on, but for the cache."""
+    return {
+        abi.TOKEN_IDS: batch.token_ids_BT[:, start:],
+        abi.POSITION_IDS: batch.position_ids_3BT[:, :, start:],
+        abi.LAST: batch.last_B - start,
+        abi.VISUAL_INDEX: batch.visual_index_BT[:, start:],
+        **visual,
+    }
+
+
+def _names(engine: DeviceEngine) -> frozenset[str]:
+    return frozenset(tensor.name for tensor in engine.facts.inputs)
