@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from logging import INFO, getLogger
+from logging import INFO, WARNING, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
@@ -111,7 +111,8 @@ class Embedder:
         encoder = row_encoder(bundle)
         chosen, why = choose_backend(backend, bundle, threads)
         engine = chosen.load(bundle)
-        notes = [(INFO, f"runs on {engine.name}: {why}"), *bundle.notes()]
+        slower = [(WARNING, note) for note in engine.notes]
+        notes = [(INFO, f"runs on {engine.name}: {why}"), *slower, *bundle.notes()]
         for level, note in notes:
             LOGGER.log(level, note)
         return cls(bundle.manifest, encoder, engine, reasoner, [note for _, note in notes])

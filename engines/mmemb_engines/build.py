@@ -31,7 +31,7 @@ Watch = Callable[[str], Watcher]  # a graph's name to what hears of its build
 def check_portable(bundle: Bundle) -> None:
     """Raise BackendError for a bundle whose graphs are ONNX Runtime's own."""
     for name, graph in bundle.manifest.graphs.items():
-        if graph.fused:
+        if graph.form == "fused":
             raise BackendError(
                 f"the graph {name} of {bundle.folder} is fused for ONNX Runtime, and TensorRT cannot read it: "
                 "export the checkpoint again with `mmemb export --form portable`"
@@ -72,12 +72,12 @@ def build_engines(bundle: Bundle, library: Library, wanted: EngineSet, demand: D
         before = next((found for found in read_sets(bundle) if found.folder == wanted.folder), wanted)
         engines = dict(before.engines)
         current = before
-        for name in bundle.manifest.graphs:
+        for name, (role, *_) in bundle.manifest.engines.items():
             boxes = profiles(name, bundle.manifest, demand)
-            graph = graph_hash(bundle, name)
+            graph = graph_hash(bundle, role)
             if _kept(folder, engines.get(name), wanted.key(graph, boxes)):
                 continue
-            engines[name] = _build(bundle, library, wanted, name, boxes, graph, watch(name))
+            engines[name] = _build(bundle, library, wanted, name, role, boxes, graph, watch(name))
             current = wanted.model_copy(update={"engines": engines})  # without a certificate: it was of other engines
             write_set(bundle, current)
         _drop_others(folder, current)
@@ -98,6 +98,7 @@ def _build(
     library: Library,
     wanted: EngineSet,
     name: str,
+    role: str,
     boxes: tuple[ProfileShapes, ...],
     graph: str,
     watcher: Watcher,
@@ -106,7 +107,7 @@ def _build(
     timings = folder / TIMINGS
     key = wanted.key(graph, boxes)
     began = time.perf_counter()
-    plan, learned = Network(library, bundle.graph(name)).build(
+    plan, learned = Network(library, bundle.graph(role)).build(
         boxes,
         target=wanted.target if wanted.library != TENSORRT else None,
         timings=timings.read_bytes() if timings.is_file() else b"",
@@ -122,7 +123,7 @@ def _build(
         file=file,
         sha256=hashlib.sha256(plan).hexdigest(),
         graph=graph,
-        precision=bundle.manifest.graphs[name].precision,
+        precision=bundle.manifest.graphs[role].precision,
         profiles=boxes,
         seconds=seconds,
         size=plan.nbytes,

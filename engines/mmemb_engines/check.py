@@ -33,11 +33,11 @@ def check_graphs(
 ) -> Iterator[Checked]:
     """Parse and build every graph of a bundle for every device; yield each as it is done."""
     for device in devices:
-        for name in bundle.manifest.graphs:
+        for name, (role, *_) in bundle.manifest.engines.items():
             parsed, size, problem = False, 0, None
             began = time.perf_counter()
             try:
-                network = Network(library, bundle.graph(name))
+                network = Network(library, bundle.graph(role))
                 parsed = True
                 target = None if device.library == TENSORRT else device.target
                 boxes = profiles(name, bundle.manifest, demand)
@@ -47,7 +47,7 @@ def check_graphs(
                 problem = str(error)
             yield Checked(
                 graph=name,
-                precision=bundle.manifest.graphs[name].precision,
+                precision=bundle.manifest.graphs[role].precision,
                 target=device.target,
                 parsed=parsed,
                 built=size > 0,

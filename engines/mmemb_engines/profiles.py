@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmemb_deploy.backends.kv_cache.device import BUCKET
+from mmemb_deploy.backends.kv_cache.pool import BUCKET
 from mmemb_deploy.backends.tensorrt.files import ProfileShapes
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
@@ -26,6 +26,7 @@ from mmemb_deploy.inputs.rows import Row
 from mmemb_deploy.jobs.files import read_source
 
 OPT_TOKENS, OPT_PATCHES = 256, 1024  # of a prompt and an image, until traffic says otherwise
+CHUNK = 64  # tokens of a given rationale that are embedded in one run; longer ones take several
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,20 @@ class Demand:
     opt_patches: int
     """Patches of an image to be fastest at."""
 
-    new_tokens: int
-    """Most tokens of a rationale that is embedded in one pass, with its markers."""
+    chunk: int
+    """Most tokens of a row that follow its prompt in one run."""
+
+    cache_rows: int
+    """Rows of the KV cache, and so of a step: a batch is prefilled while another waits."""
 
     slots: int
-    """Most tokens of a row in the KV cache."""
+    """Tokens that a row of the KV cache has room for: prompt, rationale, and a chunk that may run beyond them."""
 
 
 def demand_of_limits(manifest: Manifest, rows: int) -> Demand:
     """Return what a manifest allows, in batches of up to `rows` inputs. Raises OptionError for `rows` below 1."""
-    new_tokens = manifest.model.max_rationale_tokens + PATH_MARKERS
-    tokens = manifest.batch.row_tokens - new_tokens
+    after = manifest.model.max_rationale_tokens + PATH_MARKERS
+    tokens = manifest.batch.row_tokens - after
     patches = most_patches(manifest.vision)
     opt_patches = _merged(min(patches, OPT_PATCHES), manifest.vision)
     opt_tokens = min(tokens, OPT_TOKENS)
@@ -86,8 +90,9 @@ def demand_of_limits(manifest: Manifest, rows: int) -> Demand:
         opt_visual_tokens=min(opt_tokens, opt_patches // manifest.vision.merge_size**2),
         patches=patches,
         opt_patches=opt_patches,
-        new_tokens=new_tokens,
-        slots=_slots(manifest.batch.row_tokens),
+        chunk=min(CHUNK, after),
+        cache_rows=2 * rows,
+        slots=_slots(manifest.batch.row_tokens + min(CHUNK, after)),
     )
 
 
@@ -109,8 +114,9 @@ def demand_of_traffic(manifest: Manifest, rows: int, sample: Sequence[Row]) -> D
         opt_visual_tokens=_median([row.visual_tokens for row in sample]),
         patches=max(grids),
         opt_patches=_median(grids),
-        new_tokens=limits.new_tokens,
-        slots=_slots(tokens + limits.new_tokens),
+        chunk=limits.chunk,
+        cache_rows=limits.cache_rows,
+        slots=_slots(tokens + manifest.model.max_rationale_tokens + PATH_MARKERS + limits.chunk),
     )
 
 
@@ -127,10 +133,14 @@ def read_traffic(bundle: Bundle, source: Path) -> list[Row]:
     return rows
 
 
-def profiles(name: str, manifest: Manifest, demand: Demand) -> tuple[ProfileShapes, ...]:
-    """Return the profiles of a graph, in the order in which a runtime tries them."""
-    axes = {abi.VISION: _vision, abi.EMBEDDER: _prefill, abi.GATE: _gate, abi.GENERATOR: _decode}[name]
-    return tuple(_shapes(manifest.graphs[name], each) for each in axes(manifest, demand))
+def profiles(engine: str, manifest: Manifest, demand: Demand) -> tuple[ProfileShapes, ...]:
+    """Return the profiles of an engine (a key of `Manifest.engines`): those of all that its graphs do."""
+    axes = {abi.VISION: _vision, abi.DIRECT: _prompts, abi.EMBEDDER: _prompts, abi.GATE: _gate, abi.GENERATOR: _steps}
+    return tuple(
+        _shapes(manifest.graphs[graph], each)
+        for graph in manifest.engines[engine]
+        for each in axes[graph](manifest, demand)
+    )
 
 
 def _vision(manifest: Manifest, demand: Demand) -> Iterator[Axes]:
@@ -141,14 +151,19 @@ def _vision(manifest: Manifest, demand: Demand) -> Iterator[Axes]:
         yield {"images": Range(1, images, images), "patches": Range(smallest, opt, largest)}
 
 
-def _prefill(manifest: Manifest, demand: Demand) -> Iterator[Axes]:
-    for rows, tokens in boxes(demand.rows, demand.tokens, manifest.batch.tokens):
+def _prompts(manifest: Manifest, demand: Demand) -> Iterator[Axes]:
+    """Yield the boxes of batches, and one of a single prompt, to be fastest at when it comes alone."""
+    found = list(boxes(demand.rows, demand.tokens, manifest.batch.tokens))
+    if found[-1][0] > 1:
+        found.append((1, demand.tokens))
+    for rows, tokens in found:
         visual_tokens = 1 + min(rows * tokens, max(tokens, manifest.batch.tokens))
         opt = min(demand.opt_tokens, tokens)
         yield {
             "batch": Range(1, rows, rows),
             "tokens": Range(1, opt, tokens),
             "visual_tokens": Range(1, min(1 + rows * demand.opt_visual_tokens, visual_tokens), visual_tokens),
+            "slots": _fixed(demand.slots),
         }
 
 
@@ -156,16 +171,15 @@ def _gate(_: Manifest, demand: Demand) -> Iterator[Axes]:
     yield {"batch": Range(1, demand.rows, demand.rows)}
 
 
-def _decode(_: Manifest, demand: Demand) -> Iterator[Axes]:
-    """Yield one profile of a single token a step, and one of a whole rationale."""
-    past = Range(1, min(_slots(demand.opt_tokens + demand.new_tokens), demand.slots), demand.slots)
-    for new in (Range(1, 1, 1), Range(1, demand.new_tokens, demand.new_tokens)):
-        yield {
-            "batch": Range(1, demand.rows, demand.rows),
-            "new_tokens": new,
-            "past_tokens": past,
-            "all_tokens": Range(past.min + new.min, past.opt + new.opt, past.max + new.max),
-        }
+def _steps(_: Manifest, demand: Demand) -> Iterator[Axes]:
+    """Yield a profile of a step of every row, one of a step of a single row, and one of a rationale's chunk."""
+    rows, one = Range(1, demand.cache_rows, demand.cache_rows), _fixed(1)
+    for batch, tokens in ((rows, one), (one, one), (rows, Range(1, demand.chunk, demand.chunk))):
+        yield {"batch": batch, "tokens": tokens, "visual_tokens": one, "slots": _fixed(demand.slots)}
+
+
+def _fixed(size: int) -> Range:
+    return Range(size, size, size)
 
 
 def boxes(rows: int, length: int, area: int) -> Iterator[tuple[int, int]]:

@@ -1,23 +1,32 @@
-"""An NVIDIA GPU: a probe that is safe without a driver, then memory, copies and graphs through NVIDIA's own binding."""
+"""An NVIDIA GPU: a probe that is safe without a driver, then memory, copies and graphs through NVIDIA's own binding.
+
+Arrays of the host pass through memory that the driver has pinned, so that a copy may go on after the call has returned
+whatever becomes of the array.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from mmemb_deploy.backends.device import Plane
+from mmemb_deploy.backends.device import Plane, RecordError, Wanted
 from mmemb_deploy.errors import BackendError, MissingExtraError
 
 DRIVER = "libcuda.so.1"
 # CUdevice_attribute of the driver's header
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
+STAGED = 16 * 2**20  # bytes of pinned memory that uploads take turns in, half by half
+KEEP_ALL = 2**64 - 1  # bytes that the driver's pool keeps before it gives freed memory back
 
 
 @dataclass(frozen=True)
@@ -69,16 +78,37 @@ class Allocation:
         finalizer.atexit = False  # the driver may be gone by then, and takes all memory with it
 
 
-class Cuda:
-    """The first GPU and one stream, on which everything happens in order. Call `probe` first."""
+class Pinned:
+    """Bytes of the host that the device copies from and to by itself; they are given back as an Allocation is."""
 
-    def __init__(self) -> None:
+    def __init__(self, cuda: Cuda, nbytes: int) -> None:
+        self.address = int(cuda.call("cudaHostAlloc", nbytes, 0))
+        finalizer = weakref.finalize(self, cuda.call, "cudaFreeHost", self.address)
+        finalizer.atexit = False
+        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(self.address))
+
+
+class Cuda:
+    """A GPU and one stream, on which everything happens in order. Call `probe` first."""
+
+    def __init__(self, index: int = 0) -> None:
         try:
             self._runtime: Any = import_module("cuda.bindings.runtime")
         except ModuleNotFoundError as error:
             raise MissingExtraError("cuda.bindings", "tensorrt") from error
-        self.call("cudaSetDevice", 0)
+        self._lock = RLock()
+        self.index = index
+        self.call("cudaSetDevice", index)
         self.stream = int(self.call("cudaStreamCreate"))
+        pool = self.call("cudaDeviceGetDefaultMemPool", index)
+        threshold = self._runtime.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
+        self.call(
+            "cudaMemPoolSetAttribute", pool, threshold, import_module("cuda.bindings.driver").cuuint64_t(KEEP_ALL)
+        )
+        integrated = self._runtime.cudaDeviceAttr.cudaDevAttrIntegrated
+        self._integrated = bool(self.call("cudaDeviceGetAttribute", integrated, index))
+        self._uploads = _Uploads(self)
+        self._downloads = Pinned(self, 2**16)
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Call a function of the CUDA runtime; return its value, None where it has none. Raises BackendError."""
@@ -89,7 +119,10 @@ class Cuda:
         return values[0] if values else None
 
     def free_bytes(self) -> int:
-        """Return the device memory that is free."""
+        """Return the device memory that is free; where it is the host's, what the host can free too."""
+        if self._integrated:  # cudaMemGetInfo leaves out what is cached
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
         status, free, _ = self._runtime.cudaMemGetInfo()
         if int(status) != 0:
             raise BackendError(f"cudaMemGetInfo failed with CUDA error {int(status)}")
@@ -104,25 +137,42 @@ class Cuda:
                 "else uses the GPU, or build engines for less with `mmemb build --batch`"
             )
 
+    @property
+    @contextmanager
+    def lock(self) -> Generator[None]:
+        """Hold it, again where it is held already, to use the stream, and what is recorded or bound on it."""
+        with self._lock:
+            self.call("cudaSetDevice", self.index)  # of the calling thread
+            yield
+
     def allocate(self, nbytes: int) -> Allocation:
         """Return memory that is all zeros."""
         memory = Allocation(self, nbytes)
         self.call("cudaMemsetAsync", memory.address, 0, nbytes, self.stream)
         return memory
 
-    def upload(self, array: NDArray[Any], memory: Allocation) -> None:
-        """Copy an array to the start of memory."""
-        contiguous = np.ascontiguousarray(array)
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self.call("cudaMemcpyAsync", memory.address, contiguous.ctypes.data, contiguous.nbytes, kind, self.stream)
+    def upload(self, array: NDArray[Any], address: int) -> None:
+        """Copy an array to an address; it may be changed at once."""
+        self._uploads.send(np.ascontiguousarray(array).reshape(-1).view(np.uint8), address)
 
-    def download(self, memory: Allocation, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """Wait for all that was started; return the start of memory as an array."""
-        array = np.empty(shape, dtype)
+    def to_device(self, source: int, address: int, nbytes: int) -> None:
+        """Copy pinned bytes to an address."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call("cudaMemcpyAsync", address, source, nbytes, kind, self.stream)
+
+    def download(self, wanted: Sequence[Wanted]) -> list[NDArray[Any]]:
+        """Wait, once, for all that was started; return arrays of the host's own."""
+        sizes = [np.dtype(each.dtype).itemsize * int(np.prod(each.shape)) for each in wanted]
+        if sum(sizes) > len(self._downloads.bytes):
+            self._downloads = Pinned(self, 2 * sum(sizes))
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self.call("cudaMemcpyAsync", array.ctypes.data, memory.address, array.nbytes, kind, self.stream)
+        ends = np.cumsum(sizes).tolist()
+        for each, size, end in zip(wanted, sizes, ends, strict=True):
+            target = self._downloads.address + end - size
+            self.call("cudaMemcpyAsync", target, each.address, size, kind, self.stream)
         self.call("cudaStreamSynchronize", self.stream)
-        return array
+        found = (self._downloads.bytes[end - size : end] for size, end in zip(sizes, ends, strict=True))
+        return [part.copy().view(each.dtype).reshape(each.shape) for part, each in zip(found, wanted, strict=True)]
 
     def copy(self, source: Plane, target: Plane, width: int, height: int) -> None:
         """Copy `height` lines of `width` bytes inside the device."""
@@ -130,18 +180,61 @@ class Cuda:
         planes = target.address, target.pitch, source.address, source.pitch
         self.call("cudaMemcpy2DAsync", *planes, width, height, kind, self.stream)
 
-    def capture(self, start: Callable[[], None]) -> CudaGraph:
-        """Record what `start` puts on the stream, without running it."""
+    def record(self, start: Callable[[], None]) -> Callable[[], None]:
+        """Record what `start` puts on the stream as a CUDA graph, and return what launches it.
+
+        Raises RecordError where that fails; the stream is then as it was.
+        """
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.call("cudaStreamBeginCapture", self.stream, mode)
+        failure: BackendError | None = None
         try:
             start()
-        finally:
-            recorded = self.call("cudaStreamEndCapture", self.stream)
+        except BackendError as error:
+            failure = error
         try:
-            return CudaGraph(self, recorded)
-        finally:
-            self.call("cudaGraphDestroy", recorded)
+            recorded = self.call("cudaStreamEndCapture", self.stream)
+            if failure is None:
+                try:
+                    return CudaGraph(self, recorded).launch
+                finally:
+                    self.call("cudaGraphDestroy", recorded)
+        except BackendError as error:
+            failure = failure or error  # what began to fail says more than that the capture could not end
+        self._runtime.cudaGetLastError()  # or the next call would report it again
+        raise RecordError(str(failure)) from failure
+
+
+class _Uploads:
+    """Pinned memory in two halves: while the copies out of one may still run, the other fills."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._memory = Pinned(cuda, STAGED)
+        self._copied = [cuda.call("cudaEventCreate") for _ in range(2)]
+        self._at = 0
+
+    def send(self, content: NDArray[np.uint8], address: int) -> None:
+        """Copy bytes to an address on the device."""
+        half, sent = STAGED // 2, 0
+        while sent < len(content):
+            room = half - self._at % half
+            size = min(room, len(content) - sent)
+            self._memory.bytes[self._at : self._at + size] = content[sent : sent + size]
+            self._cuda.to_device(self._memory.address + self._at, address + sent, size)
+            sent += size
+            if size == room:
+                self._turn()
+            else:
+                self._at += size
+
+    def _turn(self) -> None:
+        """Go on in the other half, once all that was sent from it has arrived."""
+        half = STAGED // 2
+        full = self._at // half
+        self._cuda.call("cudaEventRecord", self._copied[full], self._cuda.stream)
+        self._at = half * (1 - full)
+        self._cuda.call("cudaEventSynchronize", self._copied[1 - full])
 
 
 class CudaGraph:

@@ -99,7 +99,11 @@ class OrtGraph:
     """
 
     def __init__(
-        self, session: Any, facts: GraphFacts, place: tuple[str, int] = ("cpu", 0), types: Mapping[str, Any] | None = None
+        self,
+        session: Any,
+        facts: GraphFacts,
+        place: tuple[str, int] = ("cpu", 0),
+        types: Mapping[str, Any] | None = None,
     ) -> None:
         self.facts = facts
         self._session, self._place, self._types = session, place, types or {}

@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 
 from mmemb_deploy.backends.cuda import Cuda, Gpu, probe
-from mmemb_deploy.backends.device import Shape
-from mmemb_deploy.backends.kv_cache.device import ResidentDecoder
-from mmemb_deploy.backends.onnxruntime import OrtSession
+from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder
+from mmemb_deploy.backends.onnxruntime import OrtGraph, OrtSession
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.bundle.manifest import GraphFacts
-from mmemb_deploy.bundle.precision import value_bytes
 from mmemb_deploy.errors import BackendError, MissingExtraError
 
 try:
@@ -35,24 +32,18 @@ class OnnxRuntimeCuda:
     def load(self, bundle: Bundle) -> Engine:
         """Load every graph. Raises BackendError where there is no GPU, or ONNX Runtime does not run a graph on it."""
         facts = bundle.manifest.graphs
-        if facts[abi.EMBEDDER].fused:
+        if bundle.manifest.fused:
             raise BackendError(
                 f"{bundle.folder} holds fused graphs, which run on the CPU: export it with --form portable"
             )
         gpu = probe()
         cuda = Cuda()
         sessions = {name: self._open(bundle.graph(name), gpu, cuda) for name in facts}
-        graphs = {name: DeviceGraph(session, facts[name]) for name, session in sessions.items()}
+        graphs = {name: OrtGraph(session, facts[name], ("cuda", 0), TYPES) for name, session in sessions.items()}
         return Engine(
             f"onnxruntime {onnxruntime.__version__} {gpu.name}",
             OrtSession(facts[abi.VISION].file, sessions[abi.VISION]),
-            ResidentDecoder(
-                cuda,
-                graphs[abi.EMBEDDER],
-                graphs.get(abi.GENERATOR),
-                bundle.manifest.model,
-                value_bytes(bundle.manifest.cache_dtype),
-            ),
+            SlotDecoder(cuda, graphs, bundle.manifest, Places()),
             OrtSession(facts[abi.GATE].file, sessions[abi.GATE]) if abi.GATE in sessions else None,
         )
 
@@ -70,38 +61,3 @@ class OnnxRuntimeCuda:
                 "pip install 'mmemb-deploy[gpu]', with the CUDA and cuDNN libraries that its release notes name"
             )
         return session
-
-
-class DeviceGraph:
-    """A graph as a `device.DeviceEngine`; `device` is ONNX Runtime's name of where the addresses are."""
-
-    def __init__(self, session: Any, facts: GraphFacts, device: str = "cuda") -> None:
-        self._session, self._facts, self._device = session, facts, device
-
-    @property
-    def inputs(self) -> frozenset[str]:
-        """Return the names of its inputs."""
-        return frozenset(tensor.name for tensor in self._facts.inputs)
-
-    def start(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
-        """Start a run: shapes of all inputs, addresses of all inputs and outputs. Raises BackendError."""
-        binding = self._session.io_binding()
-        sizes: dict[str, int] = {}
-        for tensor in self._facts.inputs:
-            shape = shapes[tensor.name]
-            sizes |= {axis: size for axis, size in zip(tensor.shape, shape, strict=True) if isinstance(axis, str)}
-            binding.bind_input(tensor.name, self._device, 0, TYPES[tensor.dtype], shape, addresses[tensor.name])
-        for tensor in self._facts.outputs:
-            shape = resolved(tensor.shape, sizes)
-            binding.bind_output(tensor.name, self._device, 0, TYPES[tensor.dtype], shape, addresses[tensor.name])
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in {self._facts.file}: {error}") from error
-
-
-def resolved(shape: tuple[int | str, ...], sizes: Mapping[str, int]) -> Shape:
-    """Put sizes in the place of the axes that vary; an axis may be a sum of them ("new_tokens + past_tokens")."""
-    return tuple(
-        axis if isinstance(axis, int) else sum(sizes[name.strip()] for name in axis.split("+")) for axis in shape
-    )

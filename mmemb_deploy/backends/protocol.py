@@ -109,6 +109,7 @@ class Engine:
     vision: Session
     decoder: Decoder[Any]
     gate: Session | None  # None in a bundle that does not reason: its decoder only prefills
+    notes: tuple[str, ...] = ()  # what is not as it should be, and costs speed alone
 
 
 class Backend(Protocol):

@@ -110,6 +110,15 @@ class Manifest(Part):
         return [name for name in PRECISIONS if name in found]
 
     @property
+    def engines(self) -> dict[str, tuple[str, ...]]:
+        """Return the graphs of each file, by the file's name without its suffix: what is built and loaded once."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name, graph in self.graphs.items():
+            stem = Path(graph.file).stem
+            found[stem] = (*found.get(stem, ()), name)
+        return found
+
+    @property
     def decoder(self) -> GraphFacts:
         """Return its decoder for prompts: the one that keeps a cache, where there is one."""
         return self.graphs[abi.EMBEDDER if abi.EMBEDDER in self.graphs else abi.DIRECT]

@@ -180,7 +180,9 @@ class Pool:
                 index = row.index
                 self._park(row)
                 return index
-        raise BackendError(f"{len(protected)} rows are above the {self.rows} of the KV cache: pass a smaller batch_size")
+        raise BackendError(
+            f"{len(protected)} rows are above the {self.rows} of the KV cache: pass a smaller batch_size"
+        )
 
     def _park(self, row: Row) -> None:
         """Copy a row out."""

@@ -1,30 +1,25 @@
-"""TensorRT, or TensorRT for RTX, on one NVIDIA GPU: the engines that `mmemb build` made, and a cache that stays there.
-
-Axes: N images, M visual tokens of an image, D hidden size, L DeepStack levels, B rows.
-"""
+"""TensorRT, or TensorRT for RTX, on one NVIDIA GPU: the engines that `mmemb build` made, over slots that stay there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmemb_deploy.backends.cuda import Cuda, Gpu, probe
-from mmemb_deploy.backends.device import Shape, Workspace, run_engine
-from mmemb_deploy.backends.kv_cache.device import ResidentDecoder
+from mmemb_deploy.backends.device_session import DeviceSession
+from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.backends.tensorrt.api import Library, load_library
-from mmemb_deploy.backends.tensorrt.engine import EngineGraph
+from mmemb_deploy.backends.tensorrt.engine import Arena, LoadedEngine
 from mmemb_deploy.backends.tensorrt.files import EngineSet, ProfileShapes, find_set, read_engine, verified_set
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import Manifest
-from mmemb_deploy.bundle.precision import FLOATS, value_bytes
+from mmemb_deploy.bundle.precision import FLOATS
 from mmemb_deploy.errors import BackendError
-
-Results = Callable[[Mapping[str, Shape]], dict[str, Shape]]  # shapes of the inputs to those of the outputs
 
 
 class TensorRT:
@@ -47,23 +42,34 @@ class TensorRT:
         found, manifest = find(bundle, engines_for(library, gpu)), bundle.manifest
         check_types(manifest)
         cuda = Cuda()
-        graphs = {name: self._graph(bundle, library, found, cuda, name) for name in manifest.graphs}
-        gate = graphs.get(abi.GATE)
-        decoder = ResidentDecoder(
-            cuda, graphs[abi.EMBEDDER], graphs.get(abi.GENERATOR), manifest.model, value_bytes(manifest.cache_dtype)
-        )
+        arena = Arena(cuda)
+        engines: dict[str, LoadedEngine] = {}
+        for name, graphs in manifest.engines.items():
+            built = found.engines[name]
+            cuda.check_memory(built.size, f"the engine of {manifest.graphs[graphs[0]].file}")
+            plan = read_engine(bundle, found, name)
+            engine = LoadedEngine(cuda, library, manifest.graphs[graphs[0]], plan, built.profiles, arena)
+            engines |= dict.fromkeys(graphs, engine)
+        decoder = SlotDecoder(cuda, engines, manifest, places_of(engines))
+        decoder.warm_up()
+        gate = engines.get(abi.GATE)
         return Engine(
             f"{self._library} {library.version} {gpu.name}",
-            EngineSession(cuda, graphs[abi.VISION], _vision_results(manifest)),
+            VisionSession(cuda, engines[abi.VISION]),
             decoder,
-            None if gate is None else EngineSession(cuda, gate, lambda shapes: {abi.SCORE: shapes[abi.STATE][:1]}),
+            None if gate is None else DeviceSession(cuda, gate),
+            tuple(decoder.notes),
         )
 
-    def _graph(self, bundle: Bundle, library: Library, engines: EngineSet, cuda: Cuda, name: str) -> EngineGraph:
-        built = engines.engines[name]
-        cuda.check_memory(built.size, f"the engine of the graph {name}")
-        plan = read_engine(bundle, engines, name)
-        return EngineGraph(cuda, library, name, plan, built.profiles, record=name == abi.GENERATOR)
+
+def places_of(engines: Mapping[str, LoadedEngine]) -> Places:
+    """Return the rows and slots that a decoder's engines were built for."""
+    if abi.GENERATOR not in engines:
+        return Places()
+    profiles = engines[abi.GENERATOR].profiles
+    rows, _, slots, _ = max(profile[next(abi.past_names(1))][2] for profile in profiles)
+    chunks = [profile[abi.TOKEN_IDS][2][1] for profile in profiles if profile[abi.TOKEN_IDS][2][0] == rows]
+    return Places(rows=rows, slots=slots, chunk=max(chunks))
 
 
 def check_types(manifest: Manifest) -> None:
@@ -71,7 +77,7 @@ def check_types(manifest: Manifest) -> None:
     for name, graph in manifest.graphs.items():
         for tensor in (*graph.inputs, *graph.outputs):
             cached = tensor.name.startswith(("past.", "present."))
-            known = FLOATS if cached else ("float32", "int64")
+            known = FLOATS if cached else ("float32", "int64", "uint8")
             if tensor.dtype not in known:
                 raise BackendError(
                     f"the graph {name} holds {tensor.name} as {tensor.dtype}, which is not one of {', '.join(known)}: "
@@ -84,44 +90,21 @@ def engines_for(library: Library, gpu: Gpu) -> EngineSet:
     return EngineSet(library=library.name, version=library.version, device=gpu.name, target=gpu.target, engines={})
 
 
-class EngineSession:
-    """An engine as a `protocol.Session`: arrays in host memory in and out; all outputs are float32.
+class VisionSession(DeviceSession):
+    """The vision engine; it is given no more images at once than its profiles take."""
 
-    It is given no more images at once than its profiles take.
-    """
-
-    def __init__(self, cuda: Cuda, graph: EngineGraph, results: Results) -> None:
-        self.graph = graph
-        self._workspace, self._results = Workspace(cuda), results
+    def __init__(self, cuda: Cuda, engine: LoadedEngine) -> None:
+        super().__init__(cuda, engine)
+        self._profiles = engine.profiles
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run the graph on the inputs it declares, as often as its images need."""
-        if abi.PATCHES not in inputs:
-            return self._run(inputs)
+        """Run the graph as often as its images need."""
         patches_NPF = inputs[abi.PATCHES]
-        step = most_images(self.graph.profiles, patches_NPF.shape[1])
+        step = most_images(self._profiles, patches_NPF.shape[1])
         starts = range(0, len(patches_NPF), step)
-        parts = [self._run({**inputs, abi.PATCHES: patches_NPF[start : start + step]}) for start in starts]
+        parts = [super(VisionSession, self).run({**inputs, abi.PATCHES: patches_NPF[at : at + step]}) for at in starts]
         axes = {abi.VISUAL_TOKENS: 0, abi.DEEPSTACK: 1}
         return {name: np.concatenate([part[name] for part in parts], axis=axes[name]) for name in parts[0]}
-
-    def _run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        shapes, addresses = self._workspace.upload({name: inputs[name] for name in self.graph.inputs})
-        return run_engine(self.graph, self._workspace, shapes, addresses, self._results(shapes))
-
-
-def _vision_results(manifest: Manifest) -> Results:
-    merged = manifest.vision.merge_size**2
-    hidden, levels = manifest.model.hidden_size, manifest.model.deepstack_levels
-
-    def results(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        images, patches, _ = shapes[abi.PATCHES]
-        found: dict[str, Shape] = {abi.VISUAL_TOKENS: (images, patches // merged, hidden)}
-        if levels:
-            found[abi.DEEPSTACK] = levels, images, patches // merged, hidden
-        return found
-
-    return results
 
 
 def most_images(profiles: Sequence[ProfileShapes], patches: int) -> int:

@@ -1,110 +1,136 @@
-"""An engine that runs: a context for each of its profiles, and the runs that are recorded as CUDA graphs.
+"""An engine that runs: its contexts, which share one arena for their activations.
 
 As in `api`, a variable is called after the library's class of what it holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mmemb_deploy.backends.cuda import Cuda, CudaGraph
+from mmemb_deploy.backends.cuda import Allocation, Cuda
 from mmemb_deploy.backends.device import Shape
 from mmemb_deploy.backends.tensorrt.api import Library
 from mmemb_deploy.backends.tensorrt.files import ProfileShapes
+from mmemb_deploy.bundle.manifest import GraphFacts
 from mmemb_deploy.errors import BackendError
 
 
-class EngineGraph:
-    """An engine in device memory, a context for every profile that was used, and the runs that were recorded.
+class Arena:
+    """Memory for the activations of whichever context runs: there is one stream, on which they take turns.
 
-    Shapes and addresses run plainly the first time, which lets the context settle. With `record`, the second time is
-    recorded as a CUDA graph, which later times start; other shapes or addresses end a recording, since it holds for
-    the context's state alone. Make one only where a driver works: the library takes the process down otherwise.
+    Engines say what they need when they are loaded, before any of them runs.
+    """
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.nbytes = 0
+        self._cuda = cuda
+        self._memory: Allocation | None = None
+
+    def require(self, nbytes: int) -> None:
+        """Make it at least so large."""
+        assert self._memory is None, "an arena's address is in what was recorded"
+        self.nbytes = max(self.nbytes, nbytes)
+
+    @property
+    def address(self) -> int:
+        """Return its address. Raises BackendError where there is too little memory."""
+        if self._memory is None:
+            self._cuda.check_memory(self.nbytes, "the engines' activation arena")
+            self._memory = self._cuda.allocate(max(self.nbytes, 1))
+        return self._memory.address
+
+
+class LoadedEngine:
+    """An engine in device memory, as a `device.DeviceEngine`.
+
+    A profile has one context for runs that come once, and a run that starts again and again has one of its own: what is
+    recorded of it holds only while its context stays as it was. Make one only where a driver works: the library takes
+    the process down otherwise.
     """
 
     def __init__(
-        self, cuda: Cuda, library: Library, name: str, plan: bytes, profiles: Sequence[ProfileShapes], *, record: bool
+        self,
+        cuda: Cuda,
+        library: Library,
+        facts: GraphFacts,
+        plan: bytes | memoryview,
+        profiles: Sequence[ProfileShapes],
+        arena: Arena,
     ) -> None:
-        self.profiles = profiles
-        self._cuda, self._library, self._name, self._record = cuda, library, name, record
+        self.facts, self.profiles = facts, profiles
+        self._cuda, self._library, self._arena = cuda, library, arena
         trt = library.trt
         library.errors.clear()
         self._runtime = runtime = trt.Runtime(library.log)
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise library.failure(f"cannot load the engine {name}")
+            raise library.failure(f"cannot load the engine of {facts.file}")
         self._engine = engine
-        self._contexts: dict[int, Any] = {}  # by the index of their profile, as the other two
-        self._bound: dict[int, tuple[dict[str, Shape], dict[str, int]]] = {}
-        self._recorded: dict[int, CudaGraph] = {}
+        for index in range(len(profiles)):
+            arena.require(int(engine.get_device_memory_size_for_profile_v2(index)))
+        self._contexts: dict[int, Any] = {}  # by the index of their profile
 
-    @property
-    def inputs(self) -> frozenset[str]:
-        """Return the names of its inputs."""
-        return frozenset(self.profiles[0])
+    def takes(self, shapes: Mapping[str, Shape]) -> bool:
+        """Return whether one profile holds inputs of these shapes; a name that is missing is not looked at."""
+        return any(_holds_all(profile, shapes) for profile in self.profiles)
 
-    def start(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
-        """Start a run: shapes of all inputs, addresses of all inputs and outputs. Raises BackendError."""
-        index = choose_profile(self._name, self.profiles, shapes)
-        if index not in self._contexts:
-            self._contexts[index] = self._new_context(index)
-        context, bound = self._contexts[index], (dict(shapes), dict(addresses))
-        repeated = self._bound.pop(index, None) == bound
-        if not repeated:
-            self._recorded.pop(index, None)
-            self._bind(context, *bound)
-        if repeated and self._record:
-            if index not in self._recorded:
-                self._recorded[index] = self._cuda.capture(lambda: self._enqueue(context))
-            self._recorded[index].launch()
+    def bind(
+        self, shapes: Mapping[str, Shape], addresses: Mapping[str, int], *, again: bool = False
+    ) -> Callable[[], None]:
+        """Return what starts a run; see `device.DeviceEngine`."""
+        index = choose_profile(self.facts.file, self.profiles, shapes)
+        if again:
+            context = self._new_context(index)
         else:
-            self._enqueue(context)
-        self._bound[index] = bound
-
-    def _new_context(self, index: int) -> Any:
-        """Return a context that has taken the memory and the kernels of a profile."""
-        trt, engine = self._library.trt, self._engine
-        needed = int(engine.get_device_memory_size_for_profile_v2(index))
-        self._cuda.check_memory(needed, f"running the graph {self._name} in its profile {index}")
-        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
-        if context is None:
-            raise self._library.failure(f"cannot make a context of the engine {self._name}")
-        if not context.set_optimization_profile_async(index, self._cuda.stream):
-            raise self._library.failure(f"cannot use profile {index} of the engine {self._name}")
-        return context
-
-    def _bind(self, context: Any, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
+            context = self._contexts.get(index) or self._contexts.setdefault(index, self._new_context(index))
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
-                raise self._library.failure(f"{self._name} does not take {name} of shape {shape}")
+                raise self._library.failure(f"{self.facts.file} does not take {name} of shape {shape}")
         for name, address in addresses.items():
             if not context.set_tensor_address(name, address):
-                raise self._library.failure(f"{self._name} does not take an address of {name}")
+                raise self._library.failure(f"{self.facts.file} does not take an address of {name}")
 
-    def _enqueue(self, context: Any) -> None:
-        if not context.execute_async_v3(self._cuda.stream):
-            raise self._library.failure(f"failed in the engine {self._name}")
+        def start() -> None:
+            if not context.execute_async_v3(self._cuda.stream):
+                raise self._library.failure(f"failed in the engine of {self.facts.file}")
+
+        return start
+
+    def _new_context(self, index: int) -> Any:
+        """Return a context in a profile."""
+        trt, engine, arena = self._library.trt, self._engine, self._arena
+        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise self._library.failure(f"cannot make a context of {self.facts.file}")
+        context.set_device_memory(arena.address, arena.nbytes)
+        if not context.set_optimization_profile_async(index, self._cuda.stream):
+            raise self._library.failure(f"cannot use profile {index} of {self.facts.file}")
+        return context
 
 
 def choose_profile(name: str, profiles: Sequence[ProfileShapes], shapes: Mapping[str, Shape]) -> int:
-    """Return the index of the first profile that holds all shapes.
+    """Return the index of the tightest profile that holds all shapes: its kernels were chosen for the likest ones.
 
     Raises BackendError, naming the input that fits none and what the widest profile takes of it.
     """
-    for index, profile in enumerate(profiles):
-        if all(_holds(profile[tensor], shape) for tensor, shape in shapes.items()):
-            return index
+    holding = [index for index, profile in enumerate(profiles) if _holds_all(profile, shapes)]
+    if holding:
+        return min(holding, key=lambda index: sum(math.prod(largest) for _, _, largest in profiles[index].values()))
     tensor = next(
         (tensor for tensor, shape in shapes.items() if not any(_holds(each[tensor], shape) for each in profiles)),
         next(iter(shapes)),  # each fits some profile, together they fit none
     )
     most = [profile[tensor][2] for profile in profiles]
     raise BackendError(
-        f"the engine of the graph {name} takes {tensor} of at most {' or '.join(map(str, most))}, "
-        f"not {shapes[tensor]}: pass a smaller batch_size or shorter inputs, or build engines for more with "
-        "`mmemb build --batch`"
+        f"the engine of {name} takes {tensor} of at most {' or '.join(map(str, most))}, not {shapes[tensor]}: pass a "
+        "smaller batch_size or shorter inputs, or build engines for more with `mmemb build --batch`"
     )
+
+
+def _holds_all(profile: ProfileShapes, shapes: Mapping[str, Shape]) -> bool:
+    return all(_holds(profile[tensor], shape) for tensor, shape in shapes.items() if tensor in profile)
 
 
 def _holds(bounds: tuple[Shape, Shape, Shape], shape: Shape) -> bool:

@@ -126,10 +126,10 @@ def _describe(engines: EngineSet) -> str:
 
 
 def _current(bundle: Bundle, found: EngineSet, build: str) -> EngineSet:
-    for name in bundle.manifest.graphs:
+    for name, (graph, *_) in bundle.manifest.engines.items():
         if name not in found.engines:
             raise BackendError(f"{bundle.folder} has no engine of the graph {name} in {found.folder}: {build}")
-        if found.engines[name].graph != graph_hash(bundle, name):
+        if found.engines[name].graph != graph_hash(bundle, graph):
             raise BackendError(f"{bundle.folder}: the graph {name} has changed since its engine was built: {build}")
     return found
 
