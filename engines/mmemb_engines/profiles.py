@@ -136,11 +136,8 @@ def read_traffic(bundle: Bundle, source: Path) -> list[Row]:
 def profiles(engine: str, manifest: Manifest, demand: Demand) -> tuple[ProfileShapes, ...]:
     """Return the profiles of an engine (a key of `Manifest.engines`): those of all that its graphs do."""
     axes = {abi.VISION: _vision, abi.DIRECT: _prompts, abi.EMBEDDER: _prompts, abi.GATE: _gate, abi.GENERATOR: _steps}
-    return tuple(
-        _shapes(manifest.graphs[graph], each)
-        for graph in manifest.engines[engine]
-        for each in axes[graph](manifest, demand)
-    )
+    found = ((graph, each) for graph in manifest.engines[engine] for each in axes[graph](manifest, demand))
+    return tuple(_shapes(manifest.graphs[graph], each) for graph, each in found)
 
 
 def _vision(manifest: Manifest, demand: Demand) -> Iterator[Axes]:

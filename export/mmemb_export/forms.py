@@ -27,12 +27,12 @@ SLOTS_OPSET = 24  # the first with TensorScatter, and with an Attention that is 
 class Layer:
     """What one layer's attention reads, and its scale; queries (B, heads, T, E), keys and values (B, H, T, E)."""
 
+    scale: float
     queries: ir.Value
     keys: ir.Value
     values: ir.Value
     past_keys: ir.Value
     past_values: ir.Value
-    scale: float
 
 
 Written = tuple[ir.Value, ...]  # the mixed values, then the longer keys and values where they are kept
@@ -94,13 +94,14 @@ def fused(model: ir.Model, *, heads: int, kv_heads: int) -> ir.Model:
     def attend(tape: Tape, layer: Layer) -> Written:
         values = tape.op("Reshape", [_producer(layer.values, "Transpose").inputs[0], flat])
         rotated = [_rotated_flat(tape, each, flat, n) for each, n in ((layer.queries, heads), (layer.keys, kv_heads))]
-        return tape.op_multi_out(
+        written = tape.op_multi_out(
             "GroupQueryAttention",
             [*rotated, values, layer.past_keys, layer.past_values, last, longest],
             {"num_heads": heads, "kv_num_heads": kv_heads, "scale": layer.scale},
             domain=MICROSOFT,
             num_outputs=3,
         )
+        return tuple(written)
 
     _rewrite(graph, attend, flat=True)
     model.opset_imports[MICROSOFT] = 1
@@ -127,10 +128,9 @@ def _rewrite(graph: ir.Graph, attend: Callable[[Tape, Layer], Written], *, flat:
         outputs = {value.name: value for value in graph.outputs}
         kept = [outputs[f"present.{index}.{kind}"] for kind in ("key", "value")]
         (past_keys, keys), (past_values, values) = (_producer(value, "Concat").inputs for value in kept)
-        queries = attention.inputs[0]
-        assert queries and keys and values and past_keys and past_values
         tape = Tape()
-        layer = Layer(queries, keys, values, past_keys, past_values, attention.attributes["scale"].as_float())
+        read = [attention.inputs[0], keys, values, past_keys, past_values]
+        layer = Layer(attention.attributes["scale"].as_float(), *filter(None, read))
         mixed, *longer = attend(tape, layer)
         before, old = attention, attention.outputs[0]
         if flat:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mmemb_deploy.backends.device import Shape, axis_sizes
@@ -25,6 +26,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("onnxruntime", "cpu") from error
 
 PROVIDER = "CPUExecutionProvider"
+HOST_TYPES = {name: np.dtype(name) for name in ("int64", "float32")}
 
 
 class OnnxRuntime:
@@ -103,10 +105,10 @@ class OrtGraph:
         session: Any,
         facts: GraphFacts,
         place: tuple[str, int] = ("cpu", 0),
-        types: Mapping[str, Any] | None = None,
+        types: Mapping[str, Any] = HOST_TYPES,
     ) -> None:
         self.facts = facts
-        self._session, self._place, self._types = session, place, types or {}
+        self._session, self._place, self._types = session, place, types
 
     def takes(self, shapes: Mapping[str, Shape]) -> bool:
         """Return True: ONNX Runtime makes room for what comes."""
@@ -121,10 +123,10 @@ class OrtGraph:
         binding = self._session.io_binding()
         sizes = axis_sizes(self.facts, shapes)
         for tensor in self.facts.inputs:
-            kind = self._types.get(tensor.dtype, tensor.dtype)
+            kind = self._types[tensor.dtype]
             binding.bind_input(tensor.name, *self._place, kind, shapes[tensor.name], addresses[tensor.name])
         for tensor in self.facts.outputs:
-            kind = self._types.get(tensor.dtype, tensor.dtype)
+            kind = self._types[tensor.dtype]
             shape = [sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
             binding.bind_output(tensor.name, *self._place, kind, shape, addresses[tensor.name])
 

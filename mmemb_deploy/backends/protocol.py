@@ -74,7 +74,7 @@ class Decoder(Protocol[C]):
     """The decoder of a bundle: prompts in, then more tokens after the cache they left."""
 
     @property
-    def rows(self) -> int:
+    def most_rows(self) -> int:
         """Most rows that go on together from their caches."""
         ...
 

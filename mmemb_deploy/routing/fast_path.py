@@ -17,7 +17,7 @@ from mmemb_deploy.routing.vision import VisionEncoder
 
 @dataclass(frozen=True)
 class FastResult:
-    """Direct embeddings (B, D), L2-normalised; gate scores (B,) in 0..1, NaN without a gate; the cache, if it is kept."""
+    """Direct embeddings (B, D), L2-normalised; gate scores (B,) in 0..1, NaN without a gate; the cache where kept."""
 
     embeddings_BD: Floats
     scores_B: Floats

@@ -39,9 +39,9 @@ class Generator:
         self._marker_ids = frozenset(prompt.ids.values())
 
     @property
-    def rows(self) -> int:
+    def most_rows(self) -> int:
         """Most rows that are decoded together."""
-        return self._decoder.rows
+        return self._decoder.most_rows
 
     def generate(self, caches: Sequence[Cache], max_tokens: int, choose: Choose | None = None) -> list[Reasoned]:
         """Write a rationale of at most `max_tokens` tokens for every row of the caches and embed it, a token a step.

@@ -54,7 +54,7 @@ class Pipeline:
         if quota is not None:
             self._check_quota(items, quota)
         waiting: Waiting = []
-        together = min(batch_size, self.generator.rows)
+        together = min(batch_size, self.generator.most_rows)
         for batch in self._batches(items, batch_size):
             waiting += self._embed(batch, policy, held=quota is not None)
             if quota is not None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mmemb_deploy import Embedder, InputError, OptionError
 from mmemb_deploy.backends.protocol import Decoder, Extended, Prefilled
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.inputs.parse import parse
-from mmemb_deploy.inputs.preprocess import Floats, Ints
+from mmemb_deploy.inputs.preprocess import Ints
 from mmemb_deploy.inputs.rows import Batch
 from mmemb_deploy.routing.vision import FeatureCache
 from mmemb_export.reference import Reference
@@ -36,19 +37,24 @@ class CountingDecoder:
         self.prompts: list[int] = []  # rows of each batch of prompts
         self.rows: list[int] = []  # rows of each batch of new tokens
 
-    def prefill(self, batch: Batch, visual_tokens_VD: Floats, deepstack_LVD: Floats) -> Prefilled[Any]:
+    most_rows = 64
+
+    def fits(self, rows: int, tokens: int) -> bool:
+        return self._decoder.fits(rows, tokens)
+
+    def prefill(self, batch: Batch, visual: Any, *, keep: bool = True) -> Prefilled[Any]:
         self.prefilled += int(batch.mask_BT.sum())
         self.padded.append(batch.mask_BT.size)
         self.prompts.append(len(batch.mask_BT))
-        return self._decoder.prefill(batch, visual_tokens_VD, deepstack_LVD)
+        return self._decoder.prefill(batch, visual, keep=keep)
 
     def stack(self, caches: Sequence[Any], capacity: int) -> AbstractContextManager[Any]:
         return self._decoder.stack(caches, capacity)
 
-    def extend(self, cache: Any, token_ids_BT: Ints, lengths_B: Ints) -> Extended[Any]:
+    def extend(self, cache: Any, token_ids_BT: Ints, lengths_B: Ints, embedded: Sequence[int]) -> Extended[Any]:
         self.extended += int(lengths_B.sum())
         self.rows.append(len(lengths_B))
-        return self._decoder.extend(cache, token_ids_BT, lengths_B)
+        return self._decoder.extend(cache, token_ids_BT, lengths_B, embedded)
 
 
 def counted(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> CountingDecoder:
@@ -144,13 +150,11 @@ def test_finished_rows_leave_the_batch(tiny_embedder: Embedder, monkeypatch: pyt
     extend = counter.extend
     end = tiny_embedder.manifest.markers["</think>"]
 
-    def scripted(cache: Any, token_ids_BT: Ints, lengths_B: Ints) -> Extended[Any]:
+    def scripted(cache: Any, token_ids_BT: Ints, lengths_B: Ints, embedded: Sequence[int]) -> Extended[Any]:
         """Make the first row close its rationale after one word, and the second after four."""
-        step = extend(cache, token_ids_BT, lengths_B)
-        for row, count in enumerate(list(lengths.values())[-len(lengths_B) :]):
-            step.logits_BW[row] = 0
-            step.logits_BW[row, end if len(counter.rows) > count else 5] = 1
-        return step
+        step = extend(cache, token_ids_BT, lengths_B, embedded)
+        counts = list(lengths.values())[-len(lengths_B) :]
+        return replace(step, next_token_B=np.array([end if len(counter.rows) > count else 5 for count in counts]))
 
     monkeypatch.setattr(counter, "extend", scripted)
     result = tiny_embedder.encode_detailed(list(lengths), reasoning="always", batch_size=2)

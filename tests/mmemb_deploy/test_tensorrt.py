@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 
 from mmemb_deploy import Embedder
+from mmemb_deploy.backends.device import Wanted
 from mmemb_deploy.backends.cuda import DRIVER, Cuda, Gpu, probe
 from mmemb_deploy.backends.tensorrt.api import Library, load_library
 from mmemb_deploy.backends.tensorrt.backend import TensorRT, check_types, most_images
-from mmemb_deploy.backends.tensorrt.engine import EngineGraph, choose_profile
+from mmemb_deploy.backends.tensorrt.engine import Arena, LoadedEngine, choose_profile
 from mmemb_deploy.backends.tensorrt.files import ENGINES, Built, EngineSet, find_set, graph_hash, read_engine, write_set
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.certificate import Bounds, Certificate, Parity
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.bundle.manifest import Manifest
+from mmemb_deploy.bundle.manifest import GraphFacts, Manifest
 from mmemb_deploy.errors import BackendError, OptionError
 
 CERTIFICATE = Certificate(
@@ -241,18 +242,19 @@ def box(*most: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
 
 
 PROFILES = ({abi.TOKEN_IDS: box(8, 100)}, {abi.TOKEN_IDS: box(2, 400)})
+ONE = {abi.TOKEN_IDS: box(1, 100)}
 
 
-@pytest.mark.parametrize(("shape", "index"), [((8, 100), 0), ((1, 1), 0), ((2, 101), 1), ((1, 400), 1)])
-def test_the_first_profile_that_holds_the_shapes_is_used(shape: tuple[int, ...], index: int) -> None:
-    assert choose_profile("embedder", PROFILES, {abi.TOKEN_IDS: shape}) == index
+@pytest.mark.parametrize(("shape", "index"), [((8, 100), 0), ((3, 1), 0), ((2, 101), 1), ((1, 400), 1), ((1, 1), 2), ((1, 101), 1)])
+def test_the_tightest_profile_that_holds_the_shapes_is_used(shape: tuple[int, ...], index: int) -> None:
+    assert choose_profile("decoder.onnx", [*PROFILES, ONE], {abi.TOKEN_IDS: shape}) == index
 
 
 @pytest.mark.parametrize("shape", [(3, 101), (9, 1), (1, 401), (0, 1)])
 def test_shapes_beyond_all_profiles_are_named_with_the_bounds(shape: tuple[int, ...]) -> None:
-    message = rf"graph embedder takes token_ids of at most \(8, 100\) or \(2, 400\), not \({shape[0]}, {shape[1]}\)"
+    message = rf"engine of decoder.onnx takes token_ids of at most \(8, 100\) or \(2, 400\), not \({shape[0]}, {shape[1]}\)"
     with pytest.raises(BackendError, match=message):
-        choose_profile("embedder", PROFILES, {abi.TOKEN_IDS: shape})
+        choose_profile("decoder.onnx", PROFILES, {abi.TOKEN_IDS: shape})
 
 
 def test_images_are_split_by_what_a_profile_takes() -> None:
@@ -261,13 +263,14 @@ def test_images_are_split_by_what_a_profile_takes() -> None:
 
 
 class Recorder:
-    """A library, a stream, an engine, its context and its memory, which note what they are asked to do."""
+    """A library, a stream, an engine, its contexts and its memory, which note what they are asked to do."""
 
     def __init__(self, free: int = 1 << 30) -> None:
         self.notes: list[str] = []
         self.stream, self.log, self.errors, self._free = 7, None, list[str](), free
         self.trt = self.ExecutionContextAllocationStrategy = self
-        self.ON_PROFILE_CHANGE = 1
+        self.USER_MANAGED = 2
+        self.address = 4096
 
     def Runtime(self, log: Any) -> Any:  # noqa: N802 - the library's own name, as those below
         assert log is self.log
@@ -283,13 +286,20 @@ class Recorder:
     def check_memory(self, needed: int, what: str) -> None:
         Cuda.check_memory(self, needed, what)  # type: ignore[arg-type]
 
+    def allocate(self, nbytes: int) -> Any:
+        self.notes.append(f"arena of {nbytes}")
+        return self
+
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return 1 << (20 + profile)
 
     def create_execution_context(self, strategy: int) -> Any:
-        assert strategy == self.ON_PROFILE_CHANGE
+        assert strategy == self.USER_MANAGED
         self.notes.append("context")
         return self
+
+    def set_device_memory(self, address: int, nbytes: int) -> None:
+        self.notes.append(f"memory {address} of {nbytes}")
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.notes.append(f"profile {profile} on {stream}")
@@ -307,66 +317,45 @@ class Recorder:
         self.notes.append(f"enqueue on {stream}")
         return True
 
-    def capture(self, start: Callable[[], None]) -> Any:
-        self.notes.append("record")
-        start()
-        return self
 
-    def launch(self) -> None:
-        self.notes.append("launch")
-
-
-def run(graph: EngineGraph, *runs: tuple[tuple[int, int], int]) -> None:
-    for shape, address in runs:
-        graph.start({abi.TOKEN_IDS: shape}, {"at": address})
-
-
-def recorded(recorder: Recorder, *, record: bool) -> EngineGraph:
+def engine_on(recorder: Recorder) -> LoadedEngine:
     device: Any = recorder
-    return EngineGraph(device, device, "generator", b"plan", PROFILES, record=record)
+    facts = GraphFacts(file="decoder.onnx", precision="float32", form="portable", compute="float32", inputs=(), outputs=())
+    return LoadedEngine(device, device, facts, b"plan", PROFILES, Arena(device))
 
 
-def test_a_repeated_decode_step_is_recorded_once_and_then_launched() -> None:
+ARENA = ["context", "memory 4096 of 2097152"]  # of the larger profile
+
+
+def test_runs_that_come_once_share_their_profiles_context() -> None:
     recorder = Recorder()
-    run(recorded(recorder, record=True), *[((2, 1), 5)] * 4)
+    engine = engine_on(recorder)
+    for shape in ((2, 1), (3, 1)):
+        engine.bind({abi.TOKEN_IDS: shape}, {"at": 5})()
     assert recorder.notes == [
-        "context",
-        "profile 0 on 7",
-        "bind token_ids (2, 1)",
-        "at 5",
-        "enqueue on 7",
-        "record",
-        "enqueue on 7",
-        "launch",
-        "launch",
-        "launch",
+        *["context", "arena of 2097152", "memory 4096 of 2097152", "profile 0 on 7"],
+        *["bind token_ids (2, 1)", "at 5", "enqueue on 7", "bind token_ids (3, 1)", "at 5", "enqueue on 7"],
     ]
 
 
-@pytest.mark.parametrize("other", [((3, 1), 5), ((2, 1), 6)])
-def test_other_shapes_or_addresses_end_a_recording(other: tuple[tuple[int, int], int]) -> None:
+def test_a_run_that_starts_again_has_a_context_of_its_own_over_the_same_arena() -> None:
     recorder = Recorder()
-    graph = recorded(recorder, record=True)
-    run(graph, ((2, 1), 5), ((2, 1), 5))
+    engine = engine_on(recorder)
+    first = engine.bind({abi.TOKEN_IDS: (2, 1)}, {"at": 5}, again=True)
+    engine.bind({abi.TOKEN_IDS: (3, 1)}, {"at": 5})()
     recorder.notes.clear()
-    run(graph, other, ((2, 1), 5))
-    bound = [[f"bind token_ids {shape}", f"at {address}", "enqueue on 7"] for shape, address in (other, ((2, 1), 5))]
-    assert recorder.notes == [*bound[0], *bound[1]]
+    first()
+    first()
+    assert recorder.notes == ["enqueue on 7"] * 2
+    engine.bind({abi.TOKEN_IDS: (2, 1)}, {"at": 6}, again=True)
+    assert recorder.notes[2:4] == ARENA
 
 
-def test_other_graphs_are_never_recorded() -> None:
-    recorder = Recorder()
-    run(recorded(recorder, record=False), *[((2, 1), 5)] * 3)
-    assert recorder.notes.count("enqueue on 7") == 3
-    assert "record" not in recorder.notes
-
-
-def test_too_little_memory_is_said_with_both_numbers() -> None:
-    graph = recorded(Recorder(free=3 << 19), record=False)
-    run(graph, ((8, 100), 5))  # 1 MiB
-    message = r"running the graph generator in its profile 1 needs 2 MiB of GPU memory, and 2 MiB are free"
+def test_too_little_memory_for_the_arena_is_said_with_both_numbers() -> None:
+    engine = engine_on(Recorder(free=3 << 19))
+    message = r"the engines' activation arena needs 2 MiB of GPU memory, and 2 MiB are free"
     with pytest.raises(BackendError, match=message):
-        run(graph, ((2, 400), 5))
+        engine.bind({abi.TOKEN_IDS: (8, 100)}, {"at": 5})
 
 
 @pytest.mark.gpu
@@ -403,8 +392,8 @@ def test_device_memory_is_given_back() -> None:
     cuda = Cuda()
     memory = cuda.allocate(1 << 20)
     array = np.arange(1 << 18, dtype=np.int32)
-    cuda.upload(array, memory)
-    assert np.array_equal(cuda.download(memory, array.shape, array.dtype), array)
+    cuda.upload(array, memory.address)
+    assert np.array_equal(cuda.download([Wanted(memory.address, array.shape, array.dtype)])[0], array)
     address = memory.address
     del memory
     assert cuda.allocate(1 << 20).address == address

@@ -63,7 +63,7 @@ class HostCache:
 class HostDecoder:
     """`embedder` and `generator` read and write the tensors of `mmemb_training.parts`."""
 
-    rows = sys.maxsize
+    most_rows = sys.maxsize
 
     def __init__(self, embedder: Session, generator: Session | None, layers: int) -> None:
         self._embedder, self._generator = embedder, generator

@@ -75,6 +75,7 @@ class Pool:
     def __init__(self, device: Device, layout: Layout, rows: int, slots: int, *, grows: bool) -> None:
         self.layout, self.grows = layout, grows
         self._device = device
+        self.moves = 0  # how often everything has moved to other addresses
         self._block = Block.of(device, layout, rows, slots)
         self._leases: list[weakref.ref[Row] | None] = [None] * rows
         self._prefixes: list[tuple[bytes, int]] = [(b"", 0)] * rows  # what the first slots of each row hold, and length
@@ -119,7 +120,7 @@ class Pool:
         """
         if count > self.rows:
             if not self.grows:
-                raise BackendError(f"{count} rows are above the {self.rows} of the KV cache: pass a smaller batch_size")
+                raise self._too_many(count)
             self._move_to(max(2 * count, FEWEST), self.slots)
         starts = [start for start in range(self.rows - count + 1) if not self._held(range(start, start + count))]
         kept = (start for start in starts if all(self._prefixes[start + row][0] == prefix for row in range(count)))
@@ -180,9 +181,10 @@ class Pool:
                 index = row.index
                 self._park(row)
                 return index
-        raise BackendError(
-            f"{len(protected)} rows are above the {self.rows} of the KV cache: pass a smaller batch_size"
-        )
+        raise self._too_many(len(protected))
+
+    def _too_many(self, rows: int) -> BackendError:
+        return BackendError(f"{rows} rows are above the {self.rows} of the KV cache: pass a smaller batch_size")
 
     def _park(self, row: Row) -> None:
         """Copy a row out."""
@@ -211,6 +213,7 @@ class Pool:
         self._leases += [None] * (rows - self.rows)
         self._prefixes = [(b"", 0)] * rows
         self._block = block
+        self.moves += 1
 
     def _copy(self, source: Block, row: int, target: Block, to_row: int, tokens: int) -> None:
         size = self.layout.head_bytes

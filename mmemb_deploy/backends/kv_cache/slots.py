@@ -76,7 +76,7 @@ class SlotDecoder:
         self._generator = graphs.get(abi.GENERATOR)
         self._past, self._present = tuple(abi.past_names(model.layers)), tuple(abi.present_names(model.layers))
         self._prompts, self._steps = Workspace(device), Workspace(device)
-        self._bound: dict[tuple[int, int], Step] = {}
+        self._bound: dict[tuple[int, int, int], Step] = {}  # by the pool's moves, first row and rows
         self.notes: list[str] = []
         if self._embedder is not None:
             layout = Layout(len(self._past), model.kv_heads, model.head_dim * value_bytes(manifest.compute))
@@ -84,7 +84,7 @@ class SlotDecoder:
             self.pool = Pool(device, layout, rows, slots, grows=places.rows is None)
 
     @property
-    def rows(self) -> int:
+    def most_rows(self) -> int:
         """Most rows of a step."""
         return self._places.rows or sys.maxsize
 
@@ -158,7 +158,7 @@ class SlotDecoder:
 
     def _step(self, cache: SlotCache, token_ids_B1: Ints, embedded: Sequence[int]) -> Extended[SlotCache]:
         first, count = self._span(cache.rows)
-        step = self._bound.get((first, count)) or self._bind_step(first, count)
+        step = self._bound.get((self.pool.moves, first, count)) or self._bind_step(first, count)
         places = np.array([row.index - first for row in cache.rows])
         step.feed(places, token_ids_B1[:, 0], [row.position for row in cache.rows], self._starts(first, count))
         step.start()
@@ -188,10 +188,11 @@ class SlotDecoder:
         """Bind a step of so many rows, and record it where that can be done."""
         assert self._generator is not None
         if self._places.rows is None:
-            self._bound.clear()  # the pool may have moved, and rows seldom come back to the same places
-        inputs = {name: value for name, value in self._blank(count, 1).items() if name in _names(self._generator)}
-        shapes, addresses = self._steps.upload(inputs)
-        outputs = self._steps.outputs(self._generator.facts, shapes, without=frozenset(self._present))
+            self._bound.clear()  # rows seldom come back to the same places
+        for rows in dict.fromkeys((self._places.rows or count, count)):  # the most first: memory that grows moves
+            inputs = {name: value for name, value in self._blank(rows, 1).items() if name in _names(self._generator)}
+            shapes, addresses = self._steps.upload(inputs)
+            outputs = self._steps.outputs(self._generator.facts, shapes, without=frozenset(self._present))
         shapes |= dict.fromkeys(self._past, self._cache_shape(count))
         addresses |= self._cache_addresses(first) | {name: each.address for name, each in outputs.items()}
         run = self._generator.bind(shapes, addresses, again=True)
@@ -203,7 +204,7 @@ class SlotDecoder:
                 self._device.copy(Plane(addresses[made], nbytes), Plane(addresses[fed], nbytes), nbytes, 1)
 
         step = Step(self._device, addresses, outputs, start, count)
-        self._bound[first, count] = step
+        self._bound[self.pool.moves, first, count] = step
         return step
 
     def warm_up(self) -> None:

@@ -54,6 +54,7 @@ def draw_groups(
     ]
     if not len(owners):
         return groups
+    assert fast.cache is not None
     written = pipeline.generator.generate([fast.cache.take(owners.tolist())], max_tokens, sampling(rng, never))
     for owner, member, reasoned in zip(owners, members, written, strict=True):
         forced = bool(forced_QG[owner, member])

@@ -1,0 +1,315 @@
+"""A cache of slots gives what a cache of whole arrays gives, whatever joins, leaves, waits, moves and is followed.
+
+The same decoder runs three ways: torch's modules over whole arrays, the portable and the fused graphs over slots on the
+host. A `Padded` device lays rows out as a GPU does, and counts what is copied.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mmemb_deploy import Embedder
+from mmemb_deploy.backends.device import Plane, Wanted
+from mmemb_deploy.backends.host_device import HostDevice, HostMemory
+from mmemb_deploy.backends.kv_cache.pool import BUCKET, Layout, Pool
+from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder
+from mmemb_deploy.backends.onnxruntime import OnnxRuntime, OrtGraph
+from mmemb_deploy.backends.protocol import Decoder, Engine
+from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.embedder import row_encoder
+from mmemb_deploy.errors import BackendError
+from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.inputs.prompts import PAD
+from mmemb_deploy.inputs.rows import Batch, collate
+from mmemb_deploy.options import EncodeOptions
+from mmemb_training.checkpoint import load_checkpoint
+from mmemb_training.runtime import torch_embedder
+
+
+class Counting(HostDevice):
+    """The host, and what passed through it: bytes up, down and inside, memory asked for, and waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def _count(self, what: str, amount: int) -> None:
+        self.counts[what] = self.counts.get(what, 0) + amount
+
+    def allocate(self, nbytes: int) -> HostMemory:
+        self._count("allocated", nbytes)
+        return super().allocate(nbytes)
+
+    def upload(self, array: NDArray[Any], address: int) -> None:
+        self._count("up", array.nbytes)
+        super().upload(array, address)
+
+    def download(self, wanted: Sequence[Wanted]) -> list[NDArray[Any]]:
+        found = super().download(wanted)
+        self._count("down", sum(each.nbytes for each in found))
+        self._count("waits", 1)
+        return found
+
+    def copy(self, source: Plane, target: Plane, width: int, height: int) -> None:
+        self._count("inside", width * height)
+        super().copy(source, target, width, height)
+
+    def record(self, start: Callable[[], None]) -> Callable[[], None]:
+        self._count("recorded", 1)
+        return super().record(start)
+
+
+class Setting:
+    """One bundle's decoder over a device, and prompts for it."""
+
+    def __init__(self, bundle: Bundle, places: Places | None = None) -> None:
+        manifest = bundle.manifest
+        self.bundle, self.device = bundle, Counting()
+        self.engine = OnnxRuntime(1).load(bundle)
+        if places is None:
+            self.decoder: SlotDecoder = self.engine.decoder  # type: ignore[assignment]
+            return
+        sessions: dict[str, Any] = {}
+        for facts in manifest.graphs.values():
+            if facts.file not in sessions:
+                sessions[facts.file] = OnnxRuntime(1)._open(bundle.folder / facts.file)  # pyright: ignore[reportPrivateUsage]
+        graphs = {name: OrtGraph(sessions[facts.file], facts) for name, facts in manifest.graphs.items()}
+        self.decoder = SlotDecoder(self.device, graphs, manifest, places)
+        self.decoder.warm_up()
+
+    def prompts(self, inputs: Sequence[Any]) -> tuple[Batch, Any]:
+        manifest = self.bundle.manifest
+        encoder = row_encoder(self.bundle)
+        rows = [encoder.row(parse(each, manifest.limits), "Find it.") for each in inputs]
+        batch = collate(rows, manifest.markers[PAD])
+        embedder = Embedder(manifest, encoder, self.engine)
+        return batch, embedder.pipeline.fast_path._vision.encode(batch.visuals)  # pyright: ignore[reportPrivateUsage]
+
+    def embedder(self) -> Embedder:
+        engine = Engine("slots", self.engine.vision, self.decoder, self.engine.gate)
+        return Embedder(self.bundle.manifest, row_encoder(self.bundle), engine)
+
+
+GPU_LIKE = Places(rows=8, slots=2 * BUCKET, chunk=4)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_checkpoint: Path) -> Embedder:
+    return torch_embedder(load_checkpoint(tiny_checkpoint))
+
+
+@pytest.fixture(scope="module", params=["portable", "padded", "fused"])
+def setting(request: pytest.FixtureRequest, tiny_bundle: Path, fused_bundle: Path) -> Setting:
+    bundle = Bundle.open(fused_bundle if request.param == "fused" else tiny_bundle)
+    return Setting(bundle, GPU_LIKE if request.param == "padded" else None)
+
+
+@pytest.fixture
+def padded(tiny_bundle: Path) -> Setting:
+    return Setting(Bundle.open(tiny_bundle), GPU_LIKE)
+
+
+def decoder_of(embedder: Embedder) -> Decoder[Any]:
+    return embedder.pipeline.fast_path._decoder  # pyright: ignore[reportPrivateUsage]
+
+
+def close(ours: Any, theirs: Any) -> bool:
+    return bool(np.allclose(ours, theirs, atol=2e-5))
+
+
+def tokens(*rows: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pad rows on the right; return token ids and lengths."""
+    lengths_B = np.array([len(row) for row in rows], np.int64)
+    ids_BT = np.zeros((len(rows), lengths_B.max()), np.int64)
+    for place, row in enumerate(rows):
+        ids_BT[place, : len(row)] = row
+    return ids_BT, lengths_B
+
+
+def test_a_prefill_gives_the_same_embeddings_and_states(
+    setting: Setting, reference: Embedder, mixed_inputs: list[Any]
+) -> None:
+    batch, visual = setting.prompts(mixed_inputs)
+    theirs = decoder_of(reference).prefill(batch, visual)
+    for keep in (True, False):
+        ours = setting.decoder.prefill(batch, visual, keep=keep)
+        assert close(ours.embeddings_BD, theirs.embeddings_BD)
+        assert close(ours.states_BD, theirs.states_BD)
+        assert ours.cache is None or len(ours.cache) == len(mixed_inputs)
+
+
+def test_steps_over_rows_that_join_and_leave_give_the_same_logits(
+    setting: Setting, reference: Embedder, mixed_inputs: list[Any]
+) -> None:
+    halves = [setting.prompts(mixed_inputs[:4]), setting.prompts(mixed_inputs[4:])]
+    ours: list[Any] = [setting.decoder.prefill(*half).cache for half in halves]
+    theirs: list[Any] = [decoder_of(reference).prefill(*half).cache for half in halves]
+    with (
+        setting.decoder.stack([ours[0].take([3, 1, 2]), ours[1]], 9) as first,
+        decoder_of(reference).stack([theirs[0].take([3, 1, 2]), theirs[1]], 9) as second,
+    ):
+        pair: tuple[Any, Any] = first, second
+        for step in range(6):
+            if step == 3:
+                pair = pair[0].take([0, 2, 3, 5]), pair[1].take([0, 2, 3, 5])
+            ids_BT, lengths_B = tokens(*([7 * step + row + 5] for row in range(len(pair[0]))))
+            embedded = [2, 0]
+            extended = setting.decoder.extend(pair[0], ids_BT, lengths_B, embedded)
+            expected = decoder_of(reference).extend(pair[1], ids_BT, lengths_B, embedded)
+            assert close(extended.logits(), expected.logits())
+            assert close(extended.embeddings, expected.embeddings)
+            assert np.array_equal(extended.next_token_B, expected.next_token_B)
+            pair = extended.cache, expected.cache
+
+
+def test_rationales_of_several_lengths_give_the_same_embeddings(
+    setting: Setting, reference: Embedder, mixed_inputs: list[Any]
+) -> None:
+    """Those above the chunk of an engine are fed in several."""
+    prompt = setting.prompts(mixed_inputs[:3])
+    ids_BT, lengths_B = tokens([5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [11], [21, 22, 23, 24])
+    found = []
+    for decoder in (setting.decoder, decoder_of(reference)):
+        cache: Any = decoder.prefill(*prompt).cache
+        with decoder.stack([cache], 11) as stacked:
+            longer = decoder.extend(stacked, ids_BT, lengths_B, range(3))
+            found.append((longer.embeddings, longer.next_token_B))
+            after = decoder.extend(longer.cache, *tokens([31], [32], [33]), range(3))  # after padding between tokens
+            found[-1] += (after.embeddings, after.logits())
+    for ours, theirs in zip(*found, strict=True):
+        assert close(ours, theirs)
+
+
+def test_a_stack_leaves_its_caches_as_they_were(setting: Setting, mixed_inputs: list[Any]) -> None:
+    cache: Any = setting.decoder.prefill(*setting.prompts(mixed_inputs[:2])).cache
+    found = []
+    for _ in range(2):
+        with setting.decoder.stack([cache], 4) as stacked:
+            first = setting.decoder.extend(stacked, *tokens([5], [6]), [0])
+            found.append(setting.decoder.extend(first.cache, *tokens([7], [8]), [0, 1]).embeddings)
+    assert np.array_equal(found[0], found[1])
+
+
+def test_rows_that_wait_are_not_changed_by_the_steps_of_others(padded: Setting, mixed_inputs: list[Any]) -> None:
+    def reasoned(cache: Any) -> Any:
+        with padded.decoder.stack([cache], 3) as stacked:
+            step = padded.decoder.extend(stacked, *tokens([5]), [])
+            return padded.decoder.extend(step.cache, *tokens([6]), [0]).embeddings[0]
+
+    cache: Any = padded.decoder.prefill(*padded.prompts(mixed_inputs[:3])).cache
+    before = [reasoned(cache.take([row])) for row in range(3)]
+    after = [reasoned(cache.take([row])) for row in reversed(range(3))][::-1]
+    assert np.allclose(before, after, atol=1e-6)  # who waits beside a row is another
+
+
+def test_rows_beyond_the_pool_are_copied_out_and_go_on_as_if_they_were_not(
+    padded: Setting, reference: Embedder, mixed_inputs: list[Any]
+) -> None:
+    held, expected = [], []
+    for _ in range(3):  # 15 rows in a pool of 8
+        prompt = padded.prompts(mixed_inputs[:5])
+        held.append(padded.decoder.prefill(*prompt).cache)
+        expected.append(decoder_of(reference).prefill(*prompt).cache)
+    for ours, theirs in zip(held, expected, strict=True):
+        found = []
+        for decoder, cache in ((padded.decoder, ours), (decoder_of(reference), theirs)):
+            with decoder.stack([cache], 2) as stacked:  # type: ignore[list-item]
+                found.append(decoder.extend(stacked, *tokens([5], [6], [7], [8], [9]), range(5)).embeddings)
+        assert close(*found)
+    with pytest.raises(BackendError, match="15 rows are above the 8 of the KV cache"):
+        padded.decoder.pool.lease(15)
+
+
+def test_a_step_moves_ids_alone_and_asks_for_nothing(padded: Setting, mixed_inputs: list[Any]) -> None:
+    model = padded.bundle.manifest.model
+    cache: Any = padded.decoder.prefill(*padded.prompts(mixed_inputs[:4])).cache
+    counts = padded.device.counts
+    with padded.decoder.stack([cache], 8) as stacked:
+        counts.clear()
+        step = padded.decoder.extend(stacked, *tokens([5], [6], [7], [8]), [])
+        joined = counts.copy()
+        counts.clear()
+        for _ in range(3):
+            ids_B1 = step.next_token_B[:, None]
+            step = padded.decoder.extend(step.cache, ids_B1, np.ones(4, np.int64), [])
+        assert counts == {"inside": 3 * 4 * (8 + 24 + 8), "down": 3 * 4 * 8, "waits": 3}
+        assert joined["up"] <= 4 * (8 + 24 + 8 + 8)  # ids, positions, starts and lasts, once
+        counts.clear()
+        left = step.cache.take([0, 1, 3])
+        for _ in range(2):
+            step = padded.decoder.extend(left, step.next_token_B[:3, None], np.ones(3, np.int64), [1])
+        assert "recorded" not in counts
+        assert "allocated" not in counts
+        assert counts["down"] == 2 * (4 * 8 + 4 * model.hidden_size)
+
+
+def test_prompts_with_a_prefix_that_their_rows_still_hold_begin_after_it(padded: Setting) -> None:
+    first, second = padded.prompts(["one", "two"]), padded.prompts(["three", "four"])
+    assert first[0].prefix == second[0].prefix > 0
+    whole = padded.decoder.prefill(*second).embeddings_BD
+    del whole
+    padded.decoder.prefill(*first)
+    padded.device.counts.clear()
+    shorter = padded.decoder.prefill(*second)
+    rows, sent = len(second[0].mask_BT), second[0].mask_BT.shape[1] - second[0].prefix
+    visual = sum(array.nbytes for array in second[1].values())
+    assert padded.device.counts["up"] == rows * (sent * (1 + 3 + 1) + 2) * 8 + visual
+    fresh = Setting(padded.bundle, GPU_LIKE).decoder.prefill(*second)
+    assert close(shorter.embeddings_BD, fresh.embeddings_BD)
+
+
+def test_more_tokens_than_a_row_has_slots_for_are_refused(padded: Setting, mixed_inputs: list[Any]) -> None:
+    cache: Any = padded.decoder.prefill(*padded.prompts(mixed_inputs[:1])).cache
+    with (
+        pytest.raises(BackendError, match="tokens do not fit in the 128 slots of a row"),
+        padded.decoder.stack([cache], 200),
+    ):
+        pass
+
+
+def test_an_embedder_over_slots_gives_the_same_embeddings_and_rationales(
+    setting: Setting, reference: Embedder, mixed_inputs: list[Any]
+) -> None:
+    ours = setting.embedder()
+    routes: list[EncodeOptions] = [
+        {"reasoning": "always", "batch_size": 3},
+        {"rationales": ["so it is"] * len(mixed_inputs), "batch_size": 3},
+        {"reasoning": "never"},
+        {"reasoning_rate": 0.5, "batch_size": 2},
+    ]
+    for options in routes:
+        found = ours.encode_detailed(mixed_inputs, **options)
+        expected = reference.encode_detailed(mixed_inputs, **options)
+        assert close(found.embeddings, expected.embeddings)
+        assert [each and each.rationale_ids for each in found.details] == [
+            each and each.rationale_ids for each in expected.details
+        ]
+
+
+def test_a_row_is_free_once_nobody_holds_it() -> None:
+    pool = Pool(HostDevice(), Layout(2, 1, 4), 4, BUCKET, grows=False)
+    rows = pool.lease(3)
+    assert [row.index for row in rows] == [0, 1, 2]
+    del rows[1]
+    assert pool.holder(1) is None
+    assert [row.index for row in pool.lease(1)] == [1]
+
+
+def test_a_pool_that_grows_keeps_what_is_in_it() -> None:
+    device = HostDevice()
+    pool = Pool(device, Layout(2, 1, 8), 2, BUCKET, grows=True)
+    (row,) = pool.lease(1)
+    row.length = 3
+    written = np.arange(3, dtype=np.int64)
+    for plane, address in enumerate(pool.addresses(row.index)):
+        device.upload(written + plane, address)
+    pool.ensure(BUCKET + 1)
+    pool.lease(5)
+    assert (pool.slots, pool.rows) == (2 * BUCKET, 10)
+    for plane, address in enumerate(pool.addresses(row.index)):
+        (found,) = device.download([Wanted(address, (3,), np.int64)])
+        assert np.array_equal(found, written + plane)
