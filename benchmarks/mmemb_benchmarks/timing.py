@@ -7,14 +7,14 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 from numpy.typing import NDArray
 
 from mmemb_deploy.backends.protocol import Decoder, Engine, Extended, Prefilled, Session
-from mmemb_deploy.inputs.preprocess import Floats, Ints
+from mmemb_deploy.inputs.preprocess import Ints
 from mmemb_deploy.inputs.rows import Batch
 
 STAGES = ("preprocess", "vision", "prefill", "gate", "decode", "other")
@@ -60,8 +60,15 @@ class _Decoder:
     def __init__(self, decoder: Decoder[Any], spent: Spent) -> None:
         self._decoder, self._spent = decoder, spent
 
-    def prefill(self, batch: Batch, visual_tokens_VD: Floats, deepstack_LVD: Floats) -> Prefilled[Any]:
-        found, seconds = timed(self._decoder.prefill, batch, visual_tokens_VD, deepstack_LVD)
+    @property
+    def most_rows(self) -> int:
+        return self._decoder.most_rows
+
+    def fits(self, rows: int, tokens: int) -> bool:
+        return self._decoder.fits(rows, tokens)
+
+    def prefill(self, batch: Batch, visual: Any, *, keep: bool = True) -> Prefilled[Any]:
+        found, seconds = timed(self._decoder.prefill, batch, visual, keep=keep)
         self._spent["prefill"] += seconds
         return found
 
@@ -72,8 +79,8 @@ class _Decoder:
             self._spent["decode"] += seconds
             yield cache
 
-    def extend(self, cache: Any, token_ids_BT: Ints, lengths_B: Ints) -> Extended[Any]:
-        found, seconds = timed(self._decoder.extend, cache, token_ids_BT, lengths_B)
+    def extend(self, cache: Any, token_ids_BT: Ints, lengths_B: Ints, embedded: Sequence[int]) -> Extended[Any]:
+        found, seconds = timed(self._decoder.extend, cache, token_ids_BT, lengths_B, embedded)
         self._spent["decode"] += seconds
         return found
 

@@ -109,8 +109,15 @@ def fused(model: ir.Model, *, heads: int, kv_heads: int) -> ir.Model:
 
 
 def _ends(graph: ir.Graph, tape: Tape) -> ir.Value:
-    """Return how many tokens each row has once the new ones are written, padding included, (B,)."""
-    new = tape.op("Shape", [_input(graph, abi.TOKEN_IDS)], {"start": 1, "end": 2})
+    """Return how many tokens each row has once the new ones are written, padding included, (B,).
+
+    The new ones are counted, and not read off a shape: what ONNX Runtime adds to a shape it adds on the CPU, where it
+    would need `start` too, and would take it from a binding once and for ever.
+    """
+    ids = _input(graph, abi.TOKEN_IDS)
+    along = constant(graph, "rows.tokens_axis", ir.DataType.INT64, [1])
+    each = tape.op("Cast", [tape.op("Equal", [ids, ids])], {"to": ir.DataType.INT64})
+    new = tape.op("ReduceSum", [each, along], {"keepdims": 0})
     return tape.op("Add", [_input(graph, abi.START), new])
 
 

@@ -40,7 +40,7 @@ def bench_prefill(benchmark: Any, setting: Setting, kind: str, rows: int) -> Non
 
     def make() -> Any:
         batch = setting.batch(kind, rows)
-        return batch, *setting.vision.encode(batch.visuals)
+        return batch, setting.vision.encode(batch.visuals)
 
     setting.measure(
         benchmark,
@@ -66,14 +66,14 @@ def bench_decode(benchmark: Any, setting: Setting, rows: int) -> None:
     """Decode one more token of every row, after a long text."""
     batch = setting.batch("long text", rows)
     decoder = setting.engine.decoder
-    prefilled = decoder.prefill(batch, *setting.vision.encode(()))
+    prefilled = decoder.prefill(batch, setting.vision.encode(()))
     rng, single = np.random.default_rng(0), np.ones(rows, np.int64)
     with decoder.stack([prefilled.cache], MOST + WARM_UP + 1) as stacked:
         cache = stacked
 
         def extend(token_ids_BT: Any) -> None:
             nonlocal cache
-            cache = decoder.extend(cache, token_ids_BT, single).cache
+            cache = decoder.extend(cache, token_ids_BT, single, []).cache
 
         setting.measure(
             benchmark,
