@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from logging import INFO, WARNING, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -35,6 +36,17 @@ if TYPE_CHECKING:
     from mmemb_deploy.reasoners.remote import RemoteReasoner
 
 LOGGER = getLogger("mmemb_deploy")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Inputs on their way through `Embedder.prepare` and `run`: how many, those that can be embedded, the others."""
+
+    inputs: int
+    items: list[Item]
+    failures: list[InputError]
+    options: Options
+    policy: Policy
 
 
 class Embedder:
@@ -165,22 +177,38 @@ class Embedder:
         With `errors="return"`, an input that cannot be processed gets a row of NaN and its InputError in the result,
         and the others are embedded.
         """
+        return self.run(self.prepare(inputs, errors=errors, **options))
+
+    def prepare(
+        self, inputs: Sequence[Any], *, errors: Literal["raise", "return"] = "raise", **options: Unpack[EncodeOptions]
+    ) -> Prepared:
+        """Do the part of `encode_detailed` that needs no engine: check, decode, resize and tokenise.
+
+        What it returns goes to `run`; a second thread can prepare the next inputs while an engine runs these.
+        """
         settings = Options.of(dict(options))
         check_known("errors", errors, ("raise", "return"))
         self._check(inputs, settings)
         policy = self._policy(settings)
         items, failures = self._prepare(inputs, settings, keep_going=errors == "return")
+        return Prepared(len(inputs), items, failures, settings, policy)
+
+    def run(self, prepared: Prepared) -> EncodeResult:
+        """Embed what `prepare` returned, once."""
+        items, settings = prepared.items, prepared.options
         limit = self.manifest.model.max_rationale_tokens
         if settings.max_rationale_tokens is not None:
             limit = min(limit, settings.max_rationale_tokens)
         with counting(len(items), shown=settings.show_progress_bar) as done:
-            self.pipeline.run(items, policy, batch_size=settings.batch_size, max_rationale_tokens=limit, done=done)
-        embeddings = np.full((len(inputs), self.dim), np.nan, np.float32)
-        details: list[Detail | None] = [None] * len(inputs)
+            self.pipeline.run(
+                items, prepared.policy, batch_size=settings.batch_size, max_rationale_tokens=limit, done=done
+            )
+        embeddings = np.full((prepared.inputs, self.dim), np.nan, np.float32)
+        details: list[Detail | None] = [None] * prepared.inputs
         for item in items:
             embeddings[item.index] = item.embedding_D
             details[item.index] = self._detail(item)
-        return EncodeResult(_finish(embeddings, settings), details, failures)
+        return EncodeResult(_finish(embeddings, settings), details, prepared.failures)
 
     def _formerly(self, moved: set[str], inputs: Sequence[Any], options: dict[str, Any]) -> Any:
         """Answer a call of `encode` in its former form."""

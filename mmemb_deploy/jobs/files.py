@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy.embedder import Embedder
+from mmemb_deploy.embedder import Embedder, Prepared
 from mmemb_deploy.errors import InputError, MissingExtraError, OptionError
 from mmemb_deploy.files import claim, whole
 from mmemb_deploy.options import EncodeOptions
@@ -39,6 +40,7 @@ FORMATS = (".npz", ".parquet")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
 
 Columns = dict[str, NDArray[Any]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -152,21 +154,23 @@ def embed_source(
     }
     claim(parts, job, begun=any(parts.glob("*.npz")))
     options = embedder.document_options | options if document else options
-    starts = range(0, len(source.ids), CHUNK)
-    for start in starts:
-        part = parts / f"{start:09d}.npz"
-        stop = min(start + CHUNK, len(source.ids))
-        if not part.exists():
-            try:
-                result = embedder.encode_detailed(
-                    source.inputs[start:stop], errors="return" if keep_going else "raise", **options
-                )
-            except InputError as error:
-                raise error.at(start + (error.index or 0)) from error
-            errors = {error.index: str(error) for error in result.errors}
-            _write(part, _columns(source.ids[start:stop], result.embeddings, result.details, errors))
-        done(stop - start)
-    chunks = [_read_npz(parts / f"{start:09d}.npz") for start in starts]
+    files = {start: parts / f"{start:09d}.npz" for start in range(0, len(source.ids), CHUNK)}
+    missing = [start for start, part in files.items() if not part.exists()]
+    done(sum(len(source.ids[start : start + CHUNK]) for start in files if start not in missing))
+
+    def prepare(start: int) -> Prepared:
+        errors: Literal["raise", "return"] = "return" if keep_going else "raise"
+        try:
+            return embedder.prepare(source.inputs[start : start + CHUNK], errors=errors, **options)
+        except InputError as error:
+            raise error.at(start + (error.index or 0)) from error
+
+    for start, prepared in ahead(prepare, missing):
+        ids, result = source.ids[start : start + CHUNK], embedder.run(prepared)
+        errors = {error.index: str(error) for error in result.errors}
+        _write(files[start], _columns(ids, result.embeddings, result.details, errors))
+        done(len(ids))
+    chunks = [_read_npz(part) for part in files.values()]
     columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in COLUMNS}
     _write(output, columns)
     shutil.rmtree(parts)
@@ -177,6 +181,16 @@ def embed_source(
         rationale_tokens=int(columns["rationale_tokens"].sum()),
         fallbacks=int((columns["fallback"] != "").sum()),
     )
+
+
+def ahead(call: Callable[[int], T], arguments: Sequence[int]) -> Iterator[tuple[int, T]]:
+    """Yield every argument with what the call makes of it; a second thread calls it for the next one meanwhile."""
+    with ThreadPoolExecutor(1) as executor:
+        following = [executor.submit(call, argument) for argument in arguments[:1]]
+        for index, argument in enumerate(arguments):
+            result = following.pop().result()
+            following = [executor.submit(call, later) for later in arguments[index + 1 : index + 2]]
+            yield argument, result
 
 
 def check_output(output: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_missing_file_is_named(bundle: Path) -> None:
 
 def test_a_newer_schema_names_the_version_that_reads_it(bundle: Path) -> None:
     edit(bundle, lambda manifest: manifest.update(schema_version=4, written_by="9.1.0", new_key=1))
-    with pytest.raises(SchemaError, match=r"has schema 3, this version reads 2: install mmemb-deploy 9\.1\.0 or newer"):
+    with pytest.raises(SchemaError, match=r"has schema 4, this version reads 3: install mmemb-deploy 9\.1\.0 or newer"):
         Bundle.open(bundle)
 
 

@@ -1,6 +1,7 @@
 """Embedding files: nothing finished is lost, nothing is mixed up."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -9,8 +10,9 @@ import pytest
 from PIL import Image
 
 from mmemb_deploy import Embedder, InputError, OptionError
+from mmemb_deploy.embedder import Prepared
 from mmemb_deploy.jobs import files as jobs
-from mmemb_deploy.jobs.files import embed_source, read_source
+from mmemb_deploy.jobs.files import ahead, embed_source, read_source
 from mmemb_deploy.options import EncodeOptions
 
 
@@ -63,15 +65,15 @@ def test_an_interrupted_job_goes_on_after_the_last_finished_chunk(
     tiny_embedder: Embedder, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    encode = Embedder.encode_detailed
+    embed = Embedder.run
 
-    def counting(self: Embedder, inputs: Any, **options: Any) -> Any:
-        calls.append(len(inputs))
+    def counting(self: Embedder, prepared: Prepared) -> Any:
+        calls.append(prepared.inputs)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return encode(self, inputs, **options)
+        return embed(self, prepared)
 
-    monkeypatch.setattr(Embedder, "encode_detailed", counting)
+    monkeypatch.setattr(Embedder, "run", counting)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_embedder, lines, tmp_path / "out.npz", reasoning="never")
     assert not (tmp_path / "out.npz").exists()
@@ -154,3 +156,18 @@ def test_an_output_that_cannot_be_is_refused_first(tmp_path: Path) -> None:
             jobs.check_output(tmp_path / name)
     with pytest.raises(OptionError, match="does not exist"):
         read_source(tmp_path / "absent")
+
+
+def test_the_next_chunk_is_prepared_while_one_is_embedded() -> None:
+    begun, seen = [threading.Event() for _ in range(3)], list[int]()
+
+    def prepare(chunk: int) -> int:
+        begun[chunk].set()
+        return 10 * chunk
+
+    for chunk, prepared in ahead(prepare, range(3)):
+        assert prepared == 10 * chunk
+        assert all(event.wait(20) for event in begun[: chunk + 2])
+        assert not any(event.is_set() for event in begun[chunk + 2 :])
+        seen.append(chunk)
+    assert seen == [0, 1, 2]

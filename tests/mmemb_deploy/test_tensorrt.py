@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from mmemb_deploy import Embedder
-from mmemb_deploy.backends.device import Wanted
 from mmemb_deploy.backends.cuda import DRIVER, Cuda, Gpu, probe
+from mmemb_deploy.backends.device import Wanted
 from mmemb_deploy.backends.tensorrt.api import Library, load_library
 from mmemb_deploy.backends.tensorrt.backend import TensorRT, check_types, most_images
 from mmemb_deploy.backends.tensorrt.engine import Arena, LoadedEngine, choose_profile
@@ -245,14 +245,18 @@ PROFILES = ({abi.TOKEN_IDS: box(8, 100)}, {abi.TOKEN_IDS: box(2, 400)})
 ONE = {abi.TOKEN_IDS: box(1, 100)}
 
 
-@pytest.mark.parametrize(("shape", "index"), [((8, 100), 0), ((3, 1), 0), ((2, 101), 1), ((1, 400), 1), ((1, 1), 2), ((1, 101), 1)])
+@pytest.mark.parametrize(
+    ("shape", "index"), [((8, 100), 0), ((3, 1), 0), ((2, 101), 1), ((1, 400), 1), ((1, 1), 2), ((1, 101), 1)]
+)
 def test_the_tightest_profile_that_holds_the_shapes_is_used(shape: tuple[int, ...], index: int) -> None:
     assert choose_profile("decoder.onnx", [*PROFILES, ONE], {abi.TOKEN_IDS: shape}) == index
 
 
 @pytest.mark.parametrize("shape", [(3, 101), (9, 1), (1, 401), (0, 1)])
 def test_shapes_beyond_all_profiles_are_named_with_the_bounds(shape: tuple[int, ...]) -> None:
-    message = rf"engine of decoder.onnx takes token_ids of at most \(8, 100\) or \(2, 400\), not \({shape[0]}, {shape[1]}\)"
+    message = (
+        rf"engine of decoder.onnx takes token_ids of at most \(8, 100\) or \(2, 400\), not \({shape[0]}, {shape[1]}\)"
+    )
     with pytest.raises(BackendError, match=message):
         choose_profile("decoder.onnx", PROFILES, {abi.TOKEN_IDS: shape})
 
@@ -320,7 +324,9 @@ class Recorder:
 
 def engine_on(recorder: Recorder) -> LoadedEngine:
     device: Any = recorder
-    facts = GraphFacts(file="decoder.onnx", precision="float32", form="portable", compute="float32", inputs=(), outputs=())
+    facts = GraphFacts(
+        file="decoder.onnx", precision="float32", form="portable", compute="float32", inputs=(), outputs=()
+    )
     return LoadedEngine(device, device, facts, b"plan", PROFILES, Arena(device))
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from mmemb_deploy.backends.kv_cache.device import BUCKET
+
 from mmemb_deploy.backends.tensorrt.files import ProfileShapes
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
