@@ -105,7 +105,7 @@ def test_the_cuda_binding_has_every_function_that_is_called() -> None:
     assert len(functions) >= 14
     assert [name for name in functions if not hasattr(runtime, name)] == []
     used = {(kind, name) for kind, name in enumerations if kind.startswith("cuda")}
-    assert len(used) == 4
+    assert len(used) == 6
     assert [pair for pair in used if not hasattr(getattr(runtime, pair[0]), pair[1])] == []
 
 
@@ -133,13 +133,13 @@ def engines(bundle: Bundle) -> EngineSet:
             key="0" * 64,
             file=f"{name}-0.engine",
             sha256=hashlib.sha256(content).hexdigest(),
-            graph=graph_hash(bundle, name),
+            graph=graph_hash(bundle, bundle.manifest.engines[name][0]),
             precision="float32",
             profiles=({},),
             seconds=1,
             size=len(content),
         )
-        for name in abi.GRAPHS
+        for name in bundle.manifest.engines
     }
     found = EngineSet(
         library="tensorrt",
@@ -204,7 +204,7 @@ def test_the_hash_of_a_graph_covers_the_weight_files_it_reads_and_no_others(bund
     files = bundle.manifest.files | {"decoder.onnx.data": "0" * 64}
     other = Bundle(bundle.folder, bundle.manifest.model_copy(update={"files": files}))
     changed = {name for name in abi.GRAPHS if graph_hash(bundle, name) != graph_hash(other, name)}
-    assert changed == {abi.EMBEDDER, abi.GENERATOR}
+    assert changed == {abi.DIRECT, abi.EMBEDDER, abi.GENERATOR}
 
 
 def test_an_engine_that_is_missing_or_changed_is_not_loaded(bundle: Bundle, engines: EngineSet) -> None:

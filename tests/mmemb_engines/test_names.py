@@ -33,8 +33,8 @@ CLASSES = {
     "context": "IExecutionContext",
 }
 ATTENTION = {"attention"}  # of a layer, after it was cast to IAttentionInputLayer
-OURS = {"library", "watcher", "self", "interrupted", "errors", "name", "shapes", "addresses"}
-STANDARD = {"graph", "target"}  # a path and a string
+OURS = {"library", "watcher", "self", "interrupted", "errors", "name", "shapes", "addresses", "arena", "facts"}
+STANDARD = {"graph", "target", "math"}  # a path, a string and a module
 
 Use = tuple[str, str, str]  # the variable, the class or enumeration, its member
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy.backends.device import Device, DeviceArray, DeviceEngine, Plane, RecordError, Shape, Wanted, Workspace
+from mmemb_deploy.backends.device import Device, DeviceArray, DeviceEngine, Plane, RecordError, Wanted, Workspace
 from mmemb_deploy.backends.kv_cache.pool import BUCKET, FEWEST, Layout, Pool, Row
 from mmemb_deploy.backends.protocol import Extended, Prefilled
 from mmemb_deploy.bundle import abi
@@ -30,7 +30,6 @@ from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_deploy.inputs.rows import Batch
 
 Visual = Mapping[str, NDArray[Any] | DeviceArray]  # VISUAL_TOKENS and DEEPSTACK, by name
-CACHE = "past."
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class SlotDecoder:
         self._direct, self._embedder = graphs.get(abi.DIRECT), graphs.get(abi.EMBEDDER)
         self._generator = graphs.get(abi.GENERATOR)
         self._past, self._present = tuple(abi.past_names(model.layers)), tuple(abi.present_names(model.layers))
-        self._prompts, self._steps = Workspace(device), Workspace(device)
+        self._prompts, self._results = Workspace(device), Workspace(device)  # results of steps
         self._bound: dict[tuple[int, int, int], Step] = {}  # by the pool's moves, first row and rows
         self.notes: list[str] = []
         if self._embedder is not None:
@@ -99,8 +98,7 @@ class SlotDecoder:
         """Run prompts. Padding follows a row's own tokens, which therefore never see it."""
         with self._device.lock:
             if self._direct is not None and not (keep and self._embedder):
-                made = self._run(self._direct, _prompt(batch, visual, 0), {})
-                return Prefilled(made[abi.EMBEDDING], made[abi.STATE], None)
+                return self._run(self._direct, _prompt(batch, visual, 0), None)
             return self._prefill(batch, visual)
 
     def _prefill(self, batch: Batch, visual: Visual) -> Prefilled[SlotCache]:
@@ -112,25 +110,43 @@ class SlotDecoder:
         known = batch.prefix and self.pool.keeps(rows, prefix) and (count == 1 or self._places.continues)
         start = batch.prefix if known else 0
         arrays = _prompt(batch, visual, start) | {abi.START: np.full(count, start, np.int64)}
-        made = self._run(self._embedder, arrays, self._cache_addresses(rows[0].index))
+        made = self._run(self._embedder, arrays, rows[0].index)
         self.pool.keep(rows, prefix, batch.prefix)
         for row, length, position in zip(rows, batch.last_B + 1, batch.next_position_B, strict=True):
             row.length, row.position = int(length), int(position)
-        return Prefilled(made[abi.EMBEDDING], made[abi.STATE], SlotCache(tuple(rows)))
+        return replace(made, cache=SlotCache(tuple(rows)))
 
-    def _run(
-        self, engine: DeviceEngine, arrays: Mapping[str, Any], cached: Mapping[str, int]
-    ) -> dict[str, NDArray[Any]]:
-        """Run prompts; return embeddings and states."""
-        names = [tensor.name for tensor in engine.facts.inputs if not tensor.name.startswith(CACHE)]
-        shapes, addresses = self._prompts.upload({name: arrays[name] for name in names})
-        if cached:
-            shapes |= dict.fromkeys(self._past, self._cache_shape(len(arrays[abi.TOKEN_IDS])))
-        outputs = self._prompts.outputs(engine.facts, shapes, without=frozenset(self._present))
-        addresses |= {name: each.address for name, each in outputs.items()} | dict(cached)
-        engine.bind(shapes, addresses)()
-        names = [abi.EMBEDDING, abi.STATE]
-        return dict(zip(names, self._device.download([outputs[name] for name in names]), strict=True))
+    def _run(self, engine: DeviceEngine, arrays: Mapping[str, Any], first: int | None) -> Prefilled[SlotCache]:
+        """Run prompts in rows from `first` on, or without a cache."""
+        bound = self._bind(engine, arrays, first, self._prompts)
+        bound.run()
+        wanted = [bound.outputs[name] for name in (abi.EMBEDDING, abi.STATE)]
+        embeddings_BD, states_BD = self._device.download(wanted)
+        return Prefilled(embeddings_BD, states_BD, None)
+
+    def _bind(
+        self,
+        engine: DeviceEngine,
+        arrays: Mapping[str, Any],
+        first: int | None,
+        inputs: Workspace,
+        outputs: Workspace | None = None,
+    ) -> Bound:
+        """Bind an engine to inputs that are uploaded, and to the cache of rows from `first` on.
+
+        With `outputs`, where its results go, the inputs' workspace is its own, and it is started again and again.
+        """
+        names = [tensor.name for tensor in engine.facts.inputs if tensor.name not in self._past]
+        shapes, addresses = inputs.upload({name: arrays[name] for name in names})
+        made = (outputs or inputs).outputs(engine.facts, shapes, without=frozenset(self._present))
+        addresses |= {name: each.address for name, each in made.items()}
+        if first is not None:
+            model, cached = self._model, list(self.pool.addresses(first))
+            rows = len(arrays[abi.TOKEN_IDS])
+            shapes |= dict.fromkeys(self._past, (rows, model.kv_heads, self.pool.slots, model.head_dim))
+            addresses |= dict(zip(self._past, cached, strict=True)) | dict(zip(self._present, cached, strict=True))
+        run = engine.bind(shapes, addresses, again=outputs is not None)
+        return Bound(run, {name: addresses[name] for name in names}, made)
 
     @contextmanager
     def stack(self, caches: Sequence[SlotCache], capacity: int) -> Generator[SlotCache]:
@@ -162,14 +178,14 @@ class SlotDecoder:
         places = np.array([row.index - first for row in cache.rows])
         step.feed(places, token_ids_B1[:, 0], [row.position for row in cache.rows], self._starts(first, count))
         step.start()
-        embeddings = [step.row(abi.EMBEDDING, int(places[row])) for row in embedded]
+        embeddings = [row_of(step.outputs[abi.EMBEDDING], int(places[row])) for row in embedded]
         next_P1, *found = self._device.download([step.outputs[abi.NEXT_TOKEN], *embeddings])
         step.advance(next_P1)
         for row in cache.rows:
             row.length, row.position = row.length + 1, row.position + 1
 
         def logits() -> Floats:
-            wanted = [step.row(abi.LOGITS, int(place)) for place in places]
+            wanted = [row_of(step.outputs[abi.LOGITS], int(place)) for place in places]
             return np.stack(self._device.download(wanted))
 
         return Extended(next_P1[places, 0], found, logits, cache)
@@ -189,22 +205,20 @@ class SlotDecoder:
         assert self._generator is not None
         if self._places.rows is None:
             self._bound.clear()  # rows seldom come back to the same places
-        for rows in dict.fromkeys((self._places.rows or count, count)):  # the most first: memory that grows moves
-            inputs = {name: value for name, value in self._blank(rows, 1).items() if name in _names(self._generator)}
-            shapes, addresses = self._steps.upload(inputs)
-            outputs = self._steps.outputs(self._generator.facts, shapes, without=frozenset(self._present))
-        shapes |= dict.fromkeys(self._past, self._cache_shape(count))
-        addresses |= self._cache_addresses(first) | {name: each.address for name, each in outputs.items()}
-        run = self._generator.bind(shapes, addresses, again=True)
+        shapes = {name: array.shape for name, array in self._blank(self._places.rows or count, 1).items()}
+        facts = self._generator.facts  # room for all first: memory that grows would move from under what is bound
+        self._results.outputs(facts, shapes, without=frozenset(self._present))
+        own = Workspace(self._device)
+        bound = self._bind(self._generator, self._blank(count, 1), first, own, self._results)
 
         def start() -> None:
-            run()
+            bound.run()
             for made, fed in abi.FED_BACK.items():
-                nbytes = 8 * int(np.prod(shapes[fed]))
-                self._device.copy(Plane(addresses[made], nbytes), Plane(addresses[fed], nbytes), nbytes, 1)
+                nbytes = 8 * int(np.prod(bound.outputs[made].shape))
+                source, target = bound.outputs[made].address, bound.inputs[fed]
+                self._device.copy(Plane(source, nbytes), Plane(target, nbytes), nbytes, 1)
 
-        step = Step(self._device, addresses, outputs, start, count)
-        self._bound[self.pool.moves, first, count] = step
+        step = self._bound[self.pool.moves, first, count] = Step(self._device, bound, start, own)
         return step
 
     def warm_up(self) -> None:
@@ -232,15 +246,17 @@ class SlotDecoder:
             return self._follow_alone(cache, token_ids_BT, lengths_B, embedded)
         total = token_ids_BT.shape[1]
         chunk = min(self._places.chunk or total, total)
-        next_B: Ints = np.zeros(len(cache), np.int64)
+        next_B1: Ints = np.zeros((len(cache), 1), np.int64)
         embeddings_BD: Floats = np.zeros((len(cache), self._model.hidden_size), np.float32)
         logits_BW: Floats = np.zeros((len(cache), self._model.vocabulary_size), np.float32)
         for begin in range(0, total, chunk):
             ids_BT = token_ids_BT[:, begin : begin + chunk]
             new_B = (lengths_B - begin).clip(0, ids_BT.shape[1])
             ends = np.flatnonzero((new_B > 0) & (lengths_B <= begin + chunk))
-            next_B[ends], embeddings_BD[ends], logits_BW[ends] = self._follow_chunk(cache.rows, ids_BT, new_B, ends)
-        return Extended(next_B, [embeddings_BD[row] for row in embedded], lambda: logits_BW, cache)
+            made = self._follow_chunk(cache.rows, ids_BT, new_B, ends)
+            if len(ends):
+                next_B1[ends], embeddings_BD[ends], logits_BW[ends] = made
+        return Extended(next_B1[:, 0], [embeddings_BD[row] for row in embedded], lambda: logits_BW, cache)
 
     def _follow_alone(
         self, cache: SlotCache, token_ids_BT: Ints, lengths_B: Ints, embedded: Sequence[int]
@@ -249,15 +265,14 @@ class SlotDecoder:
         made = []
         for place, one in enumerate(cache.split()):
             ids_1T = token_ids_BT[place : place + 1, : lengths_B[place]]
-            made.append(self.extend(one, ids_1T, lengths_B[place : place + 1], [0]))
-        logits_BW = np.concatenate([each.logits() for each in made])
-        next_B = np.concatenate([each.next_token_B for each in made])
-        return Extended(next_B, [made[row].embeddings[0] for row in embedded], lambda: logits_BW, cache)
+            row = self.extend(one, ids_1T, lengths_B[place : place + 1], [0])
+            made.append((row.next_token_B, row.embeddings[0], row.logits()))
+        next_tokens, embeddings, logits = zip(*made, strict=True)
+        logits_BW = np.concatenate(logits)
+        return Extended(np.concatenate(next_tokens), [embeddings[row] for row in embedded], lambda: logits_BW, cache)
 
-    def _follow_chunk(
-        self, rows: Sequence[Row], token_ids_BT: Ints, new_B: Ints, ends: Ints
-    ) -> tuple[Ints, Floats, Floats]:
-        """Run a chunk; return next tokens, embeddings and logits of the rows that end in it."""
+    def _follow_chunk(self, rows: Sequence[Row], token_ids_BT: Ints, new_B: Ints, ends: Ints) -> list[NDArray[Any]]:
+        """Run a chunk; return next tokens (ends, 1), embeddings and logits of the rows that end in it."""
         assert self._generator is not None
         first, count = self._span(rows)
         places = np.array([row.index - first for row in rows])
@@ -268,18 +283,15 @@ class SlotDecoder:
         positions_B = np.array([row.position for row in rows])
         inputs[abi.POSITION_IDS][:, places] = positions_B[:, None] + np.arange(new)
         inputs[abi.LAST][places] = new_B - 1
-        shapes, addresses = self._prompts.upload(
-            {name: value for name, value in inputs.items() if name in _names(self._generator)}
-        )
-        outputs = self._prompts.outputs(self._generator.facts, shapes, without=frozenset(self._present))
-        shapes |= dict.fromkeys(self._past, self._cache_shape(count))
-        addresses |= self._cache_addresses(first) | {name: each.address for name, each in outputs.items()}
-        self._generator.bind(shapes, addresses)()
+        bound = self._bind(self._generator, inputs, first, self._prompts)
+        bound.run()
         names = abi.NEXT_TOKEN, abi.EMBEDDING, abi.LOGITS
-        next_P1, embeddings_PD, logits_PW = self._device.download([outputs[name] for name in names])
+        wanted = [row_of(bound.outputs[name], place) for name in names for place in places[ends].tolist()]
+        found = self._device.download(wanted)
         for row, more in zip(rows, new_B.tolist(), strict=True):
             row.length, row.position = row.length + more, row.position + more
-        return next_P1[places[ends], 0], embeddings_PD[places[ends]], logits_PW[places[ends]]
+        count = len(ends)
+        return [np.array(found[kind * count : (kind + 1) * count]) for kind in range(len(names))]
 
     def _blank(self, rows: int, new: int) -> dict[str, NDArray[Any]]:
         """Return the inputs of tokens that show nothing, of rows that have no new one."""
@@ -294,27 +306,23 @@ class SlotDecoder:
             abi.DEEPSTACK: np.zeros((self._model.deepstack_levels, *row_1D.shape), np.float32),
         }
 
-    def _cache_shape(self, rows: int) -> Shape:
-        return rows, self._model.kv_heads, self.pool.slots, self._model.head_dim
 
-    def _cache_addresses(self, row: int) -> dict[str, int]:
-        addresses = list(self.pool.addresses(row))
-        return dict(zip(self._past, addresses, strict=True)) | dict(zip(self._present, addresses, strict=True))
+@dataclass(frozen=True)
+class Bound:
+    """What starts a run, where its own inputs lie, and its outputs; without the cache."""
+
+    run: Callable[[], None]
+    inputs: Mapping[str, int]
+    outputs: Mapping[str, Wanted]
 
 
 class Step:
     """A step of one token of some rows, bound to its memory; it knows what the device holds, and sends the rest."""
 
-    def __init__(
-        self,
-        device: Device,
-        addresses: Mapping[str, int],
-        outputs: Mapping[str, Wanted],
-        start: Callable[[], None],
-        count: int,
-    ) -> None:
-        self.outputs, self.start = outputs, start
-        self._device, self._addresses = device, addresses
+    def __init__(self, device: Device, bound: Bound, start: Callable[[], None], memory: Workspace) -> None:
+        self.outputs, self.start = bound.outputs, start
+        self._device, self._inputs, self._memory = device, bound.inputs, memory
+        count = bound.outputs[abi.NEXT_TOKEN].shape[0]
         self._held: dict[str, Ints] = {
             abi.TOKEN_IDS: np.zeros((count, 1), np.int64),
             abi.POSITION_IDS: np.zeros((3, count, 1), np.int64),
@@ -332,7 +340,7 @@ class Step:
         wanted[abi.LAST][places] = 0
         for name, values in wanted.items():
             if not np.array_equal(values, self._held[name]):
-                self._device.upload(values, self._addresses[name])
+                self._device.upload(values, self._inputs[name])
                 self._held[name] = values
 
     def advance(self, next_token_P1: Ints) -> None:
@@ -341,12 +349,11 @@ class Step:
         self._held[abi.POSITION_IDS] += 1
         self._held[abi.START] += self._held[abi.LAST] + 1
 
-    def row(self, name: str, place: int) -> Wanted:
-        """Return one row of an output."""
-        whole = self.outputs[name]
-        shape = whole.shape[1:]
-        nbytes = np.dtype(whole.dtype).itemsize * int(np.prod(shape))
-        return Wanted(whole.address + place * nbytes, shape, whole.dtype)
+
+def row_of(whole: Wanted, row: int) -> Wanted:
+    """Return one row of an array on the device."""
+    nbytes = np.dtype(whole.dtype).itemsize * int(np.prod(whole.shape[1:]))
+    return Wanted(whole.address + row * nbytes, whole.shape[1:], whole.dtype)
 
 
 def _prompt(batch: Batch, visual: Visual, start: int) -> dict[str, Any]:
@@ -358,7 +365,3 @@ def _prompt(batch: Batch, visual: Visual, start: int) -> dict[str, Any]:
         abi.VISUAL_INDEX: batch.visual_index_BT[:, start:],
         **visual,
     }
-
-
-def _names(engine: DeviceEngine) -> frozenset[str]:
-    return frozenset(tensor.name for tensor in engine.facts.inputs)
