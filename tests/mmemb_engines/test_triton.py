@@ -43,7 +43,7 @@ def as_json(model: Path) -> dict[str, Any]:
 
 
 def built(bundle: Bundle, library: str, device: str = "NVIDIA L4") -> EngineSet:
-    """Return engines of a few bytes, for batches of 4, as `mmemb build` would list them."""
+    """Return engines of a few bytes and two profiles at least, for batches of 4, as `mmemb build` would list them."""
     demand = demand_of_limits(bundle.manifest, 4)
     engines = {
         name: Built(
@@ -52,7 +52,7 @@ def built(bundle: Bundle, library: str, device: str = "NVIDIA L4") -> EngineSet:
             sha256="",
             graph="",
             precision="float32",
-            profiles=profiles(name, bundle.manifest, demand),
+            profiles=profiles(name, bundle.manifest, demand) * 2,
             seconds=1,
             size=4,
         )
