@@ -101,15 +101,15 @@ def test_a_link_that_leaves_the_bundle_is_refused(bundle: Path, tmp_path: Path) 
 def test_external_data_outside_the_bundle_is_refused(bundle: Path, tmp_path: Path, location: str) -> None:
     shutil.copy(bundle / "decoder.onnx.data", tmp_path / "outside.data")
     (bundle / "link.data").symlink_to(tmp_path / "outside.data")
-    model = onnx.load(bundle / "generator.onnx", load_external_data=False)
+    model = onnx.load(bundle / "decoder.onnx", load_external_data=False)
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             places = {entry.key: entry.value for entry in tensor.external_data}
             tensor.raw_data = b""
             set_external_data(tensor, location, int(places["offset"]), int(places["length"]))
             tensor.ClearField("raw_data")
-    (bundle / "generator.onnx").write_bytes(model.SerializeToString())
-    edit(bundle, lambda manifest: manifest["files"].update({"generator.onnx": file_hash(bundle / "generator.onnx")}))
+    (bundle / "decoder.onnx").write_bytes(model.SerializeToString())
+    edit(bundle, lambda manifest: manifest["files"].update({"decoder.onnx": file_hash(bundle / "decoder.onnx")}))
     with pytest.raises(BackendError, match=r"cannot load .*generator\.onnx: .* escapes model directory"):
         Embedder.load(bundle)
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from mmemb_deploy.backends.device import Device, DeviceArray, DeviceEngine, Plane, RecordError, Wanted, Workspace
 from mmemb_deploy.backends.kv_cache.pool import BUCKET, FEWEST, Layout, Pool, Row
+from mmemb_deploy.backends.nvtx import marked
 from mmemb_deploy.backends.protocol import Extended, Prefilled
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.manifest import Manifest
@@ -96,7 +97,7 @@ class SlotDecoder:
 
     def prefill(self, batch: Batch, visual: Visual, *, keep: bool = True) -> Prefilled[SlotCache]:
         """Run prompts. Padding follows a row's own tokens, which therefore never see it."""
-        with self._device.lock:
+        with self._device.lock, marked("prefill"):
             if self._direct is not None and not (keep and self._embedder):
                 return self._run(self._direct, _prompt(batch, visual, 0), None)
             return self._prefill(batch, visual)
@@ -166,7 +167,7 @@ class SlotDecoder:
         self, cache: SlotCache, token_ids_BT: Ints, lengths_B: Ints, embedded: Sequence[int]
     ) -> Extended[SlotCache]:
         """Run new tokens after a cache, whose rows grow by them."""
-        with self._device.lock:
+        with self._device.lock, marked("decode"):
             self.pool.bring_in(cache.rows)
             if token_ids_BT.shape[1] == 1:
                 return self._step(cache, token_ids_BT, embedded)
