@@ -29,11 +29,12 @@ _BROKEN_IMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFEr
 def load_image(value: object, name: str, max_pixels: int) -> Image.Image:
     """Return an image in any accepted form as RGB, upright and decoded.
 
-    `value` is a PIL image, encoded bytes, a local path or an array; `name` is what errors call it. Raises InputError
-    for anything else, for a damaged image, and for more than `max_pixels` pixels, which are counted before decoding.
+    `value` is a PIL image, encoded bytes, a local path or an array (`shared_array`); `name` is what errors call it.
+    Raises InputError for anything else, for a damaged image, and for more than `max_pixels` pixels, which are counted
+    before decoding.
     """
-    if isinstance(value, np.ndarray):
-        return _rgb(_from_array(cast("NDArray[Any]", value), name, max_pixels), name)
+    if (array := shared_array(value, name)) is not None:
+        return _rgb(_from_array(array, name, max_pixels), name)
     source: object = value
     if isinstance(value, (bytes, bytearray)):
         source = io.BytesIO(value)
@@ -62,6 +63,24 @@ def load_image(value: object, name: str, max_pixels: int) -> Image.Image:
         reason = str(error) or type(error).__name__
         raise InputError(
             f"{name} cannot be decoded ({reason}); pass one that is whole, and load it before you close its file"
+        ) from error
+
+
+def shared_array(value: object, name: str) -> NDArray[Any] | None:
+    """Return an array, or what another library shares through DLPack as one (a torch tensor); None for anything else.
+
+    Raises InputError where its memory is not the CPU's and cannot be copied there.
+    """
+    if isinstance(value, np.ndarray):
+        return cast("NDArray[Any]", value)
+    if not hasattr(value, "__dlpack__"):
+        return None
+    try:
+        return np.from_dlpack(cast("Any", value), device="cpu")
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{name} is a {type(value).__name__} that numpy cannot read ({error}); copy it to the CPU first, as "
+            "tensor.cpu() does"
         ) from error
 
 

@@ -19,14 +19,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from mmemb_deploy.errors import InputError, OptionError, check_known
-from mmemb_deploy.inputs.images import load_image, pixel_size, shown_value
+from mmemb_deploy.inputs.images import load_image, pixel_size, shared_array, shown_value
 
 KEYS = ("text", "image", "images", "video", "fps", "timestamps")
 DEFAULT_FPS = 2.0  # frames per second of a video that names no times: the rate at which Qwen3-VL samples
@@ -85,7 +84,7 @@ def parse(item: object, limits: Limits = Limits()) -> Request:
 def _parts(item: object) -> Mapping[str, object]:
     if isinstance(item, str):
         return {"text": item}
-    if isinstance(item, (Image.Image, np.ndarray)):
+    if isinstance(item, Image.Image) or hasattr(item, "__dlpack__"):  # arrays among them
         return {"image": cast("object", item)}
     if not isinstance(item, Mapping):
         kind = type(item).__name__
@@ -135,8 +134,7 @@ def _images(parts: Mapping[str, object], limits: Limits) -> list[tuple[str, obje
 
 
 def _video(video: object, limits: Limits) -> Sequence[object]:
-    if isinstance(video, np.ndarray):
-        array = cast("NDArray[Any]", video)
+    if (array := shared_array(video, "'video'")) is not None:
         if array.ndim != 4:
             raise InputError(f"'video' is an array of shape {array.shape}; pass (frames, height, width, 3)")
         video = list(array)

@@ -343,3 +343,38 @@ def test_counts_are_checked_before_anything_is_decoded(monkeypatch: pytest.Monke
     for call in wrong:
         with pytest.raises(InputError, match=r"max_images|'fps'|'timestamps'"):
             call()
+
+
+class Shared:
+    """An array of another library, which is read through DLPack."""
+
+    def __init__(self, array: Any, refusal: Exception | None = None) -> None:
+        self._array, self._refusal = array, refusal
+
+    def __dlpack_device__(self) -> Any:
+        return self._array.__dlpack_device__()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        if self._refusal is not None:
+            raise self._refusal
+        return self._array.__dlpack__(**options)
+
+
+@pytest.mark.parametrize("key", ["image", "video"])
+def test_arrays_of_other_libraries_are_read_through_dlpack(key: str) -> None:
+    array = np.arange(2 * 8 * 6 * 3, dtype=np.uint8).reshape(2, 8, 6, 3)
+    value = array if key == "video" else array[0]
+    theirs, ours = parse({key: Shared(value)}), parse({key: value})
+    for name in ("images", "frames"):
+        pictures = [[np.asarray(image) for image in getattr(request, name)] for request in (theirs, ours)]
+        assert np.array_equal(*pictures)
+    if key == "image":
+        assert np.asarray(parse(Shared(value)).images[0]).shape == (8, 6, 3)
+
+
+def test_memory_that_cannot_be_copied_to_the_cpu_is_an_error_that_says_so() -> None:
+    stuck = Shared(np.zeros((8, 8, 3), np.uint8), BufferError("it lies on a GPU"))
+    with pytest.raises(
+        InputError, match=r"'image' is a Shared that numpy cannot read \(it lies on a GPU\); copy it to"
+    ):
+        parse({"image": stuck})
