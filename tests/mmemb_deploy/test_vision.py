@@ -1,51 +1,59 @@
-"""An image is encoded once: its features are remembered by content, within a bound."""
+"""An image is encoded once: its features are remembered by content, within a bound, where the backend computes."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from mmemb_deploy import Embedder
-from mmemb_deploy.bundle import abi
-from mmemb_deploy.routing.vision import FeatureCache, Features
+from mmemb_deploy.backends.host_vision import HostFeatures
+from mmemb_deploy.routing.vision import FeatureCache
 
 
-def features(shade: float) -> Features:
+def features(shade: float) -> HostFeatures:
     """24 bytes."""
-    return Features(np.full((2, 1), shade, np.float32), np.full((2, 2, 1), shade, np.float32))
+    return HostFeatures(np.full((2, 1), shade, np.float32), np.full((2, 2, 1), shade, np.float32))
 
 
 def test_the_least_recently_used_features_leave_first() -> None:
-    cache = FeatureCache(bound=48)
+    cache = FeatureCache[HostFeatures](bound=48)
     cache.add(b"one", features(1))
     cache.add(b"two", features(2))
-    assert cache[b"one"].tokens_MD[0, 0] == 1
+    found = cache.get(b"one")
+    assert found is not None
+    assert found.tokens_MD[0, 0] == 1
     cache.add(b"three", features(3))
-    assert [key in cache for key in (b"one", b"two", b"three")] == [True, False, True]
+    assert [cache.get(key) is not None for key in (b"one", b"two", b"three")] == [True, False, True]
+
+
+def test_features_that_two_threads_add_count_once() -> None:
+    cache = FeatureCache[HostFeatures](bound=48)
+    for _ in range(3):
+        cache.add(b"one", features(1))
+    cache.add(b"two", features(2))
+    assert cache.get(b"one") is not None
 
 
 def test_features_above_the_bound_are_not_remembered() -> None:
-    cache = FeatureCache(bound=23)
+    cache = FeatureCache[HostFeatures](bound=23)
     cache.add(b"one", features(1))
-    assert b"one" not in cache
+    assert cache.get(b"one") is None
 
 
 def test_an_image_is_encoded_once_however_often_it_is_shown(
     tiny_embedder: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = tiny_embedder.pipeline.fast_path._vision  # pyright: ignore[reportPrivateUsage]
-    session = encoder._session  # pyright: ignore[reportPrivateUsage]
+    vision = encoder._vision  # pyright: ignore[reportPrivateUsage]
     images: list[int] = []
+    run = vision.run
 
-    class Counting:
-        def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-            images.append(len(inputs[abi.PATCHES]))
-            return session.run(inputs)
+    def counting(pixels_NTPrc: Any, tables: Any) -> Any:
+        images.append(len(pixels_NTPrc))
+        return run(pixels_NTPrc, tables)
 
-    monkeypatch.setattr(encoder, "_session", Counting())
-    monkeypatch.setattr(encoder, "_cache", FeatureCache(2**20))
+    monkeypatch.setattr(vision, "run", counting)
+    monkeypatch.setattr(encoder, "_cache", FeatureCache[Any](2**20))
     red, blue = np.zeros((2, 16, 16, 3), np.uint8)
     red[..., 0] = blue[..., 2] = 200
     first = tiny_embedder.encode([{"image": red, "text": "a"}, {"images": [blue, red], "text": "b"}], reasoning="never")

@@ -40,7 +40,7 @@ class TorchSession:
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run the part once, without gradients."""
         weight = self._part.weight
-        given = (torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self._part.inputs)
+        given = (torch.from_numpy(np.require(inputs[name], requirements=["C", "W"])) for name in self._part.inputs)
         values = [value.to(weight if value.is_floating_point() else weight.device) for value in given]
         split = len(values) - self._part.listed
         with torch.inference_mode():
@@ -53,7 +53,8 @@ def torch_embedder(checkpoint: Checkpoint, gate: GateFacts = UNCALIBRATED) -> Em
 
     No image's features are remembered, since the weights change.
     """
-    graphs = {name: TorchSession(part) for name, part in parts(checkpoint.model, checkpoint.rows.prompt.ids).items()}
+    found = parts(checkpoint.model, checkpoint.vision, checkpoint.rows.prompt.ids)
+    graphs = {name: TorchSession(part) for name, part in found.items()}
     facts = manifest(checkpoint, "checkpoint")
     batch = facts.batch.model_copy(update={"vision_bytes": 0})
     facts = facts.model_copy(update={"gate": gate if facts.prompt.reasons else None, "batch": batch})
