@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy.backends.device import Shape, axis_sizes
+from mmemb_deploy.backends.device import Shape, axis_sizes, sized
 from mmemb_deploy.backends.host_device import HostDevice
 from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder
 from mmemb_deploy.backends.protocol import Engine
@@ -127,7 +127,7 @@ class OrtGraph:
             binding.bind_input(tensor.name, *self._place, kind, shapes[tensor.name], addresses[tensor.name])
         for tensor in self.facts.outputs:
             kind = self._types[tensor.dtype]
-            shape = [sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
+            shape = sized(tensor.shape, sizes)
             binding.bind_output(tensor.name, *self._place, kind, shape, addresses[tensor.name])
 
         def run() -> None:
