@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmemb_deploy.backends.choose import choose_backend
-from mmemb_deploy.backends.host_vision import HostVision
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle.folder import NANO, Bundle
 from mmemb_deploy.bundle.manifest import TOKENIZER, Manifest
@@ -72,7 +71,7 @@ class Embedder:
         self.reasoner = reasoner
         self.notes = tuple(notes)
         self.encoder = encoder
-        vision = VisionEncoder(HostVision(engine.vision, manifest), manifest.vision, manifest.batch.vision_bytes)
+        vision = VisionEncoder(engine.vision, manifest.vision, manifest.batch.vision_bytes)
         fast_path = FastPath(vision, engine.decoder, engine.gate, encoder.prompt.ids[PAD])
         generator = Generator(engine.decoder, encoder.prompt)
         if reasoner is not None and manifest.gate is None:

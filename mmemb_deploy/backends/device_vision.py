@@ -1,6 +1,6 @@
 """A vision graph whose features stay in device memory: pixels go there as bytes, and nothing comes back.
 
-Axes as in `mmemb_deploy.routing.vision`; M visual tokens of an image.
+Axes as in `protocol`; M visual tokens of an image.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DeviceFeatures:
 
 
 class DeviceVision:
-    """A `mmemb_deploy.routing.vision.Vision` over an engine that reads and writes addresses."""
+    """A `protocol.Vision` over an engine that reads and writes addresses."""
 
     def __init__(self, device: Device, engine: DeviceEngine, manifest: Manifest) -> None:
         model = manifest.model
@@ -57,13 +57,13 @@ class DeviceVision:
 
         return 1 + bisect_left(range(2, self._max_patches // patches + 1), True, key=too_many)
 
-    def run(self, pixels_NTPrc: Pixels, tables: VisionTables) -> list[DeviceFeatures]:
+    def run(self, pixels_NFPrc: Pixels, tables: VisionTables) -> list[DeviceFeatures]:
         """Return the features of each image. Raises BackendError if the engine fails, or takes no such image."""
-        images, _, patches = pixels_NTPrc.shape[:3]
+        images, _, patches = pixels_NFPrc.shape[:3]
         tokens = patches // self._spec.merge_size**2
         nbytes = tokens * self._hidden_size * FLOAT
         with self._device.lock:
-            shapes, addresses = self._workspace.upload({abi.PIXELS: pixels_NTPrc, **self._on_device(tables)})
+            shapes, addresses = self._workspace.upload({abi.PIXELS: pixels_NFPrc, **self._on_device(tables)})
             outputs = {
                 name: self._workspace.reserve(name, levels * images * nbytes).address
                 for name, levels in self._levels.items()

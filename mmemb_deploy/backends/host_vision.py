@@ -1,6 +1,6 @@
 """A vision graph whose features are in host memory.
 
-Axes as in `mmemb_deploy.routing.vision`; M visual tokens of an image.
+Axes as in `protocol`; M visual tokens of an image.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class HostFeatures:
 
 
 class HostVision:
-    """A `mmemb_deploy.routing.vision.Vision` over a session."""
+    """A `protocol.Vision` over a session."""
 
     def __init__(self, session: Session, manifest: Manifest) -> None:
         self._session = session
@@ -41,9 +41,9 @@ class HostVision:
         del frames
         return max(1, self._max_patches // patches)
 
-    def run(self, pixels_NTPrc: Pixels, tables: VisionTables) -> list[HostFeatures]:
+    def run(self, pixels_NFPrc: Pixels, tables: VisionTables) -> list[HostFeatures]:
         """Return the features of each image. Raises BackendError if the engine fails."""
-        outputs = self._session.run({abi.PIXELS: pixels_NTPrc, **tables.inputs()})
+        outputs = self._session.run({abi.PIXELS: pixels_NFPrc, **tables.inputs()})
         tokens_NMD = outputs[abi.VISUAL_TOKENS]
         deepstack_LNMD = outputs.get(abi.DEEPSTACK, np.zeros((0, *tokens_NMD.shape), np.float32))
         return [

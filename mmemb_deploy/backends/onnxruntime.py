@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mmemb_deploy.backends.device import Shape, axis_sizes, sized
 from mmemb_deploy.backends.host_device import HostDevice
+from mmemb_deploy.backends.host_vision import HostVision
 from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle import abi
@@ -67,7 +68,7 @@ class OnnxRuntime:
             for name in (abi.VISION, abi.GATE)
         )
         assert vision is not None
-        return Engine(self.name, vision, decoder, gate)
+        return Engine(self.name, HostVision(vision, manifest), decoder, gate)
 
     def _open(self, graph: Path) -> onnxruntime.InferenceSession:
         try:

@@ -1,7 +1,6 @@
 """Images and frames to visual tokens: grouped by shape, encoded once, and remembered by content.
 
-Axes: N images of one shape, T frames of an image, P patches, r rows of a patch, c bytes of such a row, V visual tokens
-of a batch and a first row of zeros, L DeepStack levels, D hidden size.
+Axes: N images of one shape, F frames of an image, P patches, r rows of a patch, c bytes of such a row.
 """
 
 from __future__ import annotations
@@ -10,43 +9,13 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from threading import Lock
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic
 
 import numpy as np
 
-from mmemb_deploy.inputs.preprocess import Pixels, VisionSpec, VisionTables, Visual, pixel_segments, vision_tables
+from mmemb_deploy.backends.protocol import F, Features, Vision
+from mmemb_deploy.inputs.preprocess import VisionSpec, Visual, pixel_segments, vision_tables
 from mmemb_deploy.inputs.rows import by_shape
-
-
-class Features(Protocol):
-    """What the vision graph makes of one image, in memory of its own where the backend computes."""
-
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes of that memory."""
-        ...
-
-
-F = TypeVar("F", bound=Features)
-
-
-class Vision(Protocol[F]):
-    """A backend's vision graph, and its features."""
-
-    def most_images(self, frames: int, patches: int) -> int:
-        """Return how many images of so many frames and patches a run takes, at least 1."""
-        ...
-
-    def run(self, pixels_NTPrc: Pixels, tables: VisionTables) -> list[F]:
-        """Return the features of each image. Raises BackendError if the engine fails, or takes no such image."""
-        ...
-
-    def join(self, features: Sequence[F]) -> Mapping[str, Any]:
-        """Return the visual tokens (V, D) and DeepStack levels (L, V, D) of images in order, after a row of zeros.
-
-        They have the names of the ABI, and are what the backend's own decoder takes.
-        """
-        ...
 
 
 class VisionEncoder:
@@ -75,8 +44,8 @@ class VisionEncoder:
             step = self._vision.most_images(frames, grid_h * grid_w)
             for begin in range(0, len(indices), step):
                 chunk = indices[begin : begin + step]
-                pixels_NTPrc = pixel_segments([images[index] for index in chunk], self._spec)
-                features = self._vision.run(pixels_NTPrc, tables)
+                pixels_NFPrc = pixel_segments([images[index] for index in chunk], self._spec)
+                features = self._vision.run(pixels_NFPrc, tables)
                 yield from zip((keys[index] for index in chunk), features, strict=True)
 
 

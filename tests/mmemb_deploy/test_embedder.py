@@ -100,9 +100,9 @@ def test_batches_stay_within_the_memory_limits_and_give_the_same(
     patches: list[int] = []
     run = vision.run
 
-    def counting(pixels_NTPrc: Pixels, tables: VisionTables) -> Any:
-        patches.append(pixels_NTPrc.shape[0] * pixels_NTPrc.shape[2])
-        return run(pixels_NTPrc, tables)
+    def counting(pixels_NFPrc: Pixels, tables: VisionTables) -> Any:
+        patches.append(pixels_NFPrc.shape[0] * pixels_NFPrc.shape[2])
+        return run(pixels_NFPrc, tables)
 
     limits = tiny_embedder.manifest.batch.model_copy(update={"tokens": 300})
     monkeypatch.setattr(tiny_embedder.pipeline, "_limits", limits)

@@ -214,9 +214,9 @@ def test_an_image_is_encoded_once_however_often_it_is_shown(
     images: list[int] = []
     run = vision.run
 
-    def counting(pixels_NTPrc: Any, tables: Any) -> Any:
-        images.append(len(pixels_NTPrc))
-        return run(pixels_NTPrc, tables)
+    def counting(pixels_NFPrc: Any, tables: Any) -> Any:
+        images.append(len(pixels_NFPrc))
+        return run(pixels_NFPrc, tables)
 
     monkeypatch.setattr(vision, "run", counting)
     monkeypatch.setattr(encoder, "_cache", FeatureCache[Any](2**20))

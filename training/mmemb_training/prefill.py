@@ -36,8 +36,8 @@ def prefill(model: Any, batch: Batch, spec: VisionSpec) -> tuple[Tensor, list[Ke
 def encode_visuals(model: Any, visuals: Sequence[Visual], spec: VisionSpec) -> tuple[Tensor, Tensor]:
     """Return the visual tokens (V, D) of a batch and their DeepStack levels (L, V, D), behind a row of zeros.
 
-    Images of one shape are one batch. Where gradients are wanted, a batch without an image encodes a blank that no token
-    shows: its gradient is zero, so that every process of a distributed run has one for every weight.
+    Images of one shape are one batch. Where gradients are wanted, a batch without an image encodes a blank that no
+    token shows: its gradient is zero, so that every process of a distributed run has one for every weight.
     """
     if not visuals and torch.is_grad_enabled():
         visuals = [_blank(spec)]

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 import mmemb_deploy
+from mmemb_deploy.backends.host_vision import HostVision
 from mmemb_deploy.backends.kv_cache.host import HostDecoder
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle import abi
@@ -59,8 +60,9 @@ def torch_embedder(checkpoint: Checkpoint, gate: GateFacts = UNCALIBRATED) -> Em
     batch = facts.batch.model_copy(update={"vision_bytes": 0})
     facts = facts.model_copy(update={"gate": gate if facts.prompt.reasons else None, "batch": batch})
     decoder = HostDecoder(graphs[abi.EMBEDDER], graphs.get(abi.GENERATOR), facts.model.layers)
+    vision = HostVision(graphs[abi.VISION], facts)
     dtype = str(checkpoint.model.dtype).removeprefix("torch.")
-    engine = Engine(f"torch {torch.__version__}, {dtype}", graphs[abi.VISION], decoder, graphs.get(abi.GATE))
+    engine = Engine(f"torch {torch.__version__}, {dtype}", vision, decoder, graphs.get(abi.GATE))
     return Embedder(facts, checkpoint.rows, engine)
 
 

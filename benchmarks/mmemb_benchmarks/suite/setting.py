@@ -17,7 +17,6 @@ from pytest_benchmark.stats import Stats
 from mmemb_benchmarks.results import BundleFacts, Machine, command
 from mmemb_benchmarks.timing import timed
 from mmemb_benchmarks.workload import KINDS, Maker, assemble
-from mmemb_deploy.backends.host_vision import HostVision
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.inputs.prompts import PAD
@@ -41,7 +40,7 @@ class Setting:
         self.manifest = manifest = bundle.manifest
         self.embedder = assemble(bundle, engine)
         self.maker = Maker(self.embedder.encoder, manifest)
-        self.vision = VisionEncoder(HostVision(engine.vision, manifest), manifest.vision, cache_bytes=0)
+        self.vision = VisionEncoder(engine.vision, manifest.vision, cache_bytes=0)
         self._rng = np.random.default_rng(0)
 
     def content(self, kind: str) -> Any:
