@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("onnxruntime", "cpu") from error
 
 PROVIDER = "CPUExecutionProvider"
-HOST_TYPES = {name: np.dtype(name) for name in ("int64", "float32")}
+HOST_TYPES = {name: np.dtype(name) for name in ("uint8", "int64", "float32")}
 
 
 class OnnxRuntime:
