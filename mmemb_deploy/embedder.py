@@ -71,15 +71,7 @@ class Embedder:
         self.reasoner = reasoner
         self.notes = tuple(notes)
         self.encoder = encoder
-        model = manifest.model
-        vision = VisionEncoder(
-            engine.vision,
-            manifest.vision,
-            hidden_size=model.hidden_size,
-            levels=model.deepstack_levels,
-            max_patches=manifest.batch.patches,
-            cache_bytes=manifest.batch.vision_bytes,
-        )
+        vision = VisionEncoder(engine.vision, manifest.vision, manifest.batch.vision_bytes)
         fast_path = FastPath(vision, engine.decoder, engine.gate, encoder.prompt.ids[PAD])
         generator = Generator(engine.decoder, encoder.prompt)
         if reasoner is not None and manifest.gate is None:

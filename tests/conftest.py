@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 from mmemb_deploy.embedder import Embedder
+from mmemb_deploy.inputs.preprocess import VisionSpec
 from mmemb_deploy.inputs.prompts import PromptFormat
 
 gc.set_threshold(50_000, 20, 50)  # torch makes objects by the million, and among them is little to collect
@@ -111,7 +112,7 @@ def digest_of(graph: Any) -> str:
     configs = {module.config.to_json_string() for module in part.modules() if hasattr(module, "config")}
     tensors = [(name, tuple(each.shape), each.dtype) for name, each in part.state_dict().items()]
     inputs = [(name, tuple(each.shape), each.dtype, axes) for name, (each, axes) in graph.inputs.items()]
-    own = {name: value for name, value in vars(part).items() if isinstance(value, int | str | tuple)}
+    own = {name: value for name, value in vars(part).items() if isinstance(value, int | str | tuple | VisionSpec)}
     return hashlib.sha256(repr((repr(part), sorted(configs), tensors, inputs, own)).encode()).hexdigest()[:16]
 
 

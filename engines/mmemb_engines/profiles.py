@@ -145,7 +145,8 @@ def _vision(manifest: Manifest, demand: Demand) -> Iterator[Axes]:
     for images, patches in boxes(demand.rows, demand.patches, manifest.batch.patches):
         largest = _merged(patches, manifest.vision)
         opt = min(demand.opt_patches, largest)
-        yield {"images": Range(1, images, images), "patches": Range(smallest, opt, largest)}
+        frames = Range(1, 1, manifest.vision.temporal_patch_size)
+        yield {"images": Range(1, images, images), "frames": frames, "patches": Range(smallest, opt, largest)}
 
 
 def _prompts(manifest: Manifest, demand: Demand) -> Iterator[Axes]:

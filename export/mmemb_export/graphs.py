@@ -21,7 +21,7 @@ from mmemb_training.parts import Part, parts
 Inputs = dict[str, tuple[Tensor, dict[int, str]]]  # by name: an example, and the names of the axes that vary
 
 DECODER = "decoder"  # embedder and generator in one
-ROWS, SHOWN, CACHED, NEW = 2, 3, 5, 3  # sizes to trace with; all vary
+ROWS, SHOWN, CACHED, NEW, IMAGES, FRAMES = 2, 3, 5, 3, 3, 2  # sizes to trace with; all vary
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Traceable:
 def traceables(outline: Checkpoint) -> list[Traceable]:
     """Return vision, the decoder in one, and the gate of a checkpoint that reasons."""
     model = outline.model
-    found = parts(model, outline.rows.prompt.ids)
+    found = parts(model, outline.vision, outline.rows.prompt.ids)
     mode: FakeTensorMode = model.fake_mode
     with mode:
         head = model.lm_head if outline.facts.prompt.reasons else None
@@ -86,12 +86,9 @@ def _past_inputs(model: Any) -> Inputs:
 
 def _image_inputs(outline: Checkpoint) -> Inputs:
     spec = outline.vision
-    tables = vision_tables(4 * spec.merge_size, 2 * spec.merge_size, spec)
-    patches = torch.zeros(3, len(tables.rotary_cos_PD), 3 * spec.temporal_patch_size * spec.patch_size**2)
-    return {
-        abi.PATCHES: (patches, {0: "images", 1: "patches"}),
-        abi.INTERPOLATION_INDEX: (torch.zeros(tables.interpolation_index_P4.shape, dtype=torch.long), {0: "patches"}),
-        abi.INTERPOLATION_WEIGHT: (torch.zeros(tables.interpolation_weight_P4.shape), {0: "patches"}),
-        abi.ROTARY_COS: (torch.zeros(tables.rotary_cos_PD.shape), {0: "patches"}),
-        abi.ROTARY_SIN: (torch.zeros(tables.rotary_sin_PD.shape), {0: "patches"}),
-    }
+    tables = vision_tables(4 * spec.merge_size, 2 * spec.merge_size, spec).inputs()
+    shape = IMAGES, FRAMES, len(tables[abi.SEGMENT_INDEX]), spec.patch_size, 3 * spec.patch_size
+    inputs: Inputs = {abi.PIXELS: (torch.zeros(shape, dtype=torch.uint8), {0: "images", 1: "frames", 2: "patches"})}
+    for name, table in tables.items():
+        inputs[name] = torch.zeros(table.shape, dtype=getattr(torch, table.dtype.name)), {0: "patches"}
+    return inputs

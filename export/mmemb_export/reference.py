@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 from mmemb_deploy.inputs import prompts
 from mmemb_deploy.inputs.parse import Request
-from mmemb_deploy.inputs.preprocess import Floats, patches, resize_image
+from mmemb_deploy.inputs.preprocess import Floats, Visual, resize_image
 from mmemb_deploy.inputs.rows import Row
 from mmemb_training.checkpoint import Checkpoint
 
@@ -32,8 +31,8 @@ class Expected:
 class Reference:
     """`Qwen3VLForConditionalGeneration` and `Qwen2VLImageProcessorPil`, as transformers ships them.
 
-    Token ids come from the shared prompt code; a video's patches from `mmemb_deploy.inputs.preprocess`, since
-    transformers' video processor needs torchvision, and from there images as well that qwen-vl-utils would resize.
+    Token ids come from the shared prompt code; `mmemb_deploy.inputs.preprocess` resizes the frames of a video, since
+    transformers' video processor needs torchvision, and images that qwen-vl-utils would resize.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -67,9 +66,7 @@ class Reference:
         frames = row.visuals[: -still or None] if layout.video_first else row.visuals[still:]
         if frames:
             inputs |= {
-                "pixel_values_videos": torch.from_numpy(
-                    np.concatenate([patches(frame, self._vision) for frame in frames])
-                ),
+                "pixel_values_videos": self._patches(frames),
                 "video_grid_thw": torch.tensor([[len(frames), *frames[0].grid]]),
             }
         with torch.no_grad():
@@ -86,3 +83,15 @@ class Reference:
             reasoned_D=F.normalize(hidden_SD[-1], dim=-1).numpy(),
             greedy=logits_TV[1:].argmax(dim=-1).tolist(),
         )
+
+    def _patches(self, frames: Sequence[Visual]) -> Tensor:
+        """Return the patches of a video, each put together of those that its frames have as images.
+
+        N temporal patches, T frames of one, P patches, C channels; an image repeats its frame in place of the others.
+        """
+        step = self._vision.temporal_patch_size
+        images = [Image.fromarray(pixels) for frame in frames for pixels in frame.pixels_THWC]
+        stills = self._processor(images=images, do_resize=False, return_tensors="pt")["pixel_values"]
+        stills_NTPC = stills.unflatten(0, (len(frames), step, -1)).unflatten(-1, (3, step, -1))[..., 0, :]
+        values: Tensor = stills_NTPC.permute(0, 2, 3, 1, 4).flatten(2).flatten(0, 1)
+        return values

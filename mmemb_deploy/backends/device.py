@@ -148,7 +148,7 @@ class Workspace:
         found = {}
         for tensor in facts.outputs:
             if tensor.name not in without:
-                shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
+                shape = sized(tensor.shape, sizes)
                 nbytes = np.dtype(tensor.dtype).itemsize * int(np.prod(shape))
                 found[tensor.name] = Wanted(self.reserve(tensor.name, nbytes).address, shape, tensor.dtype)
         return found
@@ -163,6 +163,18 @@ def axis_sizes(facts: GraphFacts, shapes: Mapping[str, Shape]) -> dict[str, int]
         for axis, size in zip(tensor.shape, shapes[tensor.name], strict=True)
         if isinstance(axis, str)
     }
+
+
+def sized(shape: tuple[int | str, ...], sizes: Mapping[str, int]) -> Shape:
+    """Put sizes in the place of the axes that vary; one may be a part of another, as "(patches//4)"."""
+    found = []
+    for axis in shape:
+        if isinstance(axis, str):
+            name, _, parts = axis.strip("()").partition("//")
+            found.append(sizes[name] // int(parts or 1))
+        else:
+            found.append(axis)
+    return tuple(found)
 
 
 def aligned(nbytes: int) -> int:

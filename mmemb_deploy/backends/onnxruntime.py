@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy.backends.device import Shape, axis_sizes
+from mmemb_deploy.backends.device import Shape, axis_sizes, sized
 from mmemb_deploy.backends.host_device import HostDevice
+from mmemb_deploy.backends.host_vision import HostVision
 from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle import abi
@@ -26,7 +27,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("onnxruntime", "cpu") from error
 
 PROVIDER = "CPUExecutionProvider"
-HOST_TYPES = {name: np.dtype(name) for name in ("int64", "float32")}
+HOST_TYPES = {name: np.dtype(name) for name in ("uint8", "int64", "float32")}
 
 
 class OnnxRuntime:
@@ -67,7 +68,7 @@ class OnnxRuntime:
             for name in (abi.VISION, abi.GATE)
         )
         assert vision is not None
-        return Engine(self.name, vision, decoder, gate)
+        return Engine(self.name, HostVision(vision, manifest), decoder, gate)
 
     def _open(self, graph: Path) -> onnxruntime.InferenceSession:
         try:
@@ -127,7 +128,7 @@ class OrtGraph:
             binding.bind_input(tensor.name, *self._place, kind, shapes[tensor.name], addresses[tensor.name])
         for tensor in self.facts.outputs:
             kind = self._types[tensor.dtype]
-            shape = [sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
+            shape = sized(tensor.shape, sizes)
             binding.bind_output(tensor.name, *self._place, kind, shape, addresses[tensor.name])
 
         def run() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mmemb_deploy.backends.cuda import Cuda, Gpu, probe
+from mmemb_deploy.backends.device_vision import DeviceVision
 from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder
 from mmemb_deploy.backends.onnxruntime import OrtGraph, OrtSession
 from mmemb_deploy.backends.protocol import Engine
@@ -23,7 +24,13 @@ except ModuleNotFoundError as error:
 
 PROVIDER = "CUDAExecutionProvider"
 BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16: numpy has no such type
-TYPES: Mapping[str, Any] = {"int64": np.int64, "float32": np.float32, "float16": np.float16, "bfloat16": BFLOAT16}
+TYPES: Mapping[str, Any] = {
+    "uint8": np.uint8,
+    "int64": np.int64,
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": BFLOAT16,
+}
 
 
 class OnnxRuntimeCuda:
@@ -42,7 +49,7 @@ class OnnxRuntimeCuda:
         graphs = {name: OrtGraph(session, facts[name], ("cuda", 0), TYPES) for name, session in sessions.items()}
         return Engine(
             f"onnxruntime {onnxruntime.__version__} {gpu.name}",
-            OrtSession(facts[abi.VISION].file, sessions[abi.VISION]),
+            DeviceVision(cuda, graphs[abi.VISION], bundle.manifest),
             SlotDecoder(cuda, graphs, bundle.manifest, Places()),
             OrtSession(facts[abi.GATE].file, sessions[abi.GATE]) if abi.GATE in sessions else None,
         )

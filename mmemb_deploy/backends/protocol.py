@@ -1,7 +1,8 @@
 """What the runtime asks of a backend: a bundle's graphs, loaded, and a KV cache that stays where the backend computes.
 
 Axes: B rows, T new tokens (padded on the right), D hidden size, W words of the vocabulary, V visual tokens of a batch
-and a first row of zeros, L DeepStack levels.
+and a first row of zeros, L DeepStack levels, N images of one shape, F frames of an image, P patches, r rows of a patch,
+c bytes of such a row.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from numpy.typing import NDArray
 
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.inputs.preprocess import Floats, Ints
+from mmemb_deploy.inputs.preprocess import Floats, Ints, Pixels, VisionTables
 from mmemb_deploy.inputs.rows import Batch
 
 
@@ -23,6 +24,37 @@ class Session(Protocol):
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run the graph once; raises BackendError if the engine fails."""
+        ...
+
+
+class Features(Protocol):
+    """What the vision graph makes of one image, in memory of its own where the backend computes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of that memory."""
+        ...
+
+
+F = TypeVar("F", bound=Features)
+
+
+class Vision(Protocol[F]):
+    """A backend's vision graph, and its features."""
+
+    def most_images(self, frames: int, patches: int) -> int:
+        """Return how many images of so many frames and patches a run takes, at least 1."""
+        ...
+
+    def run(self, pixels_NFPrc: Pixels, tables: VisionTables) -> list[F]:
+        """Return the features of each image. Raises BackendError if the engine fails, or takes no such image."""
+        ...
+
+    def join(self, features: Sequence[F]) -> Mapping[str, Any]:
+        """Return the visual tokens (V, D) and DeepStack levels (L, V, D) of images in order, after a row of zeros.
+
+        They have the names of the ABI, and are what the backend's own decoder takes.
+        """
         ...
 
 
@@ -106,7 +138,7 @@ class Engine:
     """A bundle's graphs, loaded by one backend; `name` is the engine, its version and its device."""
 
     name: str
-    vision: Session
+    vision: Vision[Any]
     decoder: Decoder[Any]
     gate: Session | None  # None in a bundle that does not reason: its decoder only prefills
     notes: tuple[str, ...] = ()  # what is not as it should be, and costs speed alone

@@ -9,9 +9,10 @@ new ones before them, and themselves; padding lies behind a row's last token, so
 In the portable form the decoder is standard ONNX, of TensorScatter and Attention at opset 24; in the fused form, of
 ONNX Runtime's GroupQueryAttention. The tensors are the same.
 
-Axes: N images of one grid, P patches, F values of a patch, M visual tokens of an image, L DeepStack levels, D hidden
-size, V visual tokens of a batch and a first row of zeros, B rows, T new tokens, R slots of a row, H key-value heads,
-E head size, W words of the vocabulary. Floats are float32 but for keys and values, ids and counts int64.
+Axes: N images of one shape, F frames of an image, P patches, r rows of a patch, c bytes of such a row, M visual tokens
+of an image, L DeepStack levels, D hidden size, V visual tokens of a batch and a first row of zeros, B rows, T new
+tokens, R slots of a row, H key-value heads, E head size, W words of the vocabulary. Pixels are uint8, floats but for
+keys and values float32, ids and counts int64.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ GATE: Final = "gate"
 GENERATOR: Final = "generator"
 GRAPHS: Final = (VISION, DIRECT, EMBEDDER, GATE, GENERATOR)
 
-# vision, in; the tables come from `mmemb_deploy.inputs.preprocess.vision_tables`
-PATCHES: Final = "patches"  # (N, P, F)
+# vision, in: pixels as `mmemb_deploy.inputs.preprocess.pixel_segments` and tables as its `vision_tables` give them
+PIXELS: Final = "pixels"  # (N, F, P, r, c), uint8; F is 1 or the frames of a temporal patch
+SEGMENT_INDEX: Final = "segment_index"  # (P, r): which segment, of an image's P * r, each row of a patch is
 INTERPOLATION_INDEX: Final = "interpolation_index"  # (P, 4)
 INTERPOLATION_WEIGHT: Final = "interpolation_weight"  # (P, 4)
 ROTARY_COS: Final = "rotary_cos"  # (P, E of the vision tower)

@@ -3,8 +3,8 @@
 Follows transformers 5.23: `Qwen2VLImageProcessorPil`, `Qwen3VLVideoProcessor`, `vision_utils` and
 `Qwen3VLModel.get_rope_index`. Video frames are resized by Pillow, as images are, where transformers uses torchvision.
 Where a spec names qwen-vl-utils, images and frames are resized, and frames timed, as its release 0.0.14 does it.
-Axes: T frames of one temporal patch, H height, W width, C channels (RGB), P patches, S tokens of a prompt, A the three
-rotary axes (time, height, width).
+Axes: T frames of one temporal patch, H height, W width, C channels (RGB), N images of one shape, P patches, r rows of a
+patch, S tokens of a prompt, A the three rotary axes (time, height, width).
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mmemb_deploy.bundle import abi
 from mmemb_deploy.errors import InputError
 
 Floats = NDArray[np.float32]
@@ -79,14 +80,29 @@ class Visual:
     tokens: int  # visual tokens it becomes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VisionTables:
-    """Position tables of one grid: bilinear taps into the learned table, and rotary angles; rows are patches."""
+    """Tables of one grid: where patches lie in an image's memory and in the learned positions, and rotary angles.
 
+    Rows are patches in the order of the merge blocks. `segment_index_Pr` counts the segments of `pixel_segments`. Two
+    are equal if they are the same.
+    """
+
+    segment_index_Pr: Ints
     interpolation_index_P4: Ints
     interpolation_weight_P4: Floats
     rotary_cos_PD: Floats
     rotary_sin_PD: Floats
+
+    def inputs(self) -> dict[str, NDArray[Any]]:
+        """Return them by the names of the ABI, in the order of the vision graph's inputs."""
+        return {
+            abi.SEGMENT_INDEX: self.segment_index_Pr,
+            abi.INTERPOLATION_INDEX: self.interpolation_index_P4,
+            abi.INTERPOLATION_WEIGHT: self.interpolation_weight_P4,
+            abi.ROTARY_COS: self.rotary_cos_PD,
+            abi.ROTARY_SIN: self.rotary_sin_PD,
+        }
 
 
 def resized_size(height: int, width: int, spec: VisionSpec) -> tuple[int, int]:
@@ -210,25 +226,23 @@ def _visual(pixels_THWC: Pixels, spec: VisionSpec) -> Visual:
     )
 
 
-def patches(visual: Visual, spec: VisionSpec) -> Floats:
-    """Return (P, C * temporal * patch * patch) normalised patches, in the order of the merge blocks."""
-    mean, std = np.asarray(spec.image_mean, np.float32), np.asarray(spec.image_std, np.float32)
-    pixels_THWC = ((visual.pixels_THWC * np.float64(1 / 255)).astype(np.float32) - mean) / std
-    grid_h, grid_w = visual.grid
-    merge, patch = spec.merge_size, spec.patch_size
-    blocks = pixels_THWC.reshape(
-        len(pixels_THWC), grid_h // merge, merge, patch, grid_w // merge, merge, patch, 3
-    ).transpose(1, 4, 2, 5, 7, 0, 3, 6)  # block row, block column, row, column, C, T, patch row, patch column
-    repeats = spec.temporal_patch_size // len(pixels_THWC)
-    return np.repeat(blocks, repeats, axis=5).reshape(grid_h * grid_w, -1)
+def pixel_segments(visuals: Sequence[Visual], spec: VisionSpec) -> Pixels:
+    """Return the pixels of visuals of one shape as the vision graph reads them: (N, T, P, r, C * patch_size), uint8.
+
+    The memory is the images' own, row after row, in segments as wide as a patch, so that a single visual is not copied.
+    """
+    pixels_NTHWC = np.stack([visual.pixels_THWC for visual in visuals]) if len(visuals) > 1 else visuals[0].pixels_THWC
+    frames, patch = visuals[0].pixels_THWC.shape[0], spec.patch_size
+    return np.ascontiguousarray(pixels_NTHWC).reshape(len(visuals), frames, -1, patch, 3 * patch)
 
 
 @lru_cache(maxsize=256)
 def vision_tables(grid_h: int, grid_w: int, spec: VisionSpec) -> VisionTables:
-    """Return the position tables of a grid of patches, rows in the order of `patches`."""
+    """Return the tables of a grid of patches."""
     merge = spec.merge_size
     order = np.arange(grid_h * grid_w).reshape(grid_h // merge, merge, grid_w // merge, merge)
     row, column = np.divmod(order.transpose(0, 2, 1, 3).ravel(), grid_w)
+    pixel_row_Pr = row[:, None] * spec.patch_size + np.arange(spec.patch_size)
     row_taps, row_weights = _taps(row, grid_h, spec.position_side)
     column_taps, column_weights = _taps(column, grid_w, spec.position_side)
     index = row_taps[:, :, None] * spec.position_side + column_taps[:, None, :]
@@ -237,7 +251,13 @@ def vision_tables(grid_h: int, grid_w: int, spec: VisionSpec) -> VisionTables:
     frequency = 1 / spec.rope_theta ** (np.arange(0, spatial, 2, dtype=np.float32) / np.float32(spatial))
     half = np.concatenate([row[:, None] * frequency, column[:, None] * frequency], axis=1)
     angle = np.concatenate([half, half], axis=1).astype(np.float32)
-    return VisionTables(index.reshape(-1, 4), weight.reshape(-1, 4), np.cos(angle), np.sin(angle))
+    return VisionTables(
+        pixel_row_Pr * grid_w + column[:, None],
+        index.reshape(-1, 4),
+        weight.reshape(-1, 4),
+        np.cos(angle),
+        np.sin(angle),
+    )
 
 
 def _taps(place: Ints, size: int, side: int) -> tuple[Ints, Floats]:

@@ -138,9 +138,9 @@ def _shared_prefix(rows: Sequence[Row]) -> int:
     return first.prefix if same else 0
 
 
-def by_grid(visuals: Sequence[Visual]) -> dict[tuple[int, int], list[int]]:
-    """Group the indices of visuals by their grid, so that each group can be encoded as one batch."""
-    groups: dict[tuple[int, int], list[int]] = {}
+def by_shape(visuals: Sequence[Visual]) -> list[list[int]]:
+    """Group the indices of visuals by their frames and size, so that each group can be encoded as one batch."""
+    groups: dict[tuple[int, ...], list[int]] = {}
     for index, visual in enumerate(visuals):
-        groups.setdefault(visual.grid, []).append(index)
-    return groups
+        groups.setdefault(visual.pixels_THWC.shape, []).append(index)
+    return list(groups.values())

@@ -1,111 +1,82 @@
-"""Images and frames to visual tokens: grouped by grid, encoded once, and remembered by content.
+"""Images and frames to visual tokens: grouped by shape, encoded once, and remembered by content.
 
-Axes: M visual tokens of an image, V those of a batch and a first row of zeros, L DeepStack levels, D hidden size.
+Axes: N images of one shape, F frames of an image, P patches, r rows of a patch, c bytes of such a row.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from threading import Lock
+from typing import Any, Generic
 
 import numpy as np
 
-from mmemb_deploy.backends.protocol import Session
-from mmemb_deploy.bundle import abi
-from mmemb_deploy.inputs.preprocess import Floats, VisionSpec, Visual, patches, vision_tables
-from mmemb_deploy.inputs.rows import by_grid
-
-
-@dataclass(frozen=True)
-class Features:
-    """What the vision graph makes of one image: tokens (M, D) and DeepStack levels (L, M, D)."""
-
-    tokens_MD: Floats
-    deepstack_LMD: Floats
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both arrays."""
-        return self.tokens_MD.nbytes + self.deepstack_LMD.nbytes
+from mmemb_deploy.backends.protocol import F, Features, Vision
+from mmemb_deploy.inputs.preprocess import VisionSpec, Visual, pixel_segments, vision_tables
+from mmemb_deploy.inputs.rows import by_shape
 
 
 class VisionEncoder:
-    """Runs the vision graph. `max_patches` bounds a run, `cache_bytes` the features that are remembered."""
+    """Runs a vision graph on what it has not seen. `cache_bytes` bounds the features that are remembered."""
 
-    def __init__(
-        self, session: Session, spec: VisionSpec, *, hidden_size: int, levels: int, max_patches: int, cache_bytes: int
-    ) -> None:
-        self._session = session
+    def __init__(self, vision: Vision[Any], spec: VisionSpec, cache_bytes: int) -> None:
+        self._vision = vision
         self._spec = spec
-        self._hidden_size, self._levels = hidden_size, levels
-        self._max_patches = max_patches
-        self._cache = FeatureCache(cache_bytes)
+        self._cache = FeatureCache[Any](cache_bytes)
 
-    def encode(self, visuals: Sequence[Visual]) -> dict[str, Floats]:
-        """Return the tokens (V, D) and DeepStack levels (L, V, D) of the visuals in order, after a zero row."""
+    def encode(self, visuals: Sequence[Visual]) -> Mapping[str, Any]:
+        """Return what `Vision.join` makes of the visuals in order."""
         keys = [_key(visual) for visual in visuals]
-        unseen = {key: visual for key, visual in zip(keys, visuals, strict=True) if key not in self._cache}
-        found = {key: self._cache[key] for key in keys if key not in unseen}
-        found |= self._run(unseen)
-        for key in unseen:
-            self._cache.add(key, found[key])
-        first_1D = np.zeros((1, self._hidden_size), np.float32)
-        first_L1D = np.zeros((self._levels, *first_1D.shape), np.float32)
-        return {
-            abi.VISUAL_TOKENS: np.concatenate([first_1D, *(found[key].tokens_MD for key in keys)]),
-            abi.DEEPSTACK: np.concatenate([first_L1D, *(found[key].deepstack_LMD for key in keys)], axis=1),
-        }
+        found = {key: features for key in keys if (features := self._cache.get(key)) is not None}
+        unseen = {key: visual for key, visual in zip(keys, visuals, strict=True) if key not in found}
+        for key, features in self._run(unseen):
+            found[key] = features
+            self._cache.add(key, features)
+        return self._vision.join([found[key] for key in keys])
 
-    def _run(self, visuals: Mapping[bytes, Visual]) -> dict[bytes, Features]:
+    def _run(self, visuals: Mapping[bytes, Visual]) -> Iterator[tuple[bytes, Features]]:
         keys, images = list(visuals), list(visuals.values())
-        features = {}
-        for (grid_h, grid_w), indices in by_grid(images).items():
+        for indices in by_shape(images):
+            frames, (grid_h, grid_w) = len(images[indices[0]].pixels_THWC), images[indices[0]].grid
             tables = vision_tables(grid_h, grid_w, self._spec)
-            step = max(1, self._max_patches // (grid_h * grid_w))
+            step = self._vision.most_images(frames, grid_h * grid_w)
             for begin in range(0, len(indices), step):
                 chunk = indices[begin : begin + step]
-                outputs = self._session.run(
-                    {
-                        abi.PATCHES: np.stack([patches(images[index], self._spec) for index in chunk]),
-                        abi.INTERPOLATION_INDEX: tables.interpolation_index_P4,
-                        abi.INTERPOLATION_WEIGHT: tables.interpolation_weight_P4,
-                        abi.ROTARY_COS: tables.rotary_cos_PD,
-                        abi.ROTARY_SIN: tables.rotary_sin_PD,
-                    }
-                )
-                tokens_NMD = outputs[abi.VISUAL_TOKENS]
-                none_LNMD = np.zeros((0, *tokens_NMD.shape), np.float32)
-                deepstack_LNMD = outputs[abi.DEEPSTACK] if self._levels else none_LNMD
-                for image, index in enumerate(chunk):
-                    features[keys[index]] = Features(tokens_NMD[image], deepstack_LNMD[:, image])
-        return features
+                pixels_NFPrc = pixel_segments([images[index] for index in chunk], self._spec)
+                features = self._vision.run(pixels_NFPrc, tables)
+                yield from zip((keys[index] for index in chunk), features, strict=True)
 
 
-class FeatureCache:
+class FeatureCache(Generic[F]):
     """Features by their image's content; the least recently used leave when the bytes exceed the bound."""
 
     def __init__(self, bound: int) -> None:
         self._bound = bound
-        self._features: OrderedDict[bytes, Features] = OrderedDict()
+        self._features: OrderedDict[bytes, F] = OrderedDict()
         self._bytes = 0
+        self._lock = Lock()  # threads share an embedder
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._features
+    def get(self, key: bytes) -> F | None:
+        """Return what is remembered of an image, None if it is nothing."""
+        with self._lock:
+            if key not in self._features:
+                return None
+            self._features.move_to_end(key)
+            return self._features[key]
 
-    def __getitem__(self, key: bytes) -> Features:
-        self._features.move_to_end(key)
-        return self._features[key]
-
-    def add(self, key: bytes, features: Features) -> None:
-        """Remember a copy, unless it alone exceeds the bound."""
+    def add(self, key: bytes, features: F) -> None:
+        """Remember the features of an image, unless they alone exceed the bound."""
         if features.nbytes > self._bound:
             return
-        self._features[key] = Features(features.tokens_MD.copy(), features.deepstack_LMD.copy())
-        self._bytes += features.nbytes
-        while self._bytes > self._bound:
-            self._bytes -= self._features.popitem(last=False)[1].nbytes
+        with self._lock:
+            if key in self._features:
+                return
+            self._features[key] = features
+            self._bytes += features.nbytes
+            while self._bytes > self._bound:
+                self._bytes -= self._features.popitem(last=False)[1].nbytes
 
 
 def _key(visual: Visual) -> bytes:

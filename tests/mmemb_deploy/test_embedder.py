@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from mmemb_deploy import Embedder, InputError, OptionError
 from mmemb_deploy.backends.protocol import Decoder, Extended, Prefilled
-from mmemb_deploy.bundle import abi
 from mmemb_deploy.inputs.parse import parse
-from mmemb_deploy.inputs.preprocess import Ints
+from mmemb_deploy.inputs.preprocess import Ints, Pixels, VisionTables
 from mmemb_deploy.inputs.rows import Batch
 from mmemb_deploy.routing.vision import FeatureCache
 from mmemb_export.reference import Reference
@@ -97,18 +96,18 @@ def test_batches_stay_within_the_memory_limits_and_give_the_same(
     whole = tiny_embedder.encode(inputs, reasoning="never")
     counter = counted(tiny_embedder, monkeypatch)
     encoder = tiny_embedder.pipeline.fast_path._vision  # pyright: ignore[reportPrivateUsage]
-    vision = encoder._session  # pyright: ignore[reportPrivateUsage]
+    vision = encoder._vision  # pyright: ignore[reportPrivateUsage]
     patches: list[int] = []
+    run = vision.run
 
-    class CountingPatches:
-        def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-            patches.append(inputs[abi.PATCHES].shape[0] * inputs[abi.PATCHES].shape[1])
-            return vision.run(inputs)
+    def counting(pixels_NFPrc: Pixels, tables: VisionTables) -> Any:
+        patches.append(pixels_NFPrc.shape[0] * pixels_NFPrc.shape[2])
+        return run(pixels_NFPrc, tables)
 
     limits = tiny_embedder.manifest.batch.model_copy(update={"tokens": 300})
     monkeypatch.setattr(tiny_embedder.pipeline, "_limits", limits)
-    monkeypatch.setattr(encoder, "_session", CountingPatches())
-    monkeypatch.setattr(encoder, "_max_patches", 40)
+    monkeypatch.setattr(vision, "run", counting)
+    monkeypatch.setattr(vision, "_max_patches", 40)
     monkeypatch.setattr(encoder, "_cache", FeatureCache(0))
     split = tiny_embedder.encode(inputs, reasoning="never")
     assert max(counter.padded) <= 300

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pydantic import TypeAdapter, ValidationError
 from torch.nn import functional as F
@@ -26,7 +28,7 @@ from mmemb_deploy.inputs.preprocess import (
     VisionSpec,
     Visual,
     patch_times,
-    patches,
+    pixel_segments,
     resize_image,
     resize_video,
     resized_size,
@@ -34,6 +36,7 @@ from mmemb_deploy.inputs.preprocess import (
     rotary_positions,
     vision_tables,
 )
+from mmemb_training.model import patches
 
 FACTS: dict[str, Any] = {
     "temporal_patch_size": 2,
@@ -87,6 +90,16 @@ def random_sizes(count: int, largest: int = 700) -> list[tuple[int, int]]:
     return [(width, height) for width, height in sizes if max(width, height) <= 200 * min(width, height)]
 
 
+def patches_of(visuals: Sequence[Visual], spec: VisionSpec) -> NDArray[Any]:
+    """Return the patches that the vision tower reads of visuals of one shape, in transformers' order, (N * P, F)."""
+    pixels_NTPrc = np.require(pixel_segments(visuals, spec), requirements=["W"])  # for torch
+    index_Pr = vision_tables(*visuals[0].grid, spec).segment_index_Pr
+    patches_NPF = patches(torch.from_numpy(pixels_NTPrc), torch.from_numpy(index_Pr), spec)
+    blocks_NPTrcC = patches_NPF.unflatten(-1, (spec.temporal_patch_size, spec.patch_size, spec.patch_size, 3))
+    found: NDArray[Any] = blocks_NPTrcC.permute(0, 1, 5, 2, 3, 4).flatten(2).flatten(0, 1).numpy()
+    return found
+
+
 def assert_equal_to_transformers(item: object, reference: Image.Image, spec: VisionSpec) -> None:
     """Compare our patches of an input with transformers' patches of the same picture."""
     processor = Qwen2VLImageProcessorPil(
@@ -102,7 +115,7 @@ def assert_equal_to_transformers(item: object, reference: Image.Image, spec: Vis
     visual = resize_image(image, spec)
     assert [1, *visual.grid] == expected["image_grid_thw"][0].tolist()
     assert visual.tokens == visual.grid[0] * visual.grid[1] // spec.merge_size**2
-    actual = patches(visual, spec)
+    actual = patches_of([visual], spec)
     assert actual.dtype == np.float32
     np.testing.assert_array_equal(actual, expected["pixel_values"])
 
@@ -177,7 +190,7 @@ def test_video_patches_follow_the_order_of_transformers(frames: int) -> None:
     expected, *grid = patchify(None, ((video / 255 - mean) / std)[None], 8, 2, 2)
     assert [len(visuals), *visuals[0].grid] == grid
     assert len({visual.grid for visual in visuals}) == 1
-    actual = np.concatenate([patches(visual, NANO) for visual in visuals])
+    actual = patches_of(visuals, NANO)
     np.testing.assert_allclose(actual, expected[0].numpy(), rtol=0, atol=1e-6)
 
 
@@ -185,7 +198,29 @@ def test_a_single_frame_fills_its_temporal_patch() -> None:
     frame = noise(64, 48)
     (visual,) = resize_video([frame], NANO)
     (twice,) = resize_video([frame, frame], NANO)
-    np.testing.assert_array_equal(patches(visual, NANO), patches(twice, NANO))
+    np.testing.assert_array_equal(patches_of([visual], NANO), patches_of([twice], NANO))
+
+
+def test_one_image_stands_for_every_frame_of_its_temporal_patch() -> None:
+    spec = replace(NANO, temporal_patch_size=3)
+    picture = resize_image(noise(64, 48), spec)
+    clip = replace(picture, pixels_THWC=np.repeat(picture.pixels_THWC, 3, axis=0))
+    np.testing.assert_array_equal(patches_of([picture], spec), patches_of([clip], spec))
+
+
+def test_patches_of_every_value_equal_transformers() -> None:
+    """A float32 quotient by 255 is the rounded float64 product that transformers takes, for all 256 of them."""
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
+    alike = Visual(pixels, grid=(2, 2), tokens=1)
+    mean, std = np.array(NANO.image_mean, np.float32), np.array(NANO.image_std, np.float32)
+    expected = ((pixels * np.float64(1 / 255)).astype(np.float32) - mean) / std
+    actual = patches_of([alike], NANO).reshape(2, 2, 3, 2, 8, 8)  # patch row and column, C, T, row, column
+    np.testing.assert_array_equal(actual[:, :, :, 0].transpose(0, 3, 1, 4, 2).reshape(16, 16, 3), expected[0])
+
+
+def test_one_image_is_not_copied() -> None:
+    picture = resize_image(noise(64, 48), NANO)
+    assert np.shares_memory(pixel_segments([picture], NANO), picture.pixels_THWC)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 8])

@@ -129,7 +129,8 @@ def test_the_manifest_names_every_tensor_and_axis(tiny_bundle: Path) -> None:
     assert tuple(graphs) == abi.GRAPHS
     shapes = {name: {t.name: t.shape for t in (*facts.inputs, *facts.outputs)} for name, facts in graphs.items()}
     assert shapes[abi.GATE] == {abi.STATE: ("batch", 48), abi.SCORE: ("batch",)}
-    assert shapes[abi.VISION][abi.PATCHES] == ("images", "patches", 96)
+    assert shapes[abi.VISION][abi.PIXELS] == ("images", "frames", "patches", 4, 12)
+    assert shapes[abi.VISION][abi.SEGMENT_INDEX] == ("patches", 4)
     assert shapes[abi.EMBEDDER][abi.DEEPSTACK] == (2, "visual_tokens", 48)
     assert shapes[abi.EMBEDDER]["present.2.key"] == ("batch", 3, "tokens", 16)
     assert shapes[abi.GENERATOR]["past.0.value"] == ("batch", 3, "past_tokens", 16)

@@ -3,19 +3,22 @@
 The modules and weights are transformers' own; what differs is the plumbing between them, chosen so that training runs
 without a Python loop over images and export sees no data-dependent shape:
 
-- vision: the images of one grid are a batch, where transformers packs them and splits the attention again per image;
+- vision: the images of one shape are a batch, where transformers packs them and splits the attention again per image;
+  they are cut into patches here and not by a processor;
 - text: `visual_index` says for every token which row of `visual_tokens` it shows, 0 for a word (row 0 is all zeros),
   where transformers scatters by boolean masks;
 - cache: plain tensors in, plain tensors out.
 
 Gradient checkpointing is switched on by `checkpoint_layers`.
 
-Axes: N images of one grid, P patches, F values of a patch, M visual tokens of an image, V visual tokens of a batch and
+Axes: N images of one shape, T frames of an image, P patches, r rows of a patch, c values of such a row, G segments of
+an image (P x r), F values of a patch, M visual tokens of an image, V visual tokens of a batch and
 the zero row, L DeepStack levels, B prompts, S new tokens, K cached and new tokens, D hidden size, H heads, E head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,24 +26,49 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mmemb_deploy.inputs.preprocess import VisionSpec
+
 KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, (B, H, K, E) each
+
+
+def patches(pixels_NTPrc: Tensor, segment_index_Pr: Tensor, spec: VisionSpec) -> Tensor:
+    """Return the normalised patches of images that share a shape, (N, P, F) float32, in the order of the merge blocks.
+
+    A patch's values lie as in memory, by frame, row, column and channel; one frame stands for all of a temporal patch.
+    They are equal to the last bit to those of `Qwen2VLImageProcessorPil`, which orders them by channel first.
+    """
+    segments_NTGc = pixels_NTPrc.float().flatten(2, 3).index_select(2, segment_index_Pr.flatten())
+    mean_c, std_c = (_along_a_row(values, spec, segments_NTGc) for values in (spec.image_mean, spec.image_std))
+    rows_NTPrc = ((segments_NTGc / 255 - mean_c) / std_c).unflatten(2, (-1, spec.patch_size))
+    frame_T = torch.arange(spec.temporal_patch_size, device=pixels_NTPrc.device).clamp(max=pixels_NTPrc.shape[1] - 1)
+    patches_NPF: Tensor = rows_NTPrc.transpose(1, 2).index_select(2, frame_T).flatten(2)
+    return patches_NPF
+
+
+def _along_a_row(values_C: Sequence[float], spec: VisionSpec, like: Tensor) -> Tensor:
+    """Repeat a value of each channel along the row of a patch, without a tensor that export cannot fake."""
+    return torch.cat([like.new_full((1,), value) for value in values_C]).repeat(spec.patch_size)
 
 
 def vision_forward(
     visual: Any,
-    patches_NPF: Tensor,
+    spec: VisionSpec,
+    pixels_NTPrc: Tensor,
+    segment_index_Pr: Tensor,
     interpolation_index_P4: Tensor,
     interpolation_weight_P4: Tensor,
     rotary_cos_PE: Tensor,
     rotary_sin_PE: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Encode images that share a grid with a `Qwen3VLVisionModel`; return tokens (N, M, D) and DeepStack (L, N, M, D).
+    """Encode images that share a shape with a `Qwen3VLVisionModel`; return tokens (N, M, D), DeepStack (L, N, M, D).
 
     The tables come from `mmemb_deploy.inputs.preprocess.vision_tables`. Follows `Qwen3VLVisionModel.forward`.
     """
-    images = patches_NPF.shape[0]
+    images = pixels_NTPrc.shape[0]
     projection = visual.patch_embed.proj
-    hidden_NPD = F.linear(patches_NPF, projection.weight.flatten(1), projection.bias)
+    patches_NPF = patches(pixels_NTPrc, segment_index_Pr, spec).to(projection.weight.dtype)
+    weight_DF = projection.weight.permute(0, 2, 3, 4, 1).flatten(1)  # to move a weight once is faster than every pixel
+    hidden_NPD = F.linear(patches_NPF, weight_DF, projection.bias)
     table_PD = (visual.pos_embed(interpolation_index_P4) * interpolation_weight_P4[:, :, None]).sum(1)
     hidden_NPD = hidden_NPD + table_PD.to(hidden_NPD.dtype)
     levels = []

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.inputs import prompts
+from mmemb_deploy.inputs.preprocess import VisionSpec
 from mmemb_training.model import decoder_forward, last_state, vision_forward
 
 
@@ -33,13 +34,20 @@ class Part(nn.Module):
 
 
 class Vision(Part):
-    """Images of one grid to visual tokens and DeepStack levels."""
+    """Images of one shape to visual tokens and DeepStack levels."""
 
-    inputs = abi.PATCHES, abi.INTERPOLATION_INDEX, abi.INTERPOLATION_WEIGHT, abi.ROTARY_COS, abi.ROTARY_SIN
+    inputs = (
+        abi.PIXELS,
+        abi.SEGMENT_INDEX,
+        abi.INTERPOLATION_INDEX,
+        abi.INTERPOLATION_WEIGHT,
+        abi.ROTARY_COS,
+        abi.ROTARY_SIN,
+    )
 
-    def __init__(self, visual: Any) -> None:
+    def __init__(self, visual: Any, spec: VisionSpec) -> None:
         super().__init__()
-        self.visual = visual
+        self.visual, self.spec = visual, spec
         levels = len(visual.deepstack_visual_indexes)
         self.outputs = (abi.VISUAL_TOKENS, abi.DEEPSTACK) if levels else (abi.VISUAL_TOKENS,)
 
@@ -49,10 +57,16 @@ class Vision(Part):
         return found
 
     def forward(
-        self, patches: Tensor, index: Tensor, weight: Tensor, rotary_cos: Tensor, rotary_sin: Tensor
+        self,
+        pixels: Tensor,
+        segment_index: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        rotary_cos: Tensor,
+        rotary_sin: Tensor,
     ) -> tuple[Tensor, ...]:
         tokens_NMD, deepstack_LNMD = vision_forward(
-            self.visual, patches.to(self.weight.dtype), index, weight, rotary_cos, rotary_sin
+            self.visual, self.spec, pixels, segment_index, index, weight, rotary_cos, rotary_sin
         )
         return (tokens_NMD.float(), deepstack_LNMD.float())[: len(self.outputs)]
 
@@ -140,14 +154,14 @@ class Gate(Part):
         return (torch.sigmoid(think_B - stop_B),)
 
 
-def parts(model: Any, marker_ids: dict[str, int]) -> dict[str, Part]:
+def parts(model: Any, spec: VisionSpec, marker_ids: dict[str, int]) -> dict[str, Part]:
     """Return the parts of a `Qwen3VLForConditionalGeneration` by the names of `abi.GRAPHS`.
 
     Without `<|disc_emb|>` among its markers it is an embedding model, of `abi.FAST_GRAPHS` alone.
     """
     visual, language_model = model.model.visual, model.model.language_model
     fast: dict[str, Part] = {
-        abi.VISION: Vision(visual),
+        abi.VISION: Vision(visual, spec),
         abi.EMBEDDER: Prefill(language_model, levels=len(visual.deepstack_visual_indexes)),
     }
     if prompts.DISC_EMB not in marker_ids:

@@ -1,6 +1,6 @@
 """Rows to tensors: the visuals of a batch through the vision tower, and a batch through the decoder.
 
-Axes: B rows, S padded tokens, D hidden size, V visual tokens and the zero row, L DeepStack levels, N images of a grid.
+Axes: B rows, S padded tokens, D hidden size, V visual tokens and the zero row, L DeepStack levels, N images of a shape.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmemb_deploy.inputs.preprocess import VisionSpec, Visual, patches, vision_tables
-from mmemb_deploy.inputs.rows import Batch, by_grid
+from mmemb_deploy.inputs.preprocess import VisionSpec, Visual, pixel_segments, vision_tables
+from mmemb_deploy.inputs.rows import Batch, by_shape
 from mmemb_training.model import KeyValue, decoder_forward, vision_forward
 
 
@@ -36,7 +36,7 @@ def prefill(model: Any, batch: Batch, spec: VisionSpec) -> tuple[Tensor, list[Ke
 def encode_visuals(model: Any, visuals: Sequence[Visual], spec: VisionSpec) -> tuple[Tensor, Tensor]:
     """Return the visual tokens (V, D) of a batch and their DeepStack levels (L, V, D), behind a row of zeros.
 
-    Images that share a grid are one batch. Where gradients are wanted, a batch without an image encodes a blank that no
+    Images of one shape are one batch. Where gradients are wanted, a batch without an image encodes a blank that no
     token shows: its gradient is zero, so that every process of a distributed run has one for every weight.
     """
     if not visuals and torch.is_grad_enabled():
@@ -45,17 +45,10 @@ def encode_visuals(model: Any, visuals: Sequence[Visual], spec: VisionSpec) -> t
     weight = visual.patch_embed.proj.weight
     zero = weight.new_zeros(len(visual.deepstack_visual_indexes) + 1, 1, model.config.text_config.hidden_size)
     pieces, owners = [zero], [np.zeros(1, np.int64)]
-    for grid, indices in by_grid(visuals).items():
-        tables = vision_tables(*grid, spec)
-        patches_NPF = torch.from_numpy(np.stack([patches(visuals[index], spec) for index in indices]))
-        tokens_NMD, deepstack_LNMD = vision_forward(
-            visual,
-            patches_NPF.to(weight),
-            _on(weight, tables.interpolation_index_P4),
-            _on(weight, tables.interpolation_weight_P4),
-            _on(weight, tables.rotary_cos_PD),
-            _on(weight, tables.rotary_sin_PD),
-        )
+    for indices in by_shape(visuals):
+        alike = [visuals[index] for index in indices]
+        arrays = pixel_segments(alike, spec), *vision_tables(*alike[0].grid, spec).inputs().values()
+        tokens_NMD, deepstack_LNMD = vision_forward(visual, spec, *(_on(weight, array) for array in arrays))
         pieces.append(torch.cat((tokens_NMD[None], deepstack_LNMD)).flatten(1, 2))
         owners.append(np.repeat(np.array(indices) + 1, tokens_NMD.shape[1]))
     order_V = np.argsort(np.concatenate(owners), kind="stable")  # back into the order of `visuals`
@@ -69,4 +62,4 @@ def _blank(spec: VisionSpec) -> Visual:
 
 
 def _on(weight: Tensor, array: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(array).to(weight.device)
+    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(weight.device)

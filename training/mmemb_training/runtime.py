@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 import mmemb_deploy
+from mmemb_deploy.backends.host_vision import HostVision
 from mmemb_deploy.backends.kv_cache.host import HostDecoder
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle import abi
@@ -40,7 +41,7 @@ class TorchSession:
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run the part once, without gradients."""
         weight = self._part.weight
-        given = (torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self._part.inputs)
+        given = (torch.from_numpy(np.require(inputs[name], requirements=["C", "W"])) for name in self._part.inputs)
         values = [value.to(weight if value.is_floating_point() else weight.device) for value in given]
         split = len(values) - self._part.listed
         with torch.inference_mode():
@@ -53,13 +54,15 @@ def torch_embedder(checkpoint: Checkpoint, gate: GateFacts = UNCALIBRATED) -> Em
 
     No image's features are remembered, since the weights change.
     """
-    graphs = {name: TorchSession(part) for name, part in parts(checkpoint.model, checkpoint.rows.prompt.ids).items()}
+    found = parts(checkpoint.model, checkpoint.vision, checkpoint.rows.prompt.ids)
+    graphs = {name: TorchSession(part) for name, part in found.items()}
     facts = manifest(checkpoint, "checkpoint")
     batch = facts.batch.model_copy(update={"vision_bytes": 0})
     facts = facts.model_copy(update={"gate": gate if facts.prompt.reasons else None, "batch": batch})
     decoder = HostDecoder(graphs[abi.EMBEDDER], graphs.get(abi.GENERATOR), facts.model.layers)
+    vision = HostVision(graphs[abi.VISION], facts)
     dtype = str(checkpoint.model.dtype).removeprefix("torch.")
-    engine = Engine(f"torch {torch.__version__}, {dtype}", graphs[abi.VISION], decoder, graphs.get(abi.GATE))
+    engine = Engine(f"torch {torch.__version__}, {dtype}", vision, decoder, graphs.get(abi.GATE))
     return Embedder(facts, checkpoint.rows, engine)
 
 

@@ -40,14 +40,7 @@ class Setting:
         self.manifest = manifest = bundle.manifest
         self.embedder = assemble(bundle, engine)
         self.maker = Maker(self.embedder.encoder, manifest)
-        self.vision = VisionEncoder(
-            engine.vision,
-            manifest.vision,
-            hidden_size=manifest.model.hidden_size,
-            levels=manifest.model.deepstack_levels,
-            max_patches=manifest.batch.patches,
-            cache_bytes=0,
-        )
+        self.vision = VisionEncoder(engine.vision, manifest.vision, cache_bytes=0)
         self._rng = np.random.default_rng(0)
 
     def content(self, kind: str) -> Any:

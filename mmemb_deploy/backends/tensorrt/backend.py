@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Mapping
 
 from mmemb_deploy.backends.cuda import Cuda, Gpu, probe
 from mmemb_deploy.backends.device_session import DeviceSession
+from mmemb_deploy.backends.device_vision import DeviceVision
 from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.backends.tensorrt.api import Library, load_library
 from mmemb_deploy.backends.tensorrt.engine import Arena, LoadedEngine
-from mmemb_deploy.backends.tensorrt.files import EngineSet, ProfileShapes, find_set, read_engine, verified_set
+from mmemb_deploy.backends.tensorrt.files import EngineSet, find_set, read_engine, verified_set
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import Manifest
@@ -55,7 +52,7 @@ class TensorRT:
         gate = engines.get(abi.GATE)
         return Engine(
             f"{self._library} {library.version} {gpu.name}",
-            VisionSession(cuda, engines[abi.VISION]),
+            DeviceVision(cuda, engines[abi.VISION], manifest),
             decoder,
             None if gate is None else DeviceSession(cuda, gate),
             tuple(decoder.notes),
@@ -88,26 +85,3 @@ def check_types(manifest: Manifest) -> None:
 def engines_for(library: Library, gpu: Gpu) -> EngineSet:
     """Return the set, still empty, of the engines that a library builds and runs on a GPU."""
     return EngineSet(library=library.name, version=library.version, device=gpu.name, target=gpu.target, engines={})
-
-
-class VisionSession(DeviceSession):
-    """The vision engine; it is given no more images at once than its profiles take."""
-
-    def __init__(self, cuda: Cuda, engine: LoadedEngine) -> None:
-        super().__init__(cuda, engine)
-        self._profiles = engine.profiles
-
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run the graph as often as its images need."""
-        patches_NPF = inputs[abi.PATCHES]
-        step = most_images(self._profiles, patches_NPF.shape[1])
-        starts = range(0, len(patches_NPF), step)
-        parts = [super(VisionSession, self).run({**inputs, abi.PATCHES: patches_NPF[at : at + step]}) for at in starts]
-        axes = {abi.VISUAL_TOKENS: 0, abi.DEEPSTACK: 1}
-        return {name: np.concatenate([part[name] for part in parts], axis=axes[name]) for name in parts[0]}
-
-
-def most_images(profiles: Sequence[ProfileShapes], patches: int) -> int:
-    """Return how many images of so many patches fit one profile; 1 where none holds them, which then says so."""
-    fitting = [most[0] for _, _, most in (profile[abi.PATCHES] for profile in profiles) if patches <= most[1]]
-    return max(fitting, default=1)
