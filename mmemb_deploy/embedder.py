@@ -261,6 +261,7 @@ class Embedder:
         if instruction is None:
             instruction = self.manifest.prompt.query_instruction
         rationales = options.rationales or [None] * len(inputs)
+        keep = self.reasons and options.reasoning != "never"
         chat_of = None if self._remote is None or options.reasoning == "never" else self._remote.chats()
         for index, (content, rationale) in enumerate(zip(inputs, rationales, strict=True)):
             began = time.perf_counter()
@@ -268,7 +269,7 @@ class Embedder:
                 request = parse(content, self.manifest.limits)
                 row = self.encoder.row(request, instruction)
                 given = self.encoder.prompt.tokenize(rationale) if isinstance(rationale, str) else rationale
-                self._check_length(row, given or [])
+                self._check_length(row, given or [], keep=keep or given is not None)
                 chat = chat_of(content, request, instruction) if chat_of is not None and given is None else None
             except InputError as error:
                 if not keep_going:
@@ -279,13 +280,19 @@ class Embedder:
                 items.append(Item(index, row, time.perf_counter() - began, given, chat))
         return items, failures
 
-    def _check_length(self, row: Row, given: Sequence[int]) -> None:
+    def _check_length(self, row: Row, given: Sequence[int], *, keep: bool) -> None:
         rationale = max(self.manifest.model.max_rationale_tokens, len(given))
         limit = self.manifest.batch.row_tokens - rationale - PATH_MARKERS
         if row.length > limit:
             raise InputError(
                 f"it becomes {row.length} tokens ({row.visual_tokens} of them visual), above the limit of {limit} "
                 f"beside a rationale of {rationale}: shorten the text, or pass fewer or smaller images"
+            )
+        if not self.pipeline.fast_path.fits(1, row.length, after=rationale + PATH_MARKERS if keep else None):
+            raise InputError(
+                f"it becomes {row.length} tokens, which the engines do not take"
+                f"{f' beside a rationale of {rationale}' if keep else ''}: pass less, or build engines for more with "
+                "`mmemb build --tokens`"
             )
 
     def _detail(self, item: Item) -> Detail:

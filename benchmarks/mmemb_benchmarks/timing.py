@@ -13,8 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from numpy.typing import NDArray
 
-from mmemb_deploy.backends.protocol import Decoder, Engine, Extended, Prefilled, Session
-from mmemb_deploy.inputs.preprocess import Ints
+from mmemb_deploy.backends.protocol import Decoder, Engine, Extended, Prefilled, Session, Vision
+from mmemb_deploy.inputs.preprocess import Ints, Pixels, VisionTables
 from mmemb_deploy.inputs.rows import Batch
 
 STAGES = ("preprocess", "vision", "prefill", "gate", "decode", "other")
@@ -43,7 +43,7 @@ def timed_engine(engine: Engine, spent: Spent) -> Engine:
     The runtime's arrays are in host memory when a run returns, so it is complete then, on a GPU too.
     """
     gate = None if engine.gate is None else _Session(engine.gate, "gate", spent)
-    return Engine(engine.name, _Session(engine.vision, "vision", spent), _Decoder(engine.decoder, spent), gate)
+    return Engine(engine.name, _Vision(engine.vision, spent), _Decoder(engine.decoder, spent), gate)
 
 
 class _Session:
@@ -56,6 +56,22 @@ class _Session:
         return found
 
 
+class _Vision:
+    def __init__(self, vision: Vision[Any], spent: Spent) -> None:
+        self._vision, self._spent = vision, spent
+        self.most_images = vision.most_images
+
+    def run(self, pixels_NFPrc: Pixels, tables: VisionTables) -> list[Any]:
+        found, seconds = timed(self._vision.run, pixels_NFPrc, tables)
+        self._spent["vision"] += seconds
+        return found
+
+    def join(self, features: Sequence[Any]) -> Mapping[str, Any]:
+        found, seconds = timed(self._vision.join, features)
+        self._spent["vision"] += seconds
+        return found
+
+
 class _Decoder:
     def __init__(self, decoder: Decoder[Any], spent: Spent) -> None:
         self._decoder, self._spent = decoder, spent
@@ -64,8 +80,8 @@ class _Decoder:
     def most_rows(self) -> int:
         return self._decoder.most_rows
 
-    def fits(self, rows: int, tokens: int) -> bool:
-        return self._decoder.fits(rows, tokens)
+    def fits(self, rows: int, tokens: int, *, after: int | None) -> bool:
+        return self._decoder.fits(rows, tokens, after=after)
 
     def prefill(self, batch: Batch, visual: Any, *, keep: bool = True) -> Prefilled[Any]:
         found, seconds = timed(self._decoder.prefill, batch, visual, keep=keep)

@@ -70,33 +70,43 @@ class Demand:
     """Most tokens of a row that follow its prompt in one run."""
 
     cache_rows: int
-    """Rows of the KV cache, and so of a step: a batch is prefilled while another waits."""
+    """Rows of the KV cache, and so of a step: where there is room, for one batch to be prefilled while one waits."""
 
     slots: int
     """Tokens that a row of the KV cache has room for: prompt, rationale, and a chunk that may run beyond them."""
 
 
-def demand_of_limits(manifest: Manifest, rows: int) -> Demand:
-    """Return what a manifest allows, in batches of up to `rows` inputs. Raises OptionError for `rows` below 1."""
+def demand_of_limits(
+    manifest: Manifest, rows: int, *, tokens: int | None = None, cache_bytes: int | None = None
+) -> Demand:
+    """Return what a manifest allows, in batches of up to `rows` inputs and, if it is given, of `tokens` tokens each.
+
+    `cache_bytes` bounds the KV cache's rows, by what the manifest says where it is None. Raises OptionError for `rows`
+    below 1 and for more tokens than the manifest allows.
+    """
     after = manifest.model.max_rationale_tokens + PATH_MARKERS
-    tokens = manifest.batch.row_tokens - after
+    limit = manifest.batch.row_tokens - after
+    if tokens is not None and not 1 <= tokens <= limit:
+        raise OptionError(f"tokens is {tokens}: this bundle's prompts have 1 to {limit}")
+    tokens = limit if tokens is None else tokens
     patches = most_patches(manifest.vision)
     opt_patches = _merged(min(patches, OPT_PATCHES), manifest.vision)
     opt_tokens = min(tokens, OPT_TOKENS)
-    return Demand(
+    return _sized(
+        manifest,
+        cache_bytes,
         rows=_rows(manifest, rows),
         tokens=tokens,
         opt_tokens=opt_tokens,
         opt_visual_tokens=min(opt_tokens, opt_patches // manifest.vision.merge_size**2),
         patches=patches,
         opt_patches=opt_patches,
-        chunk=min(CHUNK, after),
-        cache_rows=2 * rows,
-        slots=_slots(manifest.batch.row_tokens + min(CHUNK, after)),
     )
 
 
-def demand_of_traffic(manifest: Manifest, rows: int, sample: Sequence[Row]) -> Demand:
+def demand_of_traffic(
+    manifest: Manifest, rows: int, sample: Sequence[Row], *, cache_bytes: int | None = None
+) -> Demand:
     """Return what a sample of inputs needs: fastest at its medians, and nothing above its largest.
 
     Raises OptionError for an empty sample and for `rows` below 1.
@@ -107,17 +117,26 @@ def demand_of_traffic(manifest: Manifest, rows: int, sample: Sequence[Row]) -> D
     lengths = [row.length for row in sample]
     grids = [math.prod(visual.grid) for row in sample for visual in row.visuals] or [manifest.vision.merge_size**2]
     tokens = min(limits.tokens, max(lengths))
-    return Demand(
+    return _sized(
+        manifest,
+        cache_bytes,
         rows=limits.rows,
         tokens=tokens,
         opt_tokens=min(tokens, _median(lengths)),
         opt_visual_tokens=_median([row.visual_tokens for row in sample]),
         patches=max(grids),
         opt_patches=_median(grids),
-        chunk=limits.chunk,
-        cache_rows=limits.cache_rows,
-        slots=_slots(tokens + manifest.model.max_rationale_tokens + PATH_MARKERS + limits.chunk),
     )
+
+
+def _sized(manifest: Manifest, cache_bytes: int | None, *, rows: int, tokens: int, **others: int) -> Demand:
+    """Return a demand with the cache that its prompts need: two batches, or as many rows as the bytes hold."""
+    after = manifest.model.max_rationale_tokens + PATH_MARKERS
+    chunk = min(CHUNK, after)
+    slots = -(-(tokens + after + chunk) // BUCKET) * BUCKET
+    cache_bytes = manifest.batch.cache_bytes if cache_bytes is None else cache_bytes
+    most = cache_bytes // (slots * manifest.cache_token_bytes)
+    return Demand(rows=rows, tokens=tokens, chunk=chunk, slots=slots, cache_rows=max(1, min(2 * rows, most)), **others)
 
 
 def read_traffic(bundle: Bundle, source: Path) -> list[Row]:
@@ -135,7 +154,7 @@ def read_traffic(bundle: Bundle, source: Path) -> list[Row]:
 
 def profiles(engine: str, manifest: Manifest, demand: Demand) -> tuple[ProfileShapes, ...]:
     """Return the profiles of an engine (a key of `Manifest.engines`): those of all that its graphs do."""
-    axes = {abi.VISION: _vision, abi.DIRECT: _prompts, abi.EMBEDDER: _prompts, abi.GATE: _gate, abi.GENERATOR: _steps}
+    axes = {abi.VISION: _vision, abi.DIRECT: _direct, abi.EMBEDDER: _cached, abi.GATE: _gate, abi.GENERATOR: _steps}
     found = ((graph, each) for graph in manifest.engines[engine] for each in axes[graph](manifest, demand))
     return tuple(_shapes(manifest.graphs[graph], each) for graph, each in found)
 
@@ -149,9 +168,17 @@ def _vision(manifest: Manifest, demand: Demand) -> Iterator[Axes]:
         yield {"images": Range(1, images, images), "frames": frames, "patches": Range(smallest, opt, largest)}
 
 
-def _prompts(manifest: Manifest, demand: Demand) -> Iterator[Axes]:
+def _direct(manifest: Manifest, demand: Demand) -> Iterator[Axes]:
+    return _prompts(manifest, demand, demand.rows)
+
+
+def _cached(manifest: Manifest, demand: Demand) -> Iterator[Axes]:
+    return _prompts(manifest, demand, min(demand.rows, demand.cache_rows))
+
+
+def _prompts(manifest: Manifest, demand: Demand, rows: int) -> Iterator[Axes]:
     """Yield the boxes of batches, and one of a single prompt, to be fastest at when it comes alone."""
-    found = list(boxes(demand.rows, demand.tokens, manifest.batch.tokens))
+    found = list(boxes(rows, demand.tokens, manifest.batch.tokens))
     if found[-1][0] > 1:
         found.append((1, demand.tokens))
     for rows, tokens in found:
@@ -228,11 +255,6 @@ def _rows(manifest: Manifest, rows: int) -> int:
 def _merged(patches: int, spec: VisionSpec) -> int:
     """Round down to whole visual tokens."""
     return patches // spec.merge_size**2 * spec.merge_size**2
-
-
-def _slots(tokens: int) -> int:
-    """Round up to what a cache is made of."""
-    return -(-tokens // BUCKET) * BUCKET
 
 
 def _median(values: Sequence[int]) -> int:

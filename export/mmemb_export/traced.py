@@ -53,16 +53,20 @@ class TracedGraphs:
         traced |= _decoders(traced.pop(DECODER), outline, recipe.form)
         self._traced = {name: traced[name] for name in abi.GRAPHS if name in traced}
 
-    def write(self, folder: Path, choices: Choices) -> dict[str, GraphFacts]:
-        """Write the graphs and their weights to a folder; return their facts in the order of `abi.GRAPHS`."""
-        recipe, facts, models = self._recipe, dict[str, GraphFacts](), dict[str, ir.Model]()
+    def write(self, folder: Path, choices: Choices, recipe: Recipe | None = None) -> dict[str, GraphFacts]:
+        """Write the graphs and their weights to a folder; return their facts in the order of `abi.GRAPHS`.
+
+        Another recipe has the form and the float type of the one that they were traced for.
+        """
+        recipe = self._recipe if recipe is None else recipe
+        facts, models = dict[str, GraphFacts](), dict[str, ir.Model]()
         precisions = {abi.GENERATOR: recipe.generator, abi.GATE: recipe.floats}
         one_decoder = abi.GENERATOR in self._traced and recipe.precision == recipe.generator
         for name, traced in self._traced.items():
             file = f"{DECODER if one_decoder and name in (abi.EMBEDDER, abi.GENERATOR) else name}.onnx"
             precision = precisions.get(name, recipe.precision)
             if file not in models:
-                models[file] = self._quantised(traced, precision, choices)
+                models[file] = _quantised(traced, precision, recipe, choices)
             graph = models[file].graph
             kept = () if precision in FLOATS else _kept(traced.graph, graph)
             if kept:
@@ -83,14 +87,15 @@ class TracedGraphs:
                 save([models[file] for file in files], [folder / file for file in files], folder / f"{data}.onnx.data")
         return facts
 
-    def _quantised(self, traced: ir.Model, precision: str, choices: Choices) -> ir.Model:
-        """Return a copy of a traced graph in a precision; weights are in neither."""
-        model, recipe = traced.clone(), self._recipe
-        if precision in FLOATS:
-            return model
-        if recipe.form == "fused":
-            quantise_tables(model, choices.kept)
-        return quantise(model, quantiser(recipe.form, precision, recipe.floats, choices.ranges), choices.kept)
+
+def _quantised(traced: ir.Model, precision: str, recipe: Recipe, choices: Choices) -> ir.Model:
+    """Return a copy of a traced graph in a precision; weights are in neither."""
+    model = traced.clone()
+    if precision in FLOATS:
+        return model
+    if recipe.form == "fused":
+        quantise_tables(model, choices.kept)
+    return quantise(model, quantiser(recipe.form, precision, recipe.floats, choices.ranges), choices.kept)
 
 
 def _decoders(traced: ir.Model, outline: Checkpoint, form: str) -> dict[str, ir.Model]:

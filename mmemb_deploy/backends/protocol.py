@@ -110,8 +110,11 @@ class Decoder(Protocol[C]):
         """Most rows that go on together from their caches."""
         ...
 
-    def fits(self, rows: int, tokens: int) -> bool:
-        """Return whether prompts of so many rows and tokens, padding included, can run at once."""
+    def fits(self, rows: int, tokens: int, *, after: int | None) -> bool:
+        """Return whether prompts of so many rows and tokens, padding included, can run at once.
+
+        And whether `after` more tokens can follow each; None is for those that nothing follows (see `prefill`).
+        """
         ...
 
     def prefill(self, batch: Batch, visual: Any, *, keep: bool = True) -> Prefilled[C]:

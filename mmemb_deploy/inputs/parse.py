@@ -85,7 +85,7 @@ def _parts(item: object) -> Mapping[str, object]:
     if isinstance(item, str):
         return {"text": item}
     if isinstance(item, Image.Image) or hasattr(item, "__dlpack__"):  # arrays among them
-        return {"image": cast("object", item)}
+        return {"image": item}
     if not isinstance(item, Mapping):
         kind = type(item).__name__
         hint = "; for an image pass {'image': ...}" if isinstance(item, (bytes, bytearray, Path)) else ""

@@ -31,9 +31,9 @@ class FastPath:
         self._vision, self._decoder, self._gate = vision, decoder, gate
         self._pad_id = pad_id
 
-    def fits(self, rows: int, tokens: int) -> bool:
-        """Return whether so many rows of so many tokens run at once."""
-        return self._decoder.fits(rows, tokens)
+    def fits(self, rows: int, tokens: int, *, after: int | None) -> bool:
+        """Return whether so many rows of so many tokens run at once, and may be followed by `after` more."""
+        return self._decoder.fits(rows, tokens, after=after)
 
     def run(self, rows: Sequence[Row], *, keep: bool = True) -> FastResult:
         """Prefill the rows' prompts, up to and including `<|disc_emb|>`; without `keep`, nothing can follow them."""

@@ -55,8 +55,9 @@ class Pipeline:
             self._check_quota(items, quota)
         waiting: Waiting = []
         together = min(batch_size, self.generator.most_rows)
-        for batch in self._batches(items, batch_size):
-            waiting += self._embed(batch, policy, held=quota is not None)
+        keep = policy.reasoning != "never" or any(item.given is not None for item in items)
+        for batch in self._batches(items, batch_size, keep=keep):
+            waiting += self._embed(batch, policy, keep=keep, held=quota is not None)
             if quota is not None:
                 waiting = _best(waiting, quota)
             else:
@@ -67,24 +68,23 @@ class Pipeline:
         for start in range(0, len(waiting), together):
             self._reason(waiting[start : start + together], max_rationale_tokens)
 
-    def _batches(self, items: Sequence[Item], batch_size: int) -> Iterator[list[Item]]:
+    def _batches(self, items: Sequence[Item], batch_size: int, *, keep: bool) -> Iterator[list[Item]]:
         """Yield batches of similar length and, among equals, of equal grids; their padded size is within the limit."""
         batch: list[Item] = []
         for item in sorted(items, key=lambda item: (item.row.length, [visual.grid for visual in item.row.visuals])):
             rows, tokens = len(batch) + 1, item.row.length
-            full = rows > batch_size or rows * tokens > self._limits.tokens or not self.fast_path.fits(rows, tokens)
-            if batch and full:
+            within = rows <= batch_size and rows * tokens <= self._limits.tokens
+            if batch and not (within and self.fast_path.fits(rows, tokens, after=0 if keep else None)):
                 yield batch
                 batch = []
             batch.append(item)
         if batch:
             yield batch
 
-    def _embed(self, batch: list[Item], policy: Policy, *, held: bool) -> Waiting:
+    def _embed(self, batch: list[Item], policy: Policy, *, keep: bool, held: bool) -> Waiting:
         """Run the fast path; return the items that reason, or with `held` all of them, each with its cache."""
         began = time.perf_counter()
-        given = any(item.given is not None for item in batch)
-        result = self.fast_path.run([item.row for item in batch], keep=given or policy.reasoning != "never")
+        result = self.fast_path.run([item.row for item in batch], keep=keep)
         seconds = time.perf_counter() - began
         for item, embedding_D, score in zip(batch, result.embeddings_BD, result.scores_B, strict=True):
             item.embedding_D, item.score, item.fast_path = embedding_D, float(score), seconds

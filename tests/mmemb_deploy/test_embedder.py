@@ -38,8 +38,8 @@ class CountingDecoder:
 
     most_rows = 64
 
-    def fits(self, rows: int, tokens: int) -> bool:
-        return self._decoder.fits(rows, tokens)
+    def fits(self, rows: int, tokens: int, *, after: int | None) -> bool:
+        return self._decoder.fits(rows, tokens, after=after)
 
     def prefill(self, batch: Batch, visual: Any, *, keep: bool = True) -> Prefilled[Any]:
         self.prefilled += int(batch.mask_BT.sum())

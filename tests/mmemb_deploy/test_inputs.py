@@ -366,8 +366,8 @@ def test_arrays_of_other_libraries_are_read_through_dlpack(key: str) -> None:
     value = array if key == "video" else array[0]
     theirs, ours = parse({key: Shared(value)}), parse({key: value})
     for name in ("images", "frames"):
-        pictures = [[np.asarray(image) for image in getattr(request, name)] for request in (theirs, ours)]
-        assert np.array_equal(*pictures)
+        left, right = ([np.asarray(image) for image in getattr(request, name)] for request in (theirs, ours))
+        assert np.array_equal(left, right)
     if key == "image":
         assert np.asarray(parse(Shared(value)).images[0]).shape == (8, 6, 3)
 

@@ -122,6 +122,7 @@ def _round(embedder: Embedder, texts: list[str], written: int) -> dict[str, floa
         "overhead always": _overhead(embedder, texts, reasons),
     }
     prefilled, prefill = timed(fast_path.run, [row])
+    assert prefilled.cache is not None
     (reasoned,), decode = timed(generator.generate, [prefilled.cache], written)
     parts = prefill + decode
     _, routed = timed(lambda: embedder.encode(texts[:1], **reasons))

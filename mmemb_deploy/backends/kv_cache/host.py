@@ -70,9 +70,9 @@ class HostDecoder:
         self._past = tuple(abi.past_names(layers))
         self._present = tuple(abi.present_names(layers))
 
-    def fits(self, rows: int, tokens: int) -> bool:
+    def fits(self, rows: int, tokens: int, *, after: int | None) -> bool:
         """Return True: nothing is sized ahead."""
-        del rows, tokens
+        del rows, tokens, after
         return True
 
     def prefill(self, batch: Batch, visual: Mapping[str, Floats], *, keep: bool = True) -> Prefilled[HostCache]:

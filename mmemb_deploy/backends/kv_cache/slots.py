@@ -88,12 +88,15 @@ class SlotDecoder:
         """Most rows of a step."""
         return self._places.rows or sys.maxsize
 
-    def fits(self, rows: int, tokens: int) -> bool:
-        """Return whether prompts of so many rows and tokens run at once, by either graph."""
-        shapes = {abi.TOKEN_IDS: (rows, tokens), abi.POSITION_IDS: (3, rows, tokens)}
-        engines = [engine for engine in (self._direct, self._embedder) if engine is not None]
-        slots = self._places.slots is None or tokens <= self._places.slots
-        return slots and all(engine.takes(shapes) for engine in engines)
+    def fits(self, rows: int, tokens: int, *, after: int | None) -> bool:
+        """Return whether prompts run at once, and may be followed; see `protocol.Decoder`."""
+        shapes, places = {abi.TOKEN_IDS: (rows, tokens), abi.POSITION_IDS: (3, rows, tokens)}, self._places
+        if self._direct is not None and (after is None or self._embedder is None):
+            return self._direct.takes(shapes)
+        assert self._embedder is not None
+        if places.slots is not None and tokens + (after or 0) + (places.chunk or 0) > places.slots:
+            return False
+        return rows <= self.most_rows and self._embedder.takes(shapes)
 
     def prefill(self, batch: Batch, visual: Visual, *, keep: bool = True) -> Prefilled[SlotCache]:
         """Run prompts. Padding follows a row's own tokens, which therefore never see it."""
