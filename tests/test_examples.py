@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from mmemb_deploy import BackendError, Embedder
-from mmemb_deploy.bundle.abi import LENGTHS
 from mmemb_deploy.bundle.folder import NANO
 from mmemb_deploy.bundle.manifest import read_manifest, write_manifest
 
@@ -113,10 +112,7 @@ def portable(tmp_path: Path) -> Path:
     folder = tmp_path / "portable"
     shutil.copytree(NANO, folder)
     manifest = read_manifest(folder)
-    graphs = {
-        name: facts.model_copy(update={"inputs": tuple(each for each in facts.inputs if each.name != LENGTHS)})
-        for name, facts in manifest.graphs.items()
-    }
+    graphs = {name: facts.model_copy(update={"form": "portable"}) for name, facts in manifest.graphs.items()}
     write_manifest(folder, manifest.model_copy(update={"graphs": graphs}))
     return folder
 

@@ -172,14 +172,14 @@ def test_rationales_of_several_lengths_give_the_same_embeddings(
     """Those above the chunk of an engine are fed in several."""
     prompt = setting.prompts(mixed_inputs[:3])
     ids_BT, lengths_B = tokens([5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [11], [21, 22, 23, 24])
-    found = []
+    found: list[list[Any]] = []
     for decoder in (setting.decoder, decoder_of(reference)):
         cache: Any = decoder.prefill(*prompt).cache
         with decoder.stack([cache], 11) as stacked:
             longer = decoder.extend(stacked, ids_BT, lengths_B, range(3))
-            found.append((longer.embeddings, longer.next_token_B))
+            found.append([longer.embeddings, longer.next_token_B])
             after = decoder.extend(longer.cache, *tokens([31], [32], [33]), range(3))  # after padding between tokens
-            found[-1] += (after.embeddings, after.logits())
+            found[-1] += [after.embeddings, after.logits()]
     for ours, theirs in zip(*found, strict=True):
         assert close(ours, theirs)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mmemb_deploy.backends.kv_cache.device import BUCKET
 
+from mmemb_deploy.backends.kv_cache.pool import BUCKET
 from mmemb_deploy.backends.tensorrt.files import ProfileShapes
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
@@ -66,9 +66,9 @@ def bounds(found: tuple[ProfileShapes, ...], tensor: str) -> list[tuple[tuple[in
 
 def test_every_input_of_every_graph_has_a_shape_in_every_profile(manifest: Manifest) -> None:
     demand = demand_of_limits(manifest, 32)
-    for name in abi.GRAPHS:
+    for name, (graph, *_) in manifest.engines.items():
         for profile in profiles(name, manifest, demand):
-            assert set(profile) == {tensor.name for tensor in manifest.graphs[name].inputs}
+            assert set(profile) == {tensor.name for tensor in manifest.graphs[graph].inputs}
             for least, usual, most in profile.values():
                 assert all(low <= middle <= high for low, middle, high in zip(least, usual, most, strict=True))
 
@@ -76,29 +76,39 @@ def test_every_input_of_every_graph_has_a_shape_in_every_profile(manifest: Manif
 def test_prefill_holds_the_longest_prompt_and_the_largest_batch(manifest: Manifest) -> None:
     demand = demand_of_limits(manifest, 32)
     longest = manifest.batch.row_tokens - manifest.model.max_rationale_tokens - PATH_MARKERS
-    most = [most for _, _, most in bounds(profiles(abi.EMBEDDER, manifest, demand), abi.TOKEN_IDS)]
+    most = [most for _, _, most in bounds(profiles(abi.DIRECT, manifest, demand), abi.TOKEN_IDS)]
     assert most[0][0] == 32
-    assert most[-1] == (8, longest)
+    assert (8, longest) in most
+    assert most[-1] == (1, longest)  # to be fastest at when it comes alone
 
 
-def test_decode_has_a_profile_of_one_token_and_one_of_a_rationale(manifest: Manifest) -> None:
-    found = profiles(abi.GENERATOR, manifest, demand_of_limits(manifest, 4))
-    new_tokens = manifest.model.max_rationale_tokens + PATH_MARKERS
-    assert bounds(found, abi.TOKEN_IDS) == [((1, 1), (4, 1), (4, 1)), ((1, 1), (4, new_tokens), (4, new_tokens))]
+def test_steps_have_profiles_of_all_rows_of_one_row_and_of_a_rationale_s_chunk(manifest: Manifest) -> None:
+    demand = demand_of_limits(manifest, 4)
+    steps = bounds(profiles("decoder", manifest, demand), abi.TOKEN_IDS)[-3:]
+    chunk = manifest.model.max_rationale_tokens + PATH_MARKERS
+    assert steps == [((1, 1), (8, 1), (8, 1)), ((1, 1), (1, 1), (1, 1)), ((1, 1), (8, chunk), (8, chunk))]
 
 
-def test_the_mask_of_a_decode_profile_is_as_long_as_past_and_new_together(manifest: Manifest) -> None:
-    for profile in profiles(abi.GENERATOR, manifest, demand_of_limits(manifest, 4)):
-        for mask, tokens, past in zip(
-            profile[abi.MASK], profile[abi.TOKEN_IDS], profile[next(abi.past_names(1))], strict=True
-        ):
-            assert mask[1] == tokens[1] + past[2]
+def test_the_slots_hold_a_prompt_its_rationale_and_a_chunk_beyond_in_every_profile(manifest: Manifest) -> None:
+    demand = demand_of_limits(manifest, 4)
+    found = bounds(profiles("decoder", manifest, demand), next(abi.past_names(1)))
+    assert {shape[2] for box in found for shape in box} == {demand.slots}
+    assert demand.slots % BUCKET == 0
+    assert demand.slots >= manifest.batch.row_tokens + demand.chunk
 
 
-def test_a_cache_of_whole_buckets_fits_the_decode_profiles(manifest: Manifest) -> None:
-    (_, _, most), _ = bounds(profiles(abi.GENERATOR, manifest, demand_of_limits(manifest, 4)), next(abi.past_names(1)))
-    assert most[2] % BUCKET == 0
-    assert most[2] >= manifest.batch.row_tokens
+def test_fewer_tokens_or_bytes_make_a_smaller_cache(manifest: Manifest) -> None:
+    whole = demand_of_limits(manifest, 32)
+    shorter = demand_of_limits(manifest, 32, tokens=100)
+    assert (whole.cache_rows, shorter.cache_rows) == (64, 64)
+    assert shorter.slots < whole.slots
+    row = whole.slots * manifest.cache_token_bytes
+    smaller = demand_of_limits(manifest, 32, cache_bytes=5 * row + 1)
+    assert smaller.cache_rows == 5
+    prompts = bounds(profiles("decoder", manifest, smaller), abi.TOKEN_IDS)[:-3]
+    assert max(most[0] for _, _, most in prompts) == 5
+    with pytest.raises(OptionError, match="tokens is 100000: this bundle's prompts have 1 to "):
+        demand_of_limits(manifest, 32, tokens=100_000)
 
 
 @pytest.mark.parametrize("rows", [0, -1])
@@ -120,8 +130,9 @@ def test_traffic_sets_what_is_usual_and_what_is_most(bundle: Bundle, traffic: Pa
     demand = demand_of_traffic(bundle.manifest, 4, sample)
     lengths = sorted(row.length for row in sample)
     assert (demand.opt_tokens, demand.tokens) == (lengths[1], lengths[2])
-    ((least, usual, most),) = bounds(profiles(abi.EMBEDDER, bundle.manifest, demand), abi.TOKEN_IDS)
-    assert (least, usual, most) == ((1, 1), (4, lengths[1]), (4, lengths[2]))
+    batches, alone = bounds(profiles(abi.DIRECT, bundle.manifest, demand), abi.TOKEN_IDS)
+    assert batches == ((1, 1), (4, lengths[1]), (4, lengths[2]))
+    assert alone == ((1, 1), (1, lengths[1]), (1, lengths[2]))
     assert demand.slots < demand_of_limits(bundle.manifest, 4).slots
 
 
