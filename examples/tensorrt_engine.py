@@ -6,8 +6,8 @@ It does what these commands do, by the functions behind them:
     mmemb build BUNDLE --batch 32
     mmemb embed inputs.jsonl vectors.npz BUNDLE --backend tensorrt
 
-Needs an NVIDIA GPU and `pip install 'mmemb-deploy[tensorrt,export]'`; without a GPU it stops before it builds, with an
-error that says so. Run it with
+Needs an NVIDIA GPU and `pip install 'mmemb-deploy[cpu,tensorrt,export]'`; without a GPU it stops before it builds, with
+an error that says so. Run it with
 
     python examples/tensorrt_engine.py CHECKPOINT BUNDLE
 """

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mmemb_deploy.bundle.folder import Bundle, bundle_files, file_hash
 from mmemb_deploy.bundle.manifest import TOKENIZER, Manifest, write_manifest
 from mmemb_deploy.bundle.precision import FLOATS
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.errors import CertificateError, OptionError
+from mmemb_deploy.errors import CertificateError, MissingExtraError, OptionError
 from mmemb_deploy.evaluation.calibration import calibrate
 from mmemb_deploy.evaluation.pairs import Pair
 from mmemb_deploy.evaluation.parity import REFERENCE, answer, batch_parity
@@ -64,6 +65,8 @@ def export_bundle(
     if probes < 4:
         raise OptionError(f"probes is {probes}: pass at least 4, one of each modality")
     recipe = Recipe() if recipe is None else recipe
+    if find_spec("onnxruntime") is None:  # no part of this extra: it comes with `cpu` or `gpu`
+        raise MissingExtraError("onnxruntime", "cpu")
     outline = outline_checkpoint(source, dtype=recipe.floats)
     if pairs and not outline.facts.prompt.reasons:
         raise OptionError(f"--calibrate is {pairs_name}: {source} does not reason, and has no gate to calibrate")
