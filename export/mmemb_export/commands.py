@@ -36,6 +36,10 @@ def export(
     generator_precision: Annotated[
         str | None, typer.Option(help="Of the generator; the embedder's unless given.")
     ] = None,
+    compute: Annotated[
+        str | None,
+        typer.Option(help="Float type beside int8, fp8 or int4 weights; bfloat16 unless given, float32 if fused."),
+    ] = None,
     min_cosine: Annotated[
         float | None, typer.Option(help="What the certificate must reach, in place of the precision's own bound.")
     ] = None,
@@ -65,6 +69,7 @@ def export(
         form=form,
         precision=precision,
         generator_precision=generator_precision,
+        compute=compute,
         min_cosine=min_cosine,
         max_flips=max_flips,
         min_token_agreement=min_token_agreement,

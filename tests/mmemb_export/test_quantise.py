@@ -252,15 +252,6 @@ def test_a_weight_is_read_once(precision: str, tiny_checkpoint: Path, tmp_path: 
     assert set(reads.values()) == {1}
 
 
-@pytest.fixture(scope="module")
-def uneven_checkpoint(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Any) -> Path:
-    """Layers of 64 inputs, and of UNEVEN ones: the last of every MLP."""
-    text = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": UNEVEN[0]}
-    widths = {"hidden_size": 64, "intermediate_size": UNEVEN[1], "out_hidden_size": 64}
-    vision = {"depth": 1, "deepstack_visual_indexes": [0], **widths}
-    return Path(make_checkpoint(tmp_path_factory.mktemp("uneven") / "checkpoint", text, vision))
-
-
 def tensors(path: Path) -> dict[str, NDArray[Any]]:
     """The initializers of a graph, with their values."""
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
