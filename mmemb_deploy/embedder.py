@@ -86,6 +86,7 @@ class Embedder:
         *,
         backend: str = "auto",
         threads: int | None = None,
+        device: int = 0,
         reasoner: RemoteReasoner | None = None,
         digest: str | None = None,
     ) -> Embedder:
@@ -95,12 +96,13 @@ class Embedder:
         build` made, or "auto": the best of them that this bundle and this machine have. `notes` of the embedder says
         which that was and why, and what of the bundle's certificate may not hold here.
         `threads` bounds the threads of one operator on the CPU, None takes every core that the process may use.
+        `device` is the index of the GPU, counted from 0 among those that the process sees.
         `reasoner` writes the rationales in place of the bundle's own generator, which then follows them.
         `digest` is what `mmemb inspect` printed of the bundle: any other bundle is refused.
         Raises BundleError and its kin for a bundle that fails a check, BackendError where the backend cannot run.
         """
         opened = Bundle.open(NANO if bundle is None else Path(bundle), digest)
-        return cls.of_bundle(opened, backend=backend, threads=threads, reasoner=reasoner)
+        return cls.of_bundle(opened, backend=backend, threads=threads, device=device, reasoner=reasoner)
 
     @classmethod
     def of_bundle(
@@ -109,11 +111,12 @@ class Embedder:
         *,
         backend: str = "auto",
         threads: int | None = None,
+        device: int = 0,
         reasoner: RemoteReasoner | None = None,
     ) -> Embedder:
         """Load the graphs of a bundle that is open."""
         encoder = row_encoder(bundle)
-        chosen, why = choose_backend(backend, bundle, threads)
+        chosen, why = choose_backend(backend, bundle, threads, device)
         engine = chosen.load(bundle)
         slower = [(WARNING, note) for note in engine.notes]
         notes = [(INFO, f"runs on {engine.name}: {why}"), *slower, *bundle.notes()]

@@ -6,10 +6,10 @@ from importlib.util import find_spec
 from typing import Final
 
 from mmemb_deploy.backends.cuda import Gpu, probe
+from mmemb_deploy.backends.placement import check_kernels
 from mmemb_deploy.backends.protocol import Backend
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.bundle.precision import FLOATS
-from mmemb_deploy.errors import BackendError, OptionError, check_known
+from mmemb_deploy.errors import BackendError, MissingExtraError, OptionError, check_known
 
 CPU: Final = "onnxruntime"
 CUDA: Final = "onnxruntime-cuda"
@@ -17,36 +17,39 @@ TENSORRTS: Final = ("tensorrt", "tensorrt-rtx")
 BACKENDS: Final = ("auto", CPU, CUDA, *TENSORRTS)
 
 
-def choose_backend(name: str, bundle: Bundle, threads: int | None) -> tuple[Backend, str]:
+def choose_backend(name: str, bundle: Bundle, threads: int | None, device: int = 0) -> tuple[Backend, str]:
     """Return the backend of that name, or the one that "auto" takes for a bundle, and why.
 
-    "auto" takes verified TensorRT engines for the GPU at hand, else ONNX Runtime on that GPU, and the CPU where there
-    is no GPU or the bundle's graphs are the CPU's. Raises OptionError for an unknown name or threads beside a GPU,
-    BackendError where nothing here runs the bundle or where a GPU would lie idle, MissingExtraError.
+    "auto" takes verified TensorRT engines for the GPU of index `device`, else ONNX Runtime on that GPU, and the CPU
+    where there is no GPU or the bundle's graphs are the CPU's. Raises OptionError for an unknown name, threads beside a
+    GPU or the index of no GPU, BackendError where nothing here runs the bundle or where a GPU would lie idle,
+    MissingExtraError.
     """
     check_known("backend", name, BACKENDS)
-    name, why = _best(bundle) if name == "auto" else (name, "as asked")
+    name, why = _best(bundle, device) if name == "auto" else (name, "as asked")
     if name == CPU:
         from mmemb_deploy.backends.onnxruntime import OnnxRuntime
 
+        if device != 0:
+            raise OptionError(f"device is {device}: it is the index of a GPU, and {name} runs on the CPU ({why})")
         return OnnxRuntime(threads), why
     if threads is not None:
         raise OptionError(f"threads is {threads}: it bounds threads of the CPU, and {name} runs on a GPU")
     if name == CUDA:
         from mmemb_deploy.backends.onnxruntime_cuda import OnnxRuntimeCuda
 
-        return OnnxRuntimeCuda(), why
+        return OnnxRuntimeCuda(device), why
     from mmemb_deploy.backends.tensorrt.backend import TensorRT
 
-    return TensorRT(name), why
+    return TensorRT(name, device), why
 
 
-def _best(bundle: Bundle) -> tuple[str, str]:
+def _best(bundle: Bundle, device: int) -> tuple[str, str]:
     """Return the best backend's name and why; raise BackendError rather than run on less than there is."""
     if bundle.manifest.fused:
         return CPU, "its graphs are fused for the CPU"
     try:
-        gpu = probe()
+        gpu = probe(device=device)
     except BackendError as error:
         return CPU, f"no GPU here: {error}"
     missing: dict[str, str] = {}
@@ -82,12 +85,12 @@ def _find_engines(bundle: Bundle, library: str, gpu: Gpu) -> None:
 def _check_cuda(bundle: Bundle) -> None:
     """Raise BackendError unless ONNX Runtime has CUDA and kernels for the bundle's graphs."""
     if find_spec("onnxruntime") is None:
-        raise BackendError("onnxruntime is not installed: pip install 'mmemb-deploy[gpu]'")
+        raise MissingExtraError("onnxruntime", "gpu")
     import onnxruntime
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise BackendError(
-            "the installed onnxruntime is for the CPU: pip uninstall onnxruntime, then pip install 'mmemb-deploy[gpu]'"
+            "the installed onnxruntime is for the CPU: pip uninstall onnxruntime onnxruntime-gpu, then pip install "
+            "'mmemb-deploy[gpu]'"
         )
-    if quantised := [name for name in bundle.manifest.precisions if name not in FLOATS]:
-        raise BackendError(f"its CUDA kernels do not read the Q/DQ pairs of {' and '.join(quantised)}")
+    check_kernels(bundle)

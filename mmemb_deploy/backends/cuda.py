@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmemb_deploy.backends.device import Plane, RecordError, Wanted
-from mmemb_deploy.errors import BackendError, MissingExtraError
+from mmemb_deploy.errors import BackendError, MissingExtraError, OptionError
 
 DRIVER = "libcuda.so.1"
 # CUdevice_attribute of the driver's header
@@ -31,16 +31,18 @@ KEEP_ALL = 2**64 - 1  # bytes that the driver's pool keeps before it gives freed
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first GPU that this process sees: its name, and its compute capability as "sm90"."""
+    """A GPU that this process sees: its name, its compute capability as "sm90", and its index among them."""
 
     name: str
     target: str
+    index: int = 0
 
 
-def probe(load: Callable[[str], Any] = ctypes.CDLL) -> Gpu:
-    """Ask the driver for a GPU, before any library that takes the process down without one.
+def probe(load: Callable[[str], Any] = ctypes.CDLL, *, device: int = 0) -> Gpu:
+    """Ask the driver for the GPU of an index, before any library that takes the process down without one.
 
-    Raises BackendError where there is no driver, or it does not start or shows no GPU.
+    Raises BackendError where there is no driver, or it does not start or shows no GPU, and OptionError where there are
+    GPUs, but none of that index.
     """
     try:
         driver = load(DRIVER)
@@ -59,13 +61,19 @@ def probe(load: Callable[[str], Any] = ctypes.CDLL) -> Gpu:
             )
 
     ask("cuInit", 0)
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    ask("cuDeviceGet", ctypes.byref(device), 0)
+    gpus, handle, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    ask("cuDeviceGetCount", ctypes.byref(gpus))
+    if not 0 <= device < gpus.value:
+        raise OptionError(
+            f"device is {device}: this process sees {gpus.value} GPU{'' if gpus.value == 1 else 's'}, counted from 0; "
+            "CUDA_VISIBLE_DEVICES says which"
+        )
+    ask("cuDeviceGet", ctypes.byref(handle), device)
     name = ctypes.create_string_buffer(256)
-    ask("cuDeviceGetName", name, len(name), device)
-    ask("cuDeviceGetAttribute", ctypes.byref(major), COMPUTE_CAPABILITY_MAJOR, device)
-    ask("cuDeviceGetAttribute", ctypes.byref(minor), COMPUTE_CAPABILITY_MINOR, device)
-    return Gpu(name.value.decode(), f"sm{major.value}{minor.value}")
+    ask("cuDeviceGetName", name, len(name), handle)
+    ask("cuDeviceGetAttribute", ctypes.byref(major), COMPUTE_CAPABILITY_MAJOR, handle)
+    ask("cuDeviceGetAttribute", ctypes.byref(minor), COMPUTE_CAPABILITY_MINOR, handle)
+    return Gpu(name.value.decode(), f"sm{major.value}{minor.value}", device)
 
 
 class Allocation:
@@ -89,13 +97,16 @@ class Pinned:
 
 
 class Cuda:
-    """A GPU and one stream, on which everything happens in order. Call `probe` first."""
+    """A GPU, by its index, and one stream, on which everything happens in order. Call `probe` first.
 
-    def __init__(self, index: int = 0) -> None:
+    `extra` is what a user is told to install where NVIDIA's binding is missing.
+    """
+
+    def __init__(self, index: int = 0, *, extra: str = "tensorrt") -> None:
         try:
             self._runtime: Any = import_module("cuda.bindings.runtime")
         except ModuleNotFoundError as error:
-            raise MissingExtraError("cuda.bindings", "tensorrt") from error
+            raise MissingExtraError("cuda.bindings", extra) from error
         self._lock = RLock()
         self.index = index
         self.call("cudaSetDevice", index)

@@ -98,7 +98,7 @@ class OrtSession:
 class OrtGraph:
     """One graph in ONNX Runtime as a `device.DeviceEngine`.
 
-    `place` is ONNX Runtime's name of where the addresses are, `types` its name of every type.
+    `place` is ONNX Runtime's name of where the addresses are, `types` its name of every type, `options` those of a run.
     """
 
     def __init__(
@@ -107,9 +107,10 @@ class OrtGraph:
         facts: GraphFacts,
         place: tuple[str, int] = ("cpu", 0),
         types: Mapping[str, Any] = HOST_TYPES,
+        options: Any = None,
     ) -> None:
         self.facts = facts
-        self._session, self._place, self._types = session, place, types
+        self._session, self._place, self._types, self._options = session, place, types, options
 
     def takes(self, shapes: Mapping[str, Shape]) -> bool:
         """Return True: ONNX Runtime makes room for what comes."""
@@ -133,7 +134,7 @@ class OrtGraph:
 
         def run() -> None:
             try:
-                self._session.run_with_iobinding(binding)
+                self._session.run_with_iobinding(binding, self._options)
             except Exception as error:
                 raise BackendError(f"ONNX Runtime failed in {self.facts.file}: {error}") from error
 

@@ -1,18 +1,20 @@
 """`backend="auto"` takes the best that a bundle and a machine really have, says which and why, or refuses."""
 
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import typer
 
 from mmemb_deploy import BackendError, Embedder, MissingExtraError, OptionError
-from mmemb_deploy.backends import choose
+from mmemb_deploy.backends import choose, onnxruntime_cuda
 from mmemb_deploy.backends.choose import choose_backend
 from mmemb_deploy.backends.cuda import Gpu
-from mmemb_deploy.bundle import abi
+from mmemb_deploy.backends.tensorrt import backend
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.cli.main import application
 
@@ -26,7 +28,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Found:
 
     def make(*whole: str) -> None:
         def engines(_: Bundle, library: str, gpu: Gpu) -> None:
-            assert gpu == GPU
+            assert gpu.name == GPU.name
             if library not in whole:
                 raise MissingExtraError(library.replace("-", "_"), library)
 
@@ -34,7 +36,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Found:
             if choose.CUDA not in whole:
                 raise BackendError("the installed onnxruntime is for the CPU")
 
-        monkeypatch.setattr(choose, "probe", lambda: GPU)
+        monkeypatch.setattr(choose, "probe", lambda device: Gpu(GPU.name, GPU.target, device))
         monkeypatch.setattr(choose, "_find_engines", engines)
         monkeypatch.setattr(choose, "_check_cuda", cuda)
 
@@ -47,7 +49,7 @@ def portable(tiny_bundle: Path) -> Bundle:
 
 
 def best(bundle: Bundle) -> tuple[str, str]:
-    return choose._best(bundle)  # pyright: ignore[reportPrivateUsage]
+    return choose._best(bundle, 0)  # pyright: ignore[reportPrivateUsage]
 
 
 def test_verified_engines_come_first_then_onnx_runtime_on_the_gpu(machine: Found, portable: Bundle) -> None:
@@ -89,17 +91,53 @@ def test_threads_are_not_promised_to_a_gpu(machine: Found, portable: Bundle) -> 
         choose_backend("auto", portable, 2)
 
 
-def test_pairs_of_quantised_weights_have_no_kernels_in_onnx_runtime_on_a_gpu(
+def test_quantised_weights_beside_bfloat16_have_no_kernels_in_onnx_runtime_on_a_gpu(
     portable: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import onnxruntime
-
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     check: Any = choose._check_cuda  # pyright: ignore[reportPrivateUsage]
     check(portable)
-    graphs = {name: graph.model_copy(update={"precision": "int8"}) for name, graph in portable.manifest.graphs.items()}
-    with pytest.raises(BackendError, match="do not read the Q/DQ pairs of int8"):
-        check(Bundle(portable.folder, portable.manifest.model_copy(update={"graphs": graphs})))
+
+    def quantised(compute: str) -> Bundle:
+        update = {"precision": "int8", "compute": compute}
+        graphs = {name: graph.model_copy(update=update) for name, graph in portable.manifest.graphs.items()}
+        return Bundle(portable.folder, portable.manifest.model_copy(update={"graphs": graphs}))
+
+    check(quantised("float16"))
+    with pytest.raises(BackendError, match="int8 weights with bfloat16 scales"):
+        check(quantised("bfloat16"))
+
+
+def test_a_missing_or_wrong_onnx_runtime_is_answered_with_the_extra_for_gpus(
+    portable: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check: Any = choose._check_cuda  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(BackendError, match=r"uninstall onnxruntime onnxruntime-gpu, then .*mmemb-deploy\[gpu\]"):
+        check(portable)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r"'onnxruntime'.*mmemb-deploy\[gpu\]"):
+        check(portable)
+
+
+def test_every_backend_of_a_gpu_is_given_its_index(portable: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[Any, ...]] = []
+    for module, name in ((onnxruntime_cuda, "OnnxRuntimeCuda"), (backend, "TensorRT")):
+        monkeypatch.setattr(module, name, lambda *arguments: given.append(arguments))
+    for name in (choose.CUDA, *choose.TENSORRTS):
+        choose_backend(name, portable, None, 3)
+    assert given == [(3,), ("tensorrt", 3), ("tensorrt-rtx", 3)]
+
+
+def test_an_index_of_a_gpu_is_refused_on_the_cpu(portable: Bundle) -> None:
+    with pytest.raises(OptionError, match=r"device is 1: it is the index of a GPU, and onnxruntime runs on the CPU"):
+        Embedder.of_bundle(portable, backend="onnxruntime", device=1)
+
+
+@pytest.mark.no_gpu
+def test_auto_does_not_run_on_the_cpu_what_was_to_run_on_a_gpu(portable: Bundle) -> None:
+    with pytest.raises(OptionError, match=r"device is 1: .* runs on the CPU \(no GPU here: there is no NVIDIA driver"):
+        choose_backend("auto", portable, None, 1)
 
 
 @pytest.mark.no_gpu
@@ -110,20 +148,25 @@ def test_engines_are_looked_for_before_they_are_promised(portable: Bundle) -> No
 
 
 def test_a_float_type_that_a_cpu_lacks_is_refused_before_anything_is_loaded(portable: Bundle) -> None:
-    graph = portable.manifest.graphs[abi.EMBEDDER]
-    outputs = tuple(
-        each.model_copy(update={"dtype": "bfloat16"}) if each.name.startswith("present.") else each
-        for each in graph.outputs
-    )
-    graphs = portable.manifest.graphs | {abi.EMBEDDER: graph.model_copy(update={"outputs": outputs})}
+    graphs = {
+        name: graph.model_copy(update={"compute": "bfloat16"}) for name, graph in portable.manifest.graphs.items()
+    }
     half = Bundle(portable.folder, portable.manifest.model_copy(update={"graphs": graphs}))
     with pytest.raises(BackendError, match=r"computes in bfloat16, which .* --form fused"):
         Embedder.of_bundle(half, backend="onnxruntime")
 
 
-@pytest.mark.parametrize("command", ["embed", "verify", "calibrate"])
-def test_every_command_that_runs_a_bundle_takes_a_backend(command: str) -> None:
-    commands: Any = typer.main.get_command(application())
-    names = {name for option in commands.commands[command].params for name in option.opts}
-    assert {"--backend", "--threads", "--digest"} <= names
-    assert "backend" in inspect.signature(Embedder.load).parameters
+def options(group: Any) -> Iterator[tuple[str, set[str]]]:
+    """Yield the name and the options of every command."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from options(command)
+        else:
+            yield name, {option for each in command.params for option in each.opts}
+
+
+def test_every_command_that_runs_a_bundle_takes_a_backend_and_a_device() -> None:
+    taken = dict(options(typer.main.get_command(application())))
+    assert all({"--backend", "--threads", "--digest"} <= taken[name] for name in ("embed", "verify", "calibrate"))
+    assert [name for name, known in taken.items() if "--backend" in known and "--device" not in known] == []
+    assert {"backend", "device"} <= inspect.signature(Embedder.load).parameters.keys()

@@ -42,14 +42,19 @@ CERTIFICATE = Certificate(
 
 
 class Driver:
-    """A driver whose functions return statuses, and which has an H100."""
+    """A driver whose functions return statuses, and which has an H100, or more; `asked` holds the indices asked for."""
 
-    def __init__(self, **statuses: int) -> None:
-        self._statuses = statuses
+    def __init__(self, gpus: int = 1, **statuses: int) -> None:
+        self._gpus, self._statuses = gpus, statuses
+        self.asked: list[int] = []
 
     def __getattr__(self, function: str) -> Callable[..., int]:
         def call(*arguments: Any) -> int:
-            if function == "cuDeviceGetName":
+            if function == "cuDeviceGetCount":
+                ctypes.cast(arguments[0], ctypes.POINTER(ctypes.c_int))[0] = self._gpus
+            elif function == "cuDeviceGet":
+                self.asked.append(arguments[1])
+            elif function == "cuDeviceGetName":
                 arguments[0].value = b"NVIDIA H100 80GB HBM3"
             elif function == "cuDeviceGetAttribute":
                 ctypes.cast(arguments[0], ctypes.POINTER(ctypes.c_int))[0] = {75: 9, 76: 0}[arguments[1]]
@@ -60,6 +65,18 @@ class Driver:
 
 def test_a_gpu_is_named_with_its_compute_capability() -> None:
     assert probe(lambda _: Driver()) == Gpu("NVIDIA H100 80GB HBM3", "sm90")
+
+
+def test_a_gpu_is_taken_by_its_index() -> None:
+    driver = Driver(gpus=2)
+    assert probe(lambda _: driver, device=1) == Gpu("NVIDIA H100 80GB HBM3", "sm90", 1)
+    assert driver.asked == [1]
+
+
+@pytest.mark.parametrize(("device", "gpus", "seen"), [(2, 2, "2 GPUs"), (-1, 2, "2 GPUs"), (1, 1, "1 GPU")])
+def test_an_index_of_no_gpu_is_refused_with_how_many_there_are(device: int, gpus: int, seen: str) -> None:
+    with pytest.raises(OptionError, match=f"device is {device}: this process sees {seen}, counted from 0"):
+        probe(lambda _: Driver(gpus=gpus), device=device)
 
 
 def test_no_driver_is_said_before_anything_is_loaded() -> None:

@@ -20,25 +20,25 @@ from mmemb_deploy.errors import BackendError
 
 
 class TensorRT:
-    """Loads bundles on the first GPU; `library` is a key of `api.LIBRARIES`.
+    """Loads bundles on the GPU of an index; `library` is a key of `api.LIBRARIES`.
 
     `unverified` engines are for the build's own check of them.
     """
 
-    def __init__(self, library: str, *, unverified: bool = False) -> None:
-        self._library, self._unverified = library, unverified
+    def __init__(self, library: str, device: int = 0, *, unverified: bool = False) -> None:
+        self._library, self._device, self._unverified = library, device, unverified
 
     def load(self, bundle: Bundle) -> Engine:
         """Load every engine of a bundle.
 
         Raises MissingExtraError; BackendError where there is no GPU, no engine for it, or too little memory.
         """
-        gpu = probe()
+        gpu = probe(device=self._device)
         library = load_library(self._library)
         find = find_set if self._unverified else verified_set
         found, manifest = find(bundle, engines_for(library, gpu)), bundle.manifest
         check_types(manifest)
-        cuda = Cuda()
+        cuda = Cuda(gpu.index)
         arena = Arena(cuda)
         engines: dict[str, LoadedEngine] = {}
         for name, graphs in manifest.engines.items():
