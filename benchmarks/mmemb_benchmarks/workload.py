@@ -148,7 +148,7 @@ def _unjudged(inputs: Iterable[Any]) -> list[Pair]:
     return [Pair(query=content, candidates=[], relevant=[]) for content in inputs]
 
 
-def load_uncached(bundle: Path | None, backend: str, threads: int | None) -> tuple[Bundle, Engine]:
+def load_uncached(bundle: Path | None, backend: str, threads: int | None, device: int = 0) -> tuple[Bundle, Engine]:
     """Open a bundle, the embedded one for None, so that no image's features are remembered from call to call.
 
     A benchmark repeats its requests, and traffic does not.
@@ -157,7 +157,7 @@ def load_uncached(bundle: Path | None, backend: str, threads: int | None) -> tup
     manifest = opened.manifest
     batch = manifest.batch.model_copy(update={"vision_bytes": 0})
     uncached = Bundle(opened.folder, manifest.model_copy(update={"batch": batch}))
-    return uncached, choose_backend(backend, uncached, threads)[0].load(uncached)
+    return uncached, choose_backend(backend, uncached, threads, device)[0].load(uncached)
 
 
 def assemble(bundle: Bundle, engine: Engine) -> Embedder:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmemb_deploy.cli.options import Backend, Bundle, Data, Digest, Json, Threads
+from mmemb_deploy.cli.options import Backend, Bundle, Data, Device, Digest, Json, Threads
 from mmemb_deploy.errors import OptionError
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def verify(
         typer.Option(help="A float32 bundle of the same checkpoint to measure against; what BUNDLE keeps by default."),
     ] = None,
     backend: Backend = "auto",
+    device: Device = 0,
     threads: Threads = None,
     digest: Digest = None,
     as_json: Json = False,
@@ -127,7 +128,7 @@ def verify(
     if reference is not None and not measure:
         raise OptionError("--reference is what --measure measures against: pass both")
     opened = OpenBundle.open(bundle or NANO, digest)
-    embedder = Embedder.of_bundle(opened, backend=backend, threads=threads)
+    embedder = Embedder.of_bundle(opened, backend=backend, device=device, threads=threads)
     image = np.arange(64 * 48 * 3, dtype=np.uint8).reshape(64, 48, 3)
     inputs = ["a text", {"image": image, "text": "and an image"}]
     for reasoning in ("never", "always") if embedder.reasons else ("never",):
@@ -160,6 +161,7 @@ def calibrate(
     latency_ms: Annotated[float | None, typer.Option(help="Expect at most this latency per input.")] = None,
     quality: Annotated[float | None, typer.Option(help="Reach at least this hit@1, reasoning least.")] = None,
     backend: Backend = "auto",
+    device: Device = 0,
     threads: Threads = None,
     digest: Digest = None,
     as_json: Json = False,
@@ -186,7 +188,7 @@ def calibrate(
     opened = OpenBundle.open(bundle, digest)
     if opened.manifest.gate is None:
         raise OptionError(f"{bundle} is a bundle of an embedding model that does not reason: it has no gate")
-    embedder = Embedder.of_bundle(opened, backend=backend, threads=threads)
+    embedder = Embedder.of_bundle(opened, backend=backend, device=device, threads=threads)
     with Console(stderr=True).status(f"calibrating on {len(pairs)} pairs"):
         gate = measure(embedder, pairs, data, asked[0] if asked else None)
     write_manifest(bundle, opened.manifest.model_copy(update={"gate": gate}))

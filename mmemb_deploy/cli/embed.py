@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmemb_deploy.cli.options import Backend, Bundle, Digest, Former, Json, Threads, same_bundle
+from mmemb_deploy.cli.options import Backend, Bundle, Device, Digest, Former, Json, Threads, same_bundle
 from mmemb_deploy.errors import OptionError, check_known
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def embed(
     precision: Annotated[str, typer.Option(help="float32, int8 or ubinary.")] = "float32",
     errors: Annotated[str, typer.Option(help="raise: stop at a bad input; return: mark it and go on.")] = "raise",
     backend: Backend = "auto",
+    device: Device = 0,
     threads: Threads = None,
     digest: Digest = None,
     reasoner: Annotated[str | None, typer.Option(help="Address of a server that writes the rationales.")] = None,
@@ -68,7 +69,7 @@ def embed(
     remote = _reasoner(reasoner, reasoner_model, reasoner_key, reasoner_timeout, on_failure)
     inputs = read_source(source)
     embedder = Embedder.load(
-        same_bundle(bundle, former), backend=backend, threads=threads, reasoner=remote, digest=digest
+        same_bundle(bundle, former), backend=backend, device=device, threads=threads, reasoner=remote, digest=digest
     )
     print(embedder.notes[0], file=sys.stderr)
     began = time.perf_counter()

@@ -13,6 +13,7 @@ from mmemb_deploy.errors import OptionError
 Bundle = Annotated[Path | None, typer.Argument(help="Bundle folder; the embedded nano bundle by default.")]
 Former = Annotated[Path | None, typer.Option("--bundle", hidden=True)]  # where the bundle used to be an option
 Backend = Annotated[str, typer.Option(help=f"The engine that runs the bundle: {', '.join(BACKENDS)}.")]
+Device = Annotated[int, typer.Option(min=0, help="Index of the GPU, among those that the process sees.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one operator on a CPU; all cores by default.")]
 Digest = Annotated[
     str | None, typer.Option(help="What `mmemb inspect` prints of the bundle; any other bundle is refused.")

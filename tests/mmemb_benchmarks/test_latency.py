@@ -135,7 +135,7 @@ def test_a_gpu_keeps_nothing_of_its_ceiling(monkeypatch: pytest.MonkeyPatch) -> 
         def copy_(self, _: "Tensor") -> "Tensor":
             return self
 
-    cuda = SimpleNamespace(synchronize=lambda: None, empty_cache=lambda: kept.append(len(alive)))
+    cuda = SimpleNamespace(synchronize=lambda _: None, empty_cache=lambda: kept.append(len(alive)))
     torch = SimpleNamespace(randn=Tensor, empty=Tensor, bfloat16=None, uint8=None, cuda=cuda)
     monkeypatch.setitem(sys.modules, "torch", torch)
     assert gpu_ceiling().matmul_type == "bfloat16"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmemb_benchmarks.commands.shared import Out, Pairs, Queries, Seed, check_output, finish, table
-from mmemb_deploy.cli.options import Backend, Bundle, Json, Threads
+from mmemb_deploy.cli.options import Backend, Bundle, Device, Json, Threads
 from mmemb_deploy.errors import OptionError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def digitchain(
     backend: Backend = "auto",
     seed: Seed = 0,
     queries: Annotated[int, typer.Option(min=1, help="Queries of each family, and of the mixed traffic.")] = 200,
+    device: Device = 0,
     threads: Threads = None,
     output: Out = None,
     as_json: Json = False,
@@ -35,7 +36,7 @@ def digitchain(
 
     check_output(output)
     notes = Console(stderr=True)
-    embedder = assemble(*load_uncached(bundle, backend, threads))
+    embedder = assemble(*load_uncached(bundle, backend, threads, device))
     with notes.status("measuring") as status:
         result = run_digitchain(embedder, seed=seed, queries=queries, report=status.update)
     found = {"queries": queries, "seed": seed, **result}
@@ -63,6 +64,7 @@ def frontier(
     pairs: Pairs = None,
     queries: Queries = 400,
     seed: Seed = 0,
+    device: Device = 0,
     threads: Threads = None,
     output: Out = None,
     as_json: Json = False,
@@ -75,7 +77,7 @@ def frontier(
     from mmemb_benchmarks.workload import Workload, assemble, load_uncached
 
     check_output(output)
-    embedder = assemble(*load_uncached(bundle, backend, threads))
+    embedder = assemble(*load_uncached(bundle, backend, threads, device))
     drawn = Workload.of(embedder, pairs=pairs, queries=queries, seed=seed)
     Console(stderr=True).print(f"embedding {len(drawn.pairs)} queries by both routes")
     found = measure_frontier(embedder, drawn)
@@ -111,6 +113,7 @@ def demo(
     bundle: Bundle = None,
     backend: Backend = "auto",
     seed: Seed = 7,
+    device: Device = 0,
     threads: Threads = None,
     output: Annotated[Path, typer.Option("--out", help="Where the picture goes, a .png file.")] = Path("demo.png"),
     as_json: Json = False,
@@ -126,7 +129,7 @@ def demo(
         raise OptionError(f"--out is {output}: it must be a .png file in a folder that exists")
     notes = Console(stderr=True)
     with notes.status("embedding real digits"):
-        showcases, outcomes = run_demo(assemble(*load_uncached(bundle, backend, threads)), seed)
+        showcases, outcomes = run_demo(assemble(*load_uncached(bundle, backend, threads, device)), seed)
         draw(showcases, outcomes, output)
     summaries = {mode: outcome.summary() for mode, outcome in outcomes.items()}
     if as_json:

@@ -24,7 +24,7 @@ from mmemb_benchmarks.commands.shared import (
     table,
 )
 from mmemb_benchmarks.measure import FEWEST_REQUESTS, PRECISION, TARGET
-from mmemb_deploy.cli.options import Backend, Bundle, Json, Threads
+from mmemb_deploy.cli.options import Backend, Bundle, Device, Json, Threads
 
 if TYPE_CHECKING:
     from mmemb_benchmarks.measure.latency import LatencyResult
@@ -43,6 +43,7 @@ def latency(
     max_rationale_tokens: Written = None,
     rounds: Rounds = 5,
     batch_size: BatchSize = 32,
+    device: Device = 0,
     threads: Threads = None,
     energy: Annotated[
         bool | None, typer.Option("--energy/--no-energy", help="Count a GPU's joules; on where a GPU runs the bundle.")
@@ -65,12 +66,12 @@ def latency(
 
     check_output(output)
     notes = Console(stderr=True)  # no spinner: its thread would take turns with what is timed
-    opened, engine = load_uncached(bundle, backend, threads)
+    opened, engine = load_uncached(bundle, backend, threads, device)
     spent: Spent = defaultdict(float)
     embedder = assemble(opened, timed_engine(engine, spent))
     drawn = Workload.of(embedder, requests=requests, pairs=pairs, kind=kind, queries=queries, seed=seed)
     on_cpu = backend in ("auto", "onnxruntime")
-    joules = gpu_joules() if (not on_cpu if energy is None else energy) else None
+    joules = gpu_joules(device) if (not on_cpu if energy is None else energy) else None
     options = mode_options(threshold_of_rate(embedder, drawn, reasoning_rate), max_rationale_tokens)
     notes.print("measuring what the machine can do")
     precision = opened.manifest.graphs["embedder"].precision
@@ -79,7 +80,7 @@ def latency(
         spent,
         drawn,
         options,
-        ceiling=cpu_ceiling(precision, threads or cores()) if on_cpu else gpu_ceiling(),
+        ceiling=cpu_ceiling(precision, threads or cores()) if on_cpu else gpu_ceiling(device),
         work={name: decoder_work(opened, name) for name in ("embedder", "generator")},
         rounds=rounds,
         batch_size=batch_size,
@@ -110,6 +111,7 @@ def load(
     ] = 5.0,
     trials: Annotated[int, typer.Option(min=1, help="Trials of each mode, at most.")] = 12,
     batch_size: BatchSize = 32,
+    device: Device = 0,
     threads: Threads = None,
     output: Out = None,
     as_json: Json = False,
@@ -123,7 +125,7 @@ def load(
     from mmemb_benchmarks.workload import Workload, assemble, load_uncached, threshold_of_rate
 
     check_output(output)
-    embedder = assemble(*load_uncached(bundle, backend, threads))
+    embedder = assemble(*load_uncached(bundle, backend, threads, device))
     drawn = Workload.of(embedder, requests=requests, kind=kind, queries=queries, seed=seed)
     found = measure_load(
         embedder,
@@ -142,6 +144,7 @@ def load(
 def suite(
     bundle: Bundle = None,
     backend: Backend = "auto",
+    device: Device = 0,
     threads: Threads = None,
     seconds: Annotated[float, typer.Option(min=0, help="What the rounds of one benchmark should take together.")] = 1.0,
     passes: Annotated[int, typer.Option(min=1, help="Times that the suite runs, with a share of the rounds each.")] = 3,
@@ -158,7 +161,7 @@ def suite(
     from mmemb_benchmarks.workload import load_uncached
 
     check_output(output)
-    status = run_suite(Setting(*load_uncached(bundle, backend, threads), seconds, passes), output, select)
+    status = run_suite(Setting(*load_uncached(bundle, backend, threads, device), seconds, passes), output, select)
     if status:
         raise typer.Exit(status)
     shown = table(f"{passes} passes", "benchmark", "median, ms", "p95, ms", "on")
@@ -172,6 +175,7 @@ def startup(
     bundle: Bundle = None,
     backend: Backend = "auto",
     runs: Annotated[int, typer.Option(min=1, help="Fresh processes per figure.")] = 7,
+    device: Device = 0,
     threads: Threads = None,
     output: Out = None,
     as_json: Json = False,
@@ -182,7 +186,7 @@ def startup(
     from mmemb_deploy.bundle.folder import NANO
 
     check_output(output)
-    found = measure_startup(bundle or NANO, backend, threads, runs=runs)
+    found = measure_startup(bundle or NANO, backend, threads, device, runs=runs)
     finish(stamp("startup", found, None), output=output, as_json=as_json, show=_show_lines)
 
 
@@ -196,6 +200,7 @@ def runtime(
     batch: Annotated[int, typer.Option(min=1, help="Texts of a call.")] = 8,
     written: Annotated[int, typer.Option(min=1, help="Tokens of a rationale, at most.")] = 32,
     rounds: Rounds = 5,
+    device: Device = 0,
     threads: Threads = None,
     output: Out = None,
     as_json: Json = False,
@@ -214,8 +219,8 @@ def runtime(
     folder = bundle or NANO
     notes = Console(stderr=True)  # no spinner: its thread would take turns with what is timed
     notes.print("loading")
-    found = measure_loading(folder, backend, threads, checkpoint, runs=3)
-    embedder = Embedder.load(folder, backend=backend, threads=threads)
+    found = measure_loading(folder, backend, threads, checkpoint, device, runs=3)
+    embedder = Embedder.load(folder, backend=backend, device=device, threads=threads)
     found |= measure_runtime(embedder, tokens=tokens, batch=batch, written=written, rounds=rounds, report=notes.print)
     finish(stamp("runtime", found, embedder), output=output, as_json=as_json, show=_show_lines)
 

@@ -63,26 +63,26 @@ def cpu_ceiling(precision: str, threads: int) -> Ceiling:
     return _ceiling(COPIED, _cpu_copy_seconds(threads), SIDE, multiply, product)
 
 
-def gpu_ceiling() -> Ceiling:
-    """Measure the first GPU, by torch, in bfloat16. Raises MissingExtraError without torch."""
+def gpu_ceiling(device: int = 0) -> Ceiling:
+    """Measure the GPU of an index, by torch, in bfloat16. Raises MissingExtraError without torch."""
     try:
         import torch
     except ModuleNotFoundError as error:
         raise MissingExtraError("torch", "train") from error
-    side, copied = 4 * SIDE, 16 * COPIED
+    side, copied, place = 4 * SIDE, 16 * COPIED, f"cuda:{device}"
 
     def seconds(make: Callable[[], Any], run: Callable[[Any, Any], Any]) -> float:
         first, second = make(), make()
 
         def synchronised() -> None:
             run(first, second)
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(place)
 
         return _median_seconds(synchronised)
 
-    multiply = seconds(lambda: torch.randn(side, side, device="cuda", dtype=torch.bfloat16), matmul)
+    multiply = seconds(lambda: torch.randn(side, side, device=place, dtype=torch.bfloat16), matmul)
     copy = seconds(
-        lambda: torch.empty(copied, dtype=torch.uint8, device="cuda"), lambda target, source: target.copy_(source)
+        lambda: torch.empty(copied, dtype=torch.uint8, device=place), lambda target, source: target.copy_(source)
     )
     torch.cuda.empty_cache()  # or torch would keep 8 GiB beside the engine that is measured next
     return _ceiling(copied, copy, side, multiply, "bfloat16")

@@ -43,16 +43,16 @@ with torch.inference_mode():
 """
 
 
-def measure_startup(bundle: Path, backend: str, threads: int | None, *, runs: int) -> dict[str, float]:
+def measure_startup(bundle: Path, backend: str, threads: int | None, device: int = 0, *, runs: int) -> dict[str, float]:
     """Return median seconds of `import mmemb_deploy`, of the import of `Embedder`, and of `Embedder.load` after it.
 
     A first process warms the file cache. Raises BundleError without a bundle, OptionError for a backend.
     """
-    choose_backend(backend, Bundle.open(bundle), threads)
+    choose_backend(backend, Bundle.open(bundle), threads, device)
     programs = {
         "import package": ("", "import mmemb_deploy"),
         "import Embedder": ("", IMPORT),
-        "Embedder.load": (IMPORT, _load(bundle, backend, threads)),
+        "Embedder.load": (IMPORT, _load(bundle, backend, threads, device)),
     }
     _fresh(programs["Embedder.load"][1], 1, first=IMPORT)
     return {
@@ -62,14 +62,14 @@ def measure_startup(bundle: Path, backend: str, threads: int | None, *, runs: in
 
 
 def measure_loading(
-    bundle: Path, backend: str, threads: int | None, checkpoint: Path | None, *, runs: int
+    bundle: Path, backend: str, threads: int | None, checkpoint: Path | None, device: int = 0, *, runs: int
 ) -> dict[str, float]:
     """Return seconds from import to a first answer and peak bytes, in fresh processes, and the bytes of the weights.
 
     Raises BundleError without a bundle, OptionError for a backend.
     """
-    choose_backend(backend, opened := Bundle.open(bundle), threads)
-    load = f"{IMPORT}\nembedder = {_load(bundle, backend, threads)}\n"
+    choose_backend(backend, opened := Bundle.open(bundle), threads, device)
+    load = f"{IMPORT}\nembedder = {_load(bundle, backend, threads, device)}\n"
     modes = ("never",) if opened.manifest.gate is None else ("never", "always")
     programs = {
         f"bundle, {mode}": f"{load}embedder.encode(['a text'], reasoning={mode!r}, max_rationale_tokens=4)"
@@ -84,8 +84,8 @@ def measure_loading(
     return found
 
 
-def _load(bundle: Path, backend: str, threads: int | None) -> str:
-    return f"Embedder.load({str(bundle)!r}, backend={backend!r}, threads={threads})"
+def _load(bundle: Path, backend: str, threads: int | None, device: int) -> str:
+    return f"Embedder.load({str(bundle)!r}, backend={backend!r}, threads={threads}, device={device})"
 
 
 def _fresh(code: str, runs: int, *, first: str = "") -> list[tuple[float, float]]:

@@ -8,9 +8,10 @@ from typing import Any
 from mmemb_deploy.errors import BackendError, MissingExtraError
 
 
-def gpu_joules() -> Callable[[], float]:
-    """Return what tells the joules that the first GPU has used since its driver was loaded.
+def gpu_joules(device: int = 0) -> Callable[[], float]:
+    """Return what tells the joules that the GPU of an index has used since its driver was loaded.
 
+    NVML counts all GPUs of the machine: where CUDA_VISIBLE_DEVICES hides some, its index may be another GPU's.
     Raises MissingExtraError without `pynvml`, BackendError where NVML or the GPU has no counter of energy.
     """
     try:
@@ -24,7 +25,7 @@ def gpu_joules() -> Callable[[], float]:
 
     try:
         nvml.nvmlInit()
-        gpu = nvml.nvmlDeviceGetHandleByIndex(0)
+        gpu = nvml.nvmlDeviceGetHandleByIndex(device)
         joules()
     except nvml.NVMLError as error:
         raise BackendError(f"NVML does not count this GPU's energy ({error}): pass --no-energy") from error

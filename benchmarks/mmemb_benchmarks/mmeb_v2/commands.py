@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmemb_benchmarks.commands.shared import BatchSize
-from mmemb_deploy.cli.options import Backend, Bundle, Json, Threads
+from mmemb_deploy.cli.options import Backend, Bundle, Device, Json, Threads
 
 if TYPE_CHECKING:
     from mmemb_benchmarks.mmeb_v2.tasks import Task
@@ -47,6 +47,7 @@ def mmeb_v2(
     ] = None,
     hub: Annotated[bool, typer.Option("--hub", help="Download annotations that are absent. Media are not.")] = False,
     batch_size: BatchSize = 32,
+    device: Device = 0,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -67,7 +68,7 @@ def mmeb_v2(
     for mode in asked:
         check_known("mode", mode, MODES)
     chosen = _chosen(tasks, data, hub=hub)
-    embedder = Embedder.load(bundle, backend=backend, threads=threads)
+    embedder = Embedder.load(bundle, backend=backend, device=device, threads=threads)
     notes = Console(stderr=True)
     try:
         with Progress(console=notes, transient=True) as progress:
