@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mmemb_deploy.backends.cuda import Cuda, probe
-from mmemb_deploy.backends.tensorrt.api import LIBRARIES, TENSORRT, Library, Network, Watcher, load_library
-from mmemb_deploy.backends.tensorrt.backend import engines_for
+from mmemb_deploy.backends.cuda import Cuda, Gpu, probe
+from mmemb_deploy.backends.tensorrt.api import LIBRARIES, TENSORRT, TENSORRT_RTX, Library, load_library
 from mmemb_deploy.backends.tensorrt.files import (
+    AMPERE_PLUS,
     ENGINES,
     TIMINGS,
     Built,
     EngineSet,
     ProfileShapes,
+    find_set,
     graph_hash,
     read_sets,
     write_set,
 )
+from mmemb_deploy.backends.tensorrt.network import Network, Watcher
+from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle.folder import Bundle, file_hash
+from mmemb_deploy.bundle.manifest import GraphFacts
 from mmemb_deploy.errors import BackendError, OptionError, check_known
 from mmemb_deploy.files import write_whole
+from mmemb_engines.graph import SLOTS, Prepared, prepared
 from mmemb_engines.profiles import Demand, profiles
 
 Watch = Callable[[str], Watcher]  # a graph's name to what hears of its build
@@ -38,30 +43,56 @@ def check_portable(bundle: Bundle) -> None:
             )
 
 
-def device_sets(bundle: Bundle, name: str, targets: tuple[str, ...]) -> tuple[Library, list[EngineSet]]:
+def device_sets(
+    bundle: Bundle, name: str, targets: tuple[str, ...], options: BuildOptions
+) -> tuple[Library, list[EngineSet]]:
     """Load a library and return a set, still empty, for every device to build for: targets, or the GPU at hand.
 
-    Raises OptionError for targets that the library cannot build for, MissingExtraError, and BackendError where a GPU is
-    needed and there is none, or it has no room for the weights.
+    Raises OptionError for targets and options that the library does not have, MissingExtraError, and BackendError where
+    a GPU is needed and there is none, the library does not build for it, or it has no room for the weights.
     """
     check_known("library", name, LIBRARIES)
     if name == TENSORRT and targets:
         raise OptionError("targets are for the library 'tensorrt-rtx': TensorRT builds for the GPU that it runs on")
-    if not targets:
-        gpu = probe()  # before the library is loaded, and before it can fail its own way
-        library = load_library(name)
-        weights = max((bundle.folder / file).stat().st_size for file in bundle.manifest.files)
-        Cuda().check_memory(weights, f"building engines from {bundle.folder}")
-        return library, [engines_for(library, gpu)]
+    gpu = None if targets else probe()  # before the library is loaded, and before it can fail its own way
     library = load_library(name)
-    for target in targets:
-        check_known("target", target, library.targets())
-    return library, [
-        EngineSet(library=name, version=library.version, device=target, target=target, engines={}) for target in targets
-    ]
+    library.check_options(options)
+    if gpu is None:
+        for target in targets:
+            check_known("target", target, library.targets())
+        return library, [_set_of(library, target, target) for target in targets]
+    device = _device(library, gpu, options)
+    weights = max((bundle.folder / file).stat().st_size for file in bundle.manifest.files)
+    Cuda().check_memory(weights, f"building engines from {bundle.folder}")
+    return library, [_set_of(library, device, gpu.target)]
 
 
-def build_engines(bundle: Bundle, library: Library, wanted: EngineSet, demand: Demand, watch: Watch) -> EngineSet:
+def _set_of(library: Library, device: str, target: str) -> EngineSet:
+    return EngineSet(library=library.name, version=library.version, device=device, target=target, engines={})
+
+
+def _device(library: Library, gpu: Gpu, options: BuildOptions) -> str:
+    """Return what runs the engines that are built on a GPU, as `EngineSet.device` says it."""
+    if library.name == TENSORRT_RTX:
+        if gpu.target not in (known := library.targets()):
+            raise BackendError(
+                f"TensorRT for RTX {library.version} builds for {', '.join(known)}, and {gpu.name} is {gpu.target}: "
+                "use --library tensorrt"
+            )
+        return gpu.target
+    return {"exact": gpu.name, "capability": gpu.target, "ampere+": AMPERE_PLUS}[options.hardware]
+
+
+def built_here(bundle: Bundle, name: str) -> EngineSet:
+    """Return a library's engines that a bundle holds for the GPU at hand. Raises BackendError where there are none."""
+    check_known("library", name, LIBRARIES)
+    gpu = probe()
+    return find_set(bundle, _set_of(load_library(name), gpu.name, gpu.target))
+
+
+def build_engines(
+    bundle: Bundle, library: Library, wanted: EngineSet, demand: Demand, options: BuildOptions, watch: Watch
+) -> EngineSet:
     """Build every graph for the device of `wanted` into the bundle; engines whose key has not changed are kept.
 
     Raises BackendError where a graph cannot be built or written; the engines of before then stay as they were.
@@ -72,12 +103,12 @@ def build_engines(bundle: Bundle, library: Library, wanted: EngineSet, demand: D
         before = next((found for found in read_sets(bundle) if found.folder == wanted.folder), wanted)
         engines = dict(before.engines)
         current = before
-        for name, (role, *_) in bundle.manifest.engines.items():
+        for name, (graph, *_) in bundle.manifest.engines.items():
             boxes = profiles(name, bundle.manifest, demand)
-            graph = graph_hash(bundle, role)
-            if _kept(folder, engines.get(name), wanted.key(graph, boxes)):
+            key = wanted.key(graph_hash(bundle, graph), boxes, options)
+            if _kept(folder, engines.get(name), key):
                 continue
-            engines[name] = _build(bundle, library, wanted, name, role, boxes, graph, watch(name))
+            engines[name] = _build(bundle, library, wanted, name, boxes, options, watch(name))
             current = wanted.model_copy(update={"engines": engines})  # without a certificate: it was of other engines
             write_set(bundle, current)
         _drop_others(folder, current)
@@ -86,11 +117,38 @@ def build_engines(bundle: Bundle, library: Library, wanted: EngineSet, demand: D
     return current
 
 
+def parse(
+    bundle: Bundle, library: Library, engine: str, boxes: Sequence[ProfileShapes], options: BuildOptions
+) -> tuple[Network, Prepared | None]:
+    """Parse the graph of an engine (a key of `Manifest.engines`); return how it was prepared, if it was, too.
+
+    Raises BackendError.
+    """
+    graph = bundle.manifest.engines[engine][0]
+    path, facts = bundle.graph(graph), bundle.manifest.graphs[graph]
+    slots = {size for box in boxes for size in _slots(facts, box)}
+    if not slots:
+        return Network(library, path), None
+    assert len(slots) == 1, f"the profiles of {engine} differ in slots: {slots}"  # TensorRT takes but one number
+    ready = prepared(path, slots.pop(), lengths=options.attention == "lengths")
+    return Network(library, path, ready.model, lengths=ready.lengths), ready
+
+
+def _slots(graph: GraphFacts, box: ProfileShapes) -> Iterator[int]:
+    """Yield every size of the axis of slots in a profile."""
+    for tensor in graph.inputs:
+        if SLOTS in tensor.shape:
+            yield from (shape[tensor.shape.index(SLOTS)] for shape in box[tensor.name])
+
+
 def _kept(folder: Path, built: Built | None, key: str) -> bool:
     if built is None or built.key != key:
         return False
     path = folder / built.file
-    return path.is_file() and file_hash(path) == built.sha256
+    hashes = {path: built.sha256}
+    if built.model is not None:
+        hashes[path.with_suffix(".onnx")] = built.model
+    return all(file.is_file() and file_hash(file) == sha256 for file, sha256 in hashes.items())
 
 
 def _build(
@@ -98,41 +156,51 @@ def _build(
     library: Library,
     wanted: EngineSet,
     name: str,
-    role: str,
     boxes: tuple[ProfileShapes, ...],
-    graph: str,
+    options: BuildOptions,
     watcher: Watcher,
 ) -> Built:
     folder = bundle.folder / ENGINES / wanted.folder
-    timings = folder / TIMINGS
-    key = wanted.key(graph, boxes)
+    timings, role = folder / TIMINGS, bundle.manifest.engines[name][0]
+    graph = graph_hash(bundle, role)
+    key = wanted.key(graph, boxes, options)
     began = time.perf_counter()
-    plan, learned = Network(library, bundle.graph(role)).build(
+    network, ready = parse(bundle, library, name, boxes, options)
+    plan = network.build(
         boxes,
-        target=wanted.target if wanted.library != TENSORRT else None,
+        options,
+        target=wanted.target,
         timings=timings.read_bytes() if timings.is_file() else b"",
         watcher=watcher,
     )
     seconds = time.perf_counter() - began
-    file = f"{name}-{key[:16]}.engine"
-    write_whole(folder / file, plan)
-    if learned:
-        write_whole(timings, learned)
+    path = folder / f"{name}-{key[:16]}.engine"
+    write_whole(path, plan.content)
+    model = None
+    if options.strip:
+        model = bundle.graph(role).read_bytes() if ready is None else ready.model
+        write_whole(path.with_suffix(".onnx"), model)
+    if plan.timings:
+        write_whole(timings, plan.timings)
     return Built(
         key=key,
-        file=file,
-        sha256=hashlib.sha256(plan).hexdigest(),
+        file=path.name,
+        sha256=hashlib.sha256(plan.content).hexdigest(),
         graph=graph,
         precision=bundle.manifest.graphs[role].precision,
         profiles=boxes,
+        options=options,
+        decomposed=plan.decomposed,
         seconds=seconds,
-        size=plan.nbytes,
+        size=plan.content.nbytes,
+        model=None if model is None else hashlib.sha256(model).hexdigest(),
     )
 
 
 def _drop_others(folder: Path, current: EngineSet) -> None:
-    """Delete engines that the listing no longer names."""
-    named = {built.file for built in current.engines.values()}
-    for path in folder.glob("*.engine"):
-        if path.name not in named:
-            path.unlink()
+    """Delete engines that the listing no longer names, and what lies beside them."""
+    named = {built.file.removesuffix(".engine") for built in current.engines.values()}
+    for kind in ("engine", "json", "onnx", "kernels"):
+        for path in folder.glob(f"*-*.{kind}"):
+            if path.name.partition(".")[0] not in named:
+                path.unlink()

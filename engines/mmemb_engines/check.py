@@ -6,52 +6,68 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mmemb_deploy.backends.tensorrt.api import TENSORRT, Library, Network
-from mmemb_deploy.backends.tensorrt.files import EngineSet
+from mmemb_deploy.backends.tensorrt.api import Library
+from mmemb_deploy.backends.tensorrt.files import EngineSet, ProfileShapes
+from mmemb_deploy.backends.tensorrt.network import Watcher
+from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.errors import BackendError
-from mmemb_engines.build import Watch
+from mmemb_engines.build import Watch, parse
 from mmemb_engines.profiles import Demand, profiles
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What became of one graph: seconds to parse and build it, the engine's bytes, and why it failed, if it did."""
+    """What became of an engine: seconds to parse and build it, its bytes, and why it failed, if it did.
+
+    `graph` is what its graph's file is called. `decomposed` says that attention in half precision had no kernel of its own and was written out.
+    """
 
     graph: str
     precision: str
     target: str
     parsed: bool
     built: bool
+    decomposed: bool
     seconds: float
     size: int
     error: str | None
 
 
 def check_graphs(
-    bundle: Bundle, library: Library, devices: Sequence[EngineSet], demand: Demand, watch: Watch
+    bundle: Bundle, library: Library, devices: Sequence[EngineSet], demand: Demand, options: BuildOptions, watch: Watch
 ) -> Iterator[Checked]:
-    """Parse and build every graph of a bundle for every device; yield each as it is done."""
+    """Parse and build every engine of a bundle for every device; yield each as it is done."""
     for device in devices:
-        for name, (role, *_) in bundle.manifest.engines.items():
-            parsed, size, problem = False, 0, None
-            began = time.perf_counter()
-            try:
-                network = Network(library, bundle.graph(role))
-                parsed = True
-                target = None if device.library == TENSORRT else device.target
-                boxes = profiles(name, bundle.manifest, demand)
-                plan, _ = network.build(boxes, target=target, timings=b"", watcher=watch(name))
-                size = plan.nbytes
-            except BackendError as error:
-                problem = str(error)
-            yield Checked(
-                graph=name,
-                precision=bundle.manifest.graphs[role].precision,
-                target=device.target,
-                parsed=parsed,
-                built=size > 0,
-                seconds=time.perf_counter() - began,
-                size=size,
-                error=problem,
-            )
+        for name in bundle.manifest.engines:
+            yield _check(bundle, library, device, name, profiles(name, bundle.manifest, demand), options, watch(name))
+
+
+def _check(
+    bundle: Bundle,
+    library: Library,
+    device: EngineSet,
+    name: str,
+    boxes: tuple[ProfileShapes, ...],
+    options: BuildOptions,
+    watcher: Watcher,
+) -> Checked:
+    parsed, plan, problem = False, None, None
+    began = time.perf_counter()
+    try:
+        network, _ = parse(bundle, library, name, boxes, options)
+        parsed = True
+        plan = network.build(boxes, options, target=device.target, timings=b"", watcher=watcher)
+    except BackendError as error:
+        problem = str(error)
+    return Checked(
+        graph=name,
+        precision=bundle.manifest.graphs[bundle.manifest.engines[name][0]].precision,
+        target=device.target,
+        parsed=parsed,
+        built=plan is not None,
+        decomposed=plan is not None and plan.decomposed,
+        seconds=time.perf_counter() - began,
+        size=0 if plan is None else plan.content.nbytes,
+        error=problem,
+    )

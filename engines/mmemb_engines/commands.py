@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmemb_deploy.backends.tensorrt.api import LIBRARIES, TENSORRT
+from mmemb_deploy.backends.tensorrt.options import Attention, BuildOptions, Hardware, Profiling
 
 if TYPE_CHECKING:
     from mmemb_deploy.backends.tensorrt.files import EngineSet
     from mmemb_engines.check import Checked
+
+DECOMPOSED = "its attention found no kernel of its own in half precision, and was written out, which is slower"
 
 
 def register(app: typer.Typer) -> None:
@@ -38,6 +41,25 @@ def build(
         Path | None,
         typer.Option(help="A float32 bundle of the same checkpoint to verify against; what BUNDLE keeps by default."),
     ] = None,
+    workspace: Annotated[int | None, typer.Option(help="Most MiB of scratch memory of a layer.")] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(help="0 builds fastest, 5 searches longest; 3 by default. Not with tensorrt-rtx.")
+    ] = None,
+    hardware: Annotated[
+        Hardware, typer.Option(help="What runs the engines: this GPU's model, its capability, or any from Ampere on.")
+    ] = "exact",
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Let later releases of this major version load the engines.")
+    ] = False,
+    refit: Annotated[bool, typer.Option("--refit", help="Let the engines' weights be exchanged.")] = False,
+    strip: Annotated[bool, typer.Option("--strip", help="Leave the weights out; loading reads the bundle's.")] = False,
+    profiling: Annotated[Profiling, typer.Option(help="What the engines tell of their layers.")] = "detailed",
+    attention: Annotated[
+        Attention, typer.Option(help="How attention knows which slots of the cache are filled.")
+    ] = "mask",
+    engines_only: Annotated[
+        Path | None, typer.Option(help="Also write a bundle there that holds the engines, and no ONNX graphs.")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Print what parses and builds, and keep nothing; exit 1 if a graph fails.")
     ] = False,
@@ -45,12 +67,14 @@ def build(
 ) -> None:
     """Build a bundle's graphs into TensorRT engines for this machine, and verify them against the bundle's reference.
 
-    Engines lie in the bundle, by GPU and version; those whose graph, profiles and version have not changed are kept.
+    Engines lie in the bundle, by GPU and version; those whose graph, profiles, options and version have not changed are
+    kept. Of a bundle that holds engines alone, they are verified.
     """
     from mmemb_deploy.bundle.folder import Bundle
     from mmemb_deploy.evaluation.parity import reference_of
-    from mmemb_engines.build import build_engines, check_portable, device_sets
+    from mmemb_engines.build import build_engines, built_here, check_portable, device_sets
     from mmemb_engines.check import check_graphs
+    from mmemb_engines.engines_only import write_engines_only
     from mmemb_engines.profiles import demand_of_limits, demand_of_traffic, read_traffic
     from mmemb_engines.verify import verify_engines
     from mmemb_engines.watch import watching
@@ -58,22 +82,37 @@ def build(
     opened = Bundle.open(bundle)
     check_portable(opened)
     manifest = opened.manifest
-    if traffic is None:
-        demand = demand_of_limits(manifest, batch)
-    else:
-        demand = demand_of_traffic(manifest, batch, read_traffic(opened, traffic))
+    options = BuildOptions(
+        workspace=workspace,
+        optimization_level=optimization_level,
+        hardware=hardware,
+        version_compatible=version_compatible,
+        refit=refit,
+        strip=strip,
+        profiling=profiling,
+        attention=attention,
+    )
     against = None
     if not check and not targets:  # the GPU at hand can run what is built
         against = reference_of(opened, None if reference is None else Bundle.open(reference))
-    loaded, devices = device_sets(opened, library, tuple(targets.split(",")) if targets else ())
-    with watching(shown=not as_json) as watch:
-        if check:
-            rows = list(check_graphs(opened, loaded, devices, demand, watch))
-            _print_checked(rows, f"{library} {loaded.version}", as_json=as_json)
-            raise typer.Exit(0 if all(row.built for row in rows) else 1)
-        sets = [build_engines(opened, loaded, device, demand, watch) for device in devices]
+    if manifest.engines_of is not None and against is not None:
+        sets = [built_here(opened, library)]
+    else:
+        if traffic is None:
+            demand = demand_of_limits(manifest, batch)
+        else:
+            demand = demand_of_traffic(manifest, batch, read_traffic(opened, traffic))
+        loaded, devices = device_sets(opened, library, tuple(targets.split(",")) if targets else (), options)
+        with watching(shown=not as_json) as watch:
+            if check:
+                rows = list(check_graphs(opened, loaded, devices, demand, options, watch))
+                _print_checked(rows, f"{library} {loaded.version}", as_json=as_json)
+                raise typer.Exit(0 if all(row.built for row in rows) else 1)
+            sets = [build_engines(opened, loaded, device, demand, options, watch) for device in devices]
     if against is not None:
         sets = [verify_engines(opened, engines, against) for engines in sets]
+    if engines_only is not None:
+        opened = write_engines_only(opened, sets, engines_only)
     _print_built(opened.folder, sets, as_json=as_json)
 
 
@@ -94,6 +133,8 @@ def _print_checked(rows: Sequence[Checked], library: str, *, as_json: bool) -> N
     console = Console(highlight=False)
     console.print(table)
     for row in rows:
+        if row.decomposed:
+            console.print(f"{row.graph}, {row.target}: {DECOMPOSED}")
         if row.error is not None:
             console.print(f"{row.graph}, {row.target}: {row.error}", markup=False, soft_wrap=True)
 
@@ -106,9 +147,12 @@ def _print_built(folder: Path, sets: Sequence[EngineSet], *, as_json: bool) -> N
         print(f"{folder / 'engines' / engines.folder}")
         for name, built in engines.engines.items():
             print(f"  {name}: {built.precision}, {built.seconds:.1f} s, {built.size / 2**20:.2f} MiB")
+        for name in engines.decomposed:
+            print(f"  {name}: {DECOMPOSED}")
         if engines.certificate is None:
             print("  not verified: these engines were built ahead of time, for a GPU that is not here")
         else:
             parities = engines.certificate.parities.values()
             worst, flips = min(each.min_cosine for each in parities), sum(each.gate_flips for each in parities)
-            print(f"  verified: min cosine {worst:.7f}, {flips} gate flips")
+            inputs = sum(each.inputs for each in engines.certificate.modalities.values())
+            print(f"  verified on {inputs} inputs: min cosine {worst:.7f}, {flips} gate flips")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from mmemb_deploy.backends.tensorrt.api import Watcher
+from mmemb_deploy.backends.tensorrt.network import Watcher
 from mmemb_engines.build import Watch
 
 

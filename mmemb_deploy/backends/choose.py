@@ -84,6 +84,8 @@ def _find_engines(bundle: Bundle, library: str, gpu: Gpu) -> None:
 
 def _check_cuda(bundle: Bundle) -> None:
     """Raise BackendError unless ONNX Runtime has CUDA and kernels for the bundle's graphs."""
+    if bundle.manifest.engines_of is not None:
+        raise BackendError("the bundle holds TensorRT engines without their graphs")
     if find_spec("onnxruntime") is None:
         raise MissingExtraError("onnxruntime", "gpu")
     import onnxruntime

@@ -52,7 +52,8 @@ class OnnxRuntime:
                 f"{bundle.folder} computes in {manifest.compute}, which ONNX Runtime does not on a CPU: run it on an "
                 "NVIDIA GPU, or export the checkpoint again with --form fused"
             )
-        files = {file: self._open(bundle.folder / file) for file in {facts.file for facts in graphs.values()}}
+        paths = {facts.file: bundle.graph(name) for name, facts in graphs.items()}
+        files = {file: self._open(path) for file, path in paths.items()}
         decoder = SlotDecoder(
             HostDevice(),
             {

@@ -2,7 +2,8 @@
 
 bundle/manifest.json  tokenizer.json  vision.onnx  embedder.onnx  gate.onnx  generator.onnx  *.onnx.data
 
-A bundle of an embedding model that does not reason has neither gate nor generator.
+A bundle of an embedding model that does not reason has neither gate nor generator. One that was made to run on its
+TensorRT engines alone has no ONNX file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from mmemb_deploy.bundle.manifest import MANIFEST, Manifest, manifest_digest, read_manifest
 from mmemb_deploy.bundle.precision import PRECISIONS, coarsest
-from mmemb_deploy.errors import CertificateError, IntegrityError
+from mmemb_deploy.errors import BackendError, CertificateError, IntegrityError
 from mmemb_deploy.machine import cpu_features
 
 NANO = Path(__file__).parents[1] / "assets" / "nano"  # the bundle that ships with this package
@@ -28,7 +29,12 @@ class Bundle:
         self.manifest = manifest
 
     def graph(self, name: str) -> Path:
-        """Return the path of a graph's ONNX file."""
+        """Return the path of a graph's ONNX file. Raises BackendError in a bundle that holds engines alone."""
+        if self.manifest.engines_of is not None:
+            raise BackendError(
+                f"{self.folder} holds TensorRT engines without the graph {name}: it runs on them alone, and neither "
+                "ONNX Runtime nor `mmemb build` can use it; take the bundle that it was made of"
+            )
         return self.folder / self.manifest.graphs[name].file
 
     @classmethod

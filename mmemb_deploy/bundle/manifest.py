@@ -102,6 +102,7 @@ class Manifest(Part):
     files: dict[str, str]  # path inside the bundle -> sha256
     certificate: Certificate | None  # None only while export is still measuring it
     provenance: dict[str, Any]
+    engines_of: dict[str, str] | None = None  # hashes of the graphs, in a bundle that holds their engines without them
 
     @property
     def precisions(self) -> list[str]:
@@ -160,7 +161,8 @@ def read_manifest(folder: Path) -> Manifest:
     missing = [name for name in (abi.VISION, *decoder) if name not in graphs]
     if missing:
         raise SchemaError(f"{path} describes no graph {missing[0]!r}; export the bundle again")
-    unhashed = {facts.file for facts in graphs.values()} | {TOKENIZER}
+    held = graphs.values() if manifest.engines_of is None else ()
+    unhashed = {facts.file for facts in held} | {TOKENIZER}
     if unlisted := sorted(unhashed - manifest.files.keys()):
         raise SchemaError(f"{path} lists no hash of {unlisted[0]}; export the bundle again")
     return manifest

@@ -229,16 +229,19 @@ class ReferenceSet:
             if len(chosen) < KEPT and size <= capacity:
                 chosen.append(index)
                 capacity -= size
-        chosen.sort()
-        answers, reasoned_ND = self.answers, self.answers.reasoned_ND
+        return self.only(sorted(chosen))
+
+    def only(self, chosen: Sequence[int]) -> ReferenceSet:
+        """Return the inputs at some places, with their answers."""
+        answers, places, reasoned_ND = self.answers, list(chosen), self.answers.reasoned_ND
         kept = replace(
             answers,
-            direct_ND=answers.direct_ND[chosen],
-            scores_N=answers.scores_N[chosen],
-            rationales=[answers.rationales[index] for index in chosen],
-            reasoned_ND=None if reasoned_ND is None else reasoned_ND[chosen],
+            direct_ND=answers.direct_ND[places],
+            scores_N=answers.scores_N[places],
+            rationales=[answers.rationales[place] for place in places],
+            reasoned_ND=None if reasoned_ND is None else reasoned_ND[places],
         )
-        return ReferenceSet([self.probes[index] for index in chosen], kept)
+        return ReferenceSet([self.probes[place] for place in places], kept)
 
     def write(self, folder: Path) -> None:
         """Write the inputs, as they were decoded, and the answers into a bundle's folder."""

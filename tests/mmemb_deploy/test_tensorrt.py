@@ -24,6 +24,7 @@ from mmemb_deploy.backends.tensorrt.api import Library, load_library
 from mmemb_deploy.backends.tensorrt.backend import TensorRT, check_types, most_images
 from mmemb_deploy.backends.tensorrt.engine import Arena, LoadedEngine, choose_profile
 from mmemb_deploy.backends.tensorrt.files import ENGINES, Built, EngineSet, find_set, graph_hash, read_engine, write_set
+from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.certificate import Bounds, Certificate, Parity
 from mmemb_deploy.bundle.folder import Bundle
@@ -150,13 +151,15 @@ def engines(bundle: Bundle) -> EngineSet:
             key="0" * 64,
             file=f"{name}-0.engine",
             sha256=hashlib.sha256(content).hexdigest(),
-            graph=graph_hash(bundle, bundle.manifest.engines[name][0]),
+            graph=graph_hash(bundle, graphs[0]),
             precision="float32",
             profiles=({},),
+            options=BuildOptions(),
+            decomposed=False,
             seconds=1,
             size=len(content),
         )
-        for name in bundle.manifest.engines
+        for name, graphs in bundle.manifest.engines.items()
     }
     found = EngineSet(
         library="tensorrt",
@@ -204,6 +207,61 @@ def test_another_gpu_or_version_is_named_beside_what_is_there(
         find_set(bundle, engines.model_copy(update=changed))
 
 
+@pytest.mark.parametrize(
+    ("device", "gpu", "runs"),
+    [
+        ("sm90", ("NVIDIA H200", "sm90"), True),
+        ("sm90", ("NVIDIA L4", "sm89"), False),
+        ("ampere+", ("NVIDIA L4", "sm89"), True),
+        ("ampere+", ("NVIDIA B200", "sm100"), True),
+        ("ampere+", ("Tesla T4", "sm75"), False),
+    ],
+)
+def test_engines_for_more_than_one_gpu_are_found_on_all_that_run_them(
+    bundle: Bundle, engines: EngineSet, device: str, gpu: tuple[str, str], runs: bool
+) -> None:
+    shared = moved(bundle, engines, device=device)
+    wanted = engines.model_copy(update={"device": gpu[0], "target": gpu[1], "engines": {}})
+    if runs:
+        assert find_set(bundle, wanted) == shared
+    else:
+        with pytest.raises(BackendError, match=f"no engines for {gpu[0]}"):
+            find_set(bundle, wanted)
+
+
+def test_engines_for_this_very_gpu_come_first(bundle: Bundle, engines: EngineSet) -> None:
+    other = engines.model_copy(update={"device": "ampere+"})
+    (bundle.folder / ENGINES / other.folder).mkdir()
+    write_set(bundle, other)
+    assert find_set(bundle, engines) == engines
+
+
+@pytest.mark.parametrize(("version", "runs"), [("11.5.2", True), ("11.3.0", False), ("12.0.0", False)])
+def test_later_releases_of_a_major_version_run_compatible_engines(
+    bundle: Bundle, engines: EngineSet, version: str, runs: bool
+) -> None:
+    wanted = engines.model_copy(update={"version": version})
+    with pytest.raises(BackendError, match="no engines for"):
+        find_set(bundle, wanted)
+    compatible = BuildOptions(version_compatible=True)
+    lasting = {name: each.model_copy(update={"options": compatible}) for name, each in engines.engines.items()}
+    write_set(bundle, found := engines.model_copy(update={"engines": lasting}))
+    if runs:
+        assert find_set(bundle, wanted) == found
+    else:
+        with pytest.raises(BackendError, match="no engines for"):
+            find_set(bundle, wanted)
+
+
+def moved(bundle: Bundle, engines: EngineSet, device: str) -> EngineSet:
+    """Make a set that of another device."""
+    folder = bundle.folder / ENGINES
+    other = engines.model_copy(update={"device": device})
+    (folder / engines.folder).rename(folder / other.folder)
+    write_set(bundle, other)
+    return other
+
+
 def test_a_bundle_without_engines_says_how_to_build_them(bundle: Bundle) -> None:
     wanted = EngineSet(library="tensorrt", version="11.4.0", device="NVIDIA L4", target="sm89", engines={})
     with pytest.raises(BackendError, match=r"it has none; run: mmemb build .*bundle --library tensorrt"):
@@ -227,10 +285,10 @@ def test_the_hash_of_a_graph_covers_the_weight_files_it_reads_and_no_others(bund
 def test_an_engine_that_is_missing_or_changed_is_not_loaded(bundle: Bundle, engines: EngineSet) -> None:
     path = bundle.folder / ENGINES / engines.folder / engines.engines[abi.GATE].file
     path.write_bytes(b"another engine")
-    with pytest.raises(BackendError, match=r"gate-0.engine was changed: run mmemb build"):
+    with pytest.raises(BackendError, match=r"gate-0.engine was changed: run: mmemb build"):
         read_engine(bundle, engines, abi.GATE)
     path.unlink()
-    with pytest.raises(BackendError, match=r"gate-0.engine is missing: run mmemb build"):
+    with pytest.raises(BackendError, match=r"gate-0.engine is missing: run: mmemb build"):
         read_engine(bundle, engines, abi.GATE)
 
 

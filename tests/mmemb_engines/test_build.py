@@ -13,19 +13,37 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from mmemb_deploy.backends.tensorrt.api import TENSORRT, TENSORRT_RTX, Library, Network, Watcher
-from mmemb_deploy.backends.tensorrt.files import ENGINES, EngineSet, find_set, read_engine, read_sets, write_set
+from mmemb_deploy.backends.cuda import Gpu
+from mmemb_deploy.backends.tensorrt.api import TENSORRT, TENSORRT_RTX, Library
+from mmemb_deploy.backends.tensorrt.files import (
+    ENGINES,
+    EngineSet,
+    find_set,
+    read_engine,
+    read_model,
+    read_sets,
+    write_set,
+)
+from mmemb_deploy.backends.tensorrt.network import Network, Plan, Watcher
+from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.bundle.manifest import GraphFacts, TensorFacts
 from mmemb_deploy.errors import BackendError, OptionError
+from mmemb_engines import build as build_module
 from mmemb_engines.build import build_engines, check_portable, device_sets
 from mmemb_engines.check import check_graphs
 from mmemb_engines.commands import register
+from mmemb_engines.engines_only import write_engines_only
+from mmemb_engines.graph import Prepared
 from mmemb_engines.profiles import demand_of_limits, profiles
 from mmemb_engines.watch import Silent
 
-TARGETS = ("sm80", "sm86", "sm89", "sm120")  # of those with float32 matrix products: all that it knows but Turing
+TARGETS = ("sm80", "sm86", "sm120")  # beside sm89, those with float32 matrix products: all that it knows but Turing
+NAMES = ["vision", "direct", "decoder", "gate"]  # of engines
+OPTIONS = BuildOptions()
+
+Built = tuple[Bundle, EngineSet]
+Build = Callable[..., EngineSet]
 
 
 def silent(_: str) -> Watcher:
@@ -33,11 +51,14 @@ def silent(_: str) -> Watcher:
 
 
 @pytest.fixture
-def build(bundle: Bundle, rtx: Library) -> Callable[[], EngineSet]:
-    """Build the bundle for one target, in batches of 2."""
-    demand = demand_of_limits(bundle.manifest, 2)
-    (device,) = device_sets(bundle, TENSORRT_RTX, ("sm89",))[1]
-    return lambda: build_engines(bundle, rtx, device, demand, silent)
+def build(rtx: Library, quick: None) -> Build:  # noqa: ARG001 - so that it is quick
+    """Build a bundle for sm89."""
+
+    def run(bundle: Bundle, rows: int = 2, options: BuildOptions = OPTIONS, watch: Any = silent) -> EngineSet:
+        (device,) = device_sets(bundle, TENSORRT_RTX, ("sm89",), options)[1]
+        return build_engines(bundle, rtx, device, demand_of_limits(bundle.manifest, rows), options, watch)
+
+    return run
 
 
 def files(bundle: Bundle) -> dict[str, int]:
@@ -45,64 +66,80 @@ def files(bundle: Bundle) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (bundle.folder / ENGINES).rglob("*") if path.is_file()}
 
 
-def test_every_graph_parses_and_builds_for_every_target(bundle: Bundle, rtx: Library) -> None:
-    demand = demand_of_limits(bundle.manifest, 32)
-    _, devices = device_sets(bundle, TENSORRT_RTX, TARGETS)
-    rows = list(check_graphs(bundle, rtx, devices, demand, silent))
-    assert [(row.target, row.graph) for row in rows] == [(target, name) for target in TARGETS for name in abi.GRAPHS]
+def test_every_profile_of_every_graph_parses_and_builds(bundle: Bundle, rtx: Library) -> None:
+    _, devices = device_sets(bundle, TENSORRT_RTX, ("sm89",), OPTIONS)
+    rows = list(check_graphs(bundle, rtx, devices, demand_of_limits(bundle.manifest, 2), OPTIONS, silent))
+    assert [row.graph for row in rows] == NAMES
     assert [row.error for row in rows if not (row.parsed and row.built)] == []
     assert all(row.size > 0 for row in rows)
+    assert not any(row.decomposed for row in rows)  # float32 has no kernels of its own, and loses none
 
 
-def test_engines_are_listed_with_all_they_depend_on(bundle: Bundle, build: Callable[[], EngineSet]) -> None:
-    built = build()
-    assert list(read_sets(bundle)) == [built]
-    assert built.certificate is None
-    assert built.folder.startswith("tensorrt-rtx-sm89-1.")
-    assert set(built.engines) == set(abi.GRAPHS)
-    for name, engine in built.engines.items():
-        assert engine.size == len(read_engine(bundle, built, name))
-        assert engine.profiles == profiles(name, bundle.manifest, demand_of_limits(bundle.manifest, 2))
-    assert find_set(bundle, built) == built
+@pytest.mark.usefixtures("quick")
+def test_every_graph_builds_for_every_target(bundle: Bundle, rtx: Library) -> None:
+    _, devices = device_sets(bundle, TENSORRT_RTX, TARGETS, OPTIONS)
+    rows = list(check_graphs(bundle, rtx, devices, demand_of_limits(bundle.manifest, 32), OPTIONS, silent))
+    assert [(row.target, row.graph) for row in rows] == [(target, name) for target in TARGETS for name in NAMES]
+    assert [row.error for row in rows if not row.built] == []
+
+
+def test_engines_are_listed_with_all_they_depend_on(built: Built) -> None:
+    bundle, engines = built
+    assert engines.certificate is None
+    assert engines.folder.startswith("tensorrt-rtx-sm89-1.")
+    assert list(engines.engines) == NAMES
+    for name, engine in engines.engines.items():
+        assert engine.size == read_engine(bundle, engines, name).nbytes
+        assert engine.profiles == profiles(name, bundle.manifest, demand_of_limits(bundle.manifest, 2))[:1]
+        assert engine.options == OPTIONS
+    assert engines.decomposed == []
     Bundle.open(bundle.folder)  # the bundle's own files are as they were
 
 
-def test_engines_whose_key_has_not_changed_are_kept(bundle: Bundle, build: Callable[[], EngineSet]) -> None:
-    built = build()
+def test_engines_whose_key_has_not_changed_are_kept(built: Built, build: Build) -> None:
+    bundle, engines = built
     before = files(bundle)
-    assert build() == built
+    assert build(bundle) == engines
     assert files(bundle) == before
 
 
-def test_only_what_has_changed_is_built_again(bundle: Bundle, build: Callable[[], EngineSet], rtx: Library) -> None:
-    built = build()
+def test_only_what_has_changed_is_built_again(built: Built, build: Build) -> None:
+    bundle, engines = built
     before = files(bundle)
-    write_set(bundle, built.model_copy(update={"certificate": bundle.manifest.certificate}))
-    (device,) = device_sets(bundle, TENSORRT_RTX, ("sm89",))[1]
+    write_set(bundle, engines.model_copy(update={"certificate": bundle.manifest.certificate}))
+    layers = (bundle.folder / ENGINES / engines.folder / engines.engines["gate"].file).with_suffix(".json")
+    layers.write_text("{}")
     changed = bundle.manifest.files | {"gate.onnx": "0" * 64}
-    other = Bundle(bundle.folder, bundle.manifest.model_copy(update={"files": changed}))
-    again = build_engines(other, rtx, device, demand_of_limits(bundle.manifest, 2), silent)
-    assert {name for name in abi.GRAPHS if again.engines[name] != built.engines[name]} == {abi.GATE}
+    again = build(Bundle(bundle.folder, bundle.manifest.model_copy(update={"files": changed})))
+    assert {name for name in NAMES if again.engines[name] != engines.engines[name]} == {"gate"}
     assert again.certificate is None  # it was measured on another gate
     after = files(bundle)
-    assert built.engines[abi.GATE].file not in after
-    kept = {built.engines[name].file for name in (abi.VISION, abi.EMBEDDER, abi.GENERATOR)}
+    assert engines.engines["gate"].file not in after
+    assert not layers.exists()
+    kept = {engines.engines[name].file for name in NAMES if name != "gate"}
     assert all(after[name] == before[name] for name in kept)
 
 
-def test_other_profiles_are_other_engines(bundle: Bundle, build: Callable[[], EngineSet], rtx: Library) -> None:
-    built = build()
-    (device,) = device_sets(bundle, TENSORRT_RTX, ("sm89",))[1]
-    again = build_engines(bundle, rtx, device, demand_of_limits(bundle.manifest, 3), silent)
-    assert not {each.key for each in again.engines.values()} & {each.key for each in built.engines.values()}
+def test_other_profiles_and_options_are_other_engines(built: Built) -> None:
+    bundle, engines = built
+    built_gate = engines.engines["gate"]
+    other = profiles("gate", bundle.manifest, demand_of_limits(bundle.manifest, 3))
+    keys = {
+        built_gate.key,
+        engines.key(built_gate.graph, other, OPTIONS),
+        engines.key(built_gate.graph, built_gate.profiles, BuildOptions(workspace=64)),
+        engines.key(built_gate.graph, built_gate.profiles, BuildOptions(profiling="none")),
+    }
+    assert len(keys) == 4
+    assert engines.key(built_gate.graph, built_gate.profiles, OPTIONS) == built_gate.key
 
 
-def test_a_changed_engine_is_built_again(bundle: Bundle, build: Callable[[], EngineSet]) -> None:
-    built = build()
-    path = bundle.folder / ENGINES / built.folder / built.engines[abi.GATE].file
+def test_a_changed_engine_is_built_again(built: Built, build: Build) -> None:
+    bundle, engines = built
+    path = bundle.folder / ENGINES / engines.folder / engines.engines["gate"].file
     path.write_bytes(b"half an engine")
-    build()
-    read_engine(bundle, next(read_sets(bundle)), abi.GATE)
+    build(bundle)
+    read_engine(bundle, next(read_sets(bundle)), "gate")
 
 
 class Impatient(Silent):
@@ -118,20 +155,17 @@ class Impatient(Silent):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_build_keeps_what_was_finished(bundle: Bundle, rtx: Library) -> None:
+def test_an_interrupted_build_keeps_what_was_finished(bundle: Bundle, build: Build) -> None:
     """The library must not see the exception, which would end the process."""
-    (device,) = device_sets(bundle, TENSORRT_RTX, ("sm89",))[1]
-    demand = demand_of_limits(bundle.manifest, 2)
     with pytest.raises(KeyboardInterrupt):
-        build_engines(bundle, rtx, device, demand, lambda name: Impatient() if name == abi.EMBEDDER else Silent())
+        build(bundle, watch=lambda name: Impatient() if name == "direct" else Silent())
     (found,) = read_sets(bundle)
-    assert set(found.engines) == {abi.VISION}
-    read_engine(bundle, found, abi.VISION)
+    assert set(found.engines) == {"vision"}
+    read_engine(bundle, found, "vision")
     assert not [name for name in files(bundle) if name.startswith(".")]
-    before = files(bundle)[found.engines[abi.VISION].file]
-    finished = build_engines(bundle, rtx, device, demand, silent)
-    assert set(finished.engines) == set(abi.GRAPHS)
-    assert files(bundle)[found.engines[abi.VISION].file] == before
+    before = files(bundle)[found.engines["vision"].file]
+    assert list(build(bundle).engines) == NAMES
+    assert files(bundle)[found.engines["vision"].file] == before
 
 
 def test_phases_are_told_in_order_and_all_end(bundle: Bundle, rtx: Library) -> None:
@@ -146,8 +180,8 @@ def test_phases_are_told_in_order_and_all_end(bundle: Bundle, rtx: Library) -> N
         def finished(self, phase: str) -> None:
             told.append(("finished", phase))
 
-    boxes = profiles(abi.GATE, bundle.manifest, demand_of_limits(bundle.manifest, 2))
-    Network(rtx, bundle.graph(abi.GATE)).build(boxes, target="sm89", timings=b"", watcher=Notes())
+    boxes = profiles("gate", bundle.manifest, demand_of_limits(bundle.manifest, 2))
+    Network(rtx, bundle.graph(abi.GATE)).build(boxes, OPTIONS, target="sm89", timings=b"", watcher=Notes())
     assert told[0] == ("started", "Building engine")
     assert told[-1] == ("finished", "Building engine")
     assert sorted(phase for kind, phase in told if kind == "started") == sorted(
@@ -170,14 +204,14 @@ def test_a_profile_that_the_library_refuses_is_an_error(bundle: Bundle, rtx: Lib
     hidden = bundle.manifest.model.hidden_size
     backwards = {abi.STATE: ((4, hidden), (2, hidden), (1, hidden))}
     with pytest.raises(BackendError, match=r"profile .*gate.onnx"):
-        Network(rtx, bundle.graph(abi.GATE)).build([backwards], target="sm89", timings=b"", watcher=Silent())
+        Network(rtx, bundle.graph(abi.GATE)).build([backwards], OPTIONS, target="sm89", timings=b"", watcher=Silent())
 
 
 def test_targets_are_for_the_library_that_can_build_ahead_of_time(bundle: Bundle, rtx: Library) -> None:
     with pytest.raises(OptionError, match="TensorRT builds for the GPU that it runs on"):
-        device_sets(bundle, TENSORRT, ("sm89",))
+        device_sets(bundle, TENSORRT, ("sm89",), OPTIONS)
     with pytest.raises(OptionError, match=r"target 'sm90' is not known: choose from .*sm89"):
-        device_sets(bundle, TENSORRT_RTX, ("sm90",))
+        device_sets(bundle, TENSORRT_RTX, ("sm90",), OPTIONS)
     assert rtx.version.startswith("1.")
 
 
@@ -185,22 +219,97 @@ def test_targets_are_for_the_library_that_can_build_ahead_of_time(bundle: Bundle
 @pytest.mark.parametrize("library", [TENSORRT, TENSORRT_RTX])
 def test_without_a_gpu_and_targets_the_missing_driver_is_said(bundle: Bundle, library: str) -> None:
     with pytest.raises(BackendError, match="NVIDIA driver"):
-        device_sets(bundle, library, ())
+        device_sets(bundle, library, (), OPTIONS)
+
+
+@pytest.mark.usefixtures("rtx")
+def test_a_gpu_that_the_library_does_not_build_for_is_named_with_those_it_does(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "probe", lambda: Gpu("NVIDIA Jetson AGX Orin", "sm87"))
+    with pytest.raises(BackendError, match=r"builds for .*sm89.*, and NVIDIA Jetson AGX Orin is sm87: use --library"):
+        device_sets(bundle, TENSORRT_RTX, (), OPTIONS)
+
+
+def test_engines_built_ahead_are_found_on_every_gpu_of_their_capability(built: Built) -> None:
+    bundle, engines = built
+    wanted = engines.model_copy(update={"device": "NVIDIA L4", "engines": {}})
+    assert find_set(bundle, wanted) == engines
+    with pytest.raises(BackendError, match=r"no engines for NVIDIA A10 \(sm86\) .*: its engines are for sm89 with"):
+        find_set(bundle, wanted.model_copy(update={"device": "NVIDIA A10", "target": "sm86"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (BuildOptions(optimization_level=5), "optimization level is 5: TensorRT for RTX does not build so"),
+        (BuildOptions(hardware="ampere+"), r"hardware is ampere\+: TensorRT for RTX does not build so"),
+        (BuildOptions(version_compatible=True), "version compatible is True: TensorRT for RTX does not build so"),
+    ],
+)
+def test_options_that_a_library_lacks_are_refused(
+    bundle: Bundle, rtx: Library, options: BuildOptions, message: str
+) -> None:
+    assert rtx.name == TENSORRT_RTX
+    with pytest.raises(OptionError, match=message):
+        device_sets(bundle, TENSORRT_RTX, ("sm89",), options)
+
+
+def test_lengths_are_refused_by_releases_that_forget_what_is_causal(
+    bundle: Bundle, rtx: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rtx, "version", "1.6.1.120")
+    with pytest.raises(OptionError, match=r"tensorrt-rtx 1.6.1.120 does not read lengths .* as 1.7 does; pass 'mask'"):
+        device_sets(bundle, TENSORRT_RTX, ("sm89",), BuildOptions(attention="lengths"))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"workspace": 0}, {"optimization_level": 6}, {"hardware": "hopper"}, {"profiling": "all"}, {"attention": "paged"}],
+)
+def test_values_that_no_library_takes_are_refused(asked: dict[str, Any]) -> None:
+    ((name, value),) = asked.items()
+    with pytest.raises(OptionError, match=rf"{name.replace('_', ' ')} .*{value}"):
+        BuildOptions(**asked)
+
+
+def test_a_stripped_engine_keeps_the_graph_that_names_its_weights(
+    bundle: Bundle, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT for RTX fails to strip without a GPU, so that nothing is built here."""
+
+    class Stripped:
+        def build(self, *_: Any, **__: Any) -> Plan:
+            return Plan(memoryview(b"an engine"), b"", decomposed=False)
+
+    monkeypatch.setattr(Library, "check_options", lambda *_: None)
+    monkeypatch.setattr(build_module, "parse", lambda *_: (Stripped(), Prepared(b"a graph", None)))
+    engines = build(bundle, options=BuildOptions(strip=True))
+    assert read_model(bundle, engines, "decoder") == b"a graph"
+    before = files(bundle)
+    build(bundle, options=BuildOptions(strip=True))
+    assert files(bundle) == before
+    engines.path(bundle, "decoder").with_suffix(".onnx").write_bytes(b"another graph")
+    with pytest.raises(BackendError, match=r"decoder-.*onnx was changed"):
+        read_model(bundle, engines, "decoder")
+    again = build(bundle, options=BuildOptions(strip=True))
+    assert read_model(bundle, again, "decoder") == b"a graph"
+    with pytest.raises(OptionError, match="the engine of vision is stripped of its weights: leave --strip out"):
+        write_engines_only(bundle, [again], bundle.folder.parent / "alone")
 
 
 def test_a_bundle_that_is_fused_for_onnx_runtime_is_refused(bundle: Bundle) -> None:
-    lengths = TensorFacts(name=abi.LENGTHS, dtype="int64", shape=("batch",))
-    fused = GraphFacts(file="decoder.onnx", precision="float32", inputs=(lengths,), outputs=())
+    fused = bundle.manifest.graphs[abi.EMBEDDER].model_copy(update={"form": "fused"})
     graphs = bundle.manifest.graphs | {abi.EMBEDDER: fused}
     with pytest.raises(BackendError, match=r"embedder .* is fused for ONNX Runtime.*--form portable"):
         check_portable(Bundle(bundle.folder, bundle.manifest.model_copy(update={"graphs": graphs})))
     check_portable(bundle)
 
 
-def test_a_folder_that_cannot_be_written_is_an_error(bundle: Bundle, build: Callable[[], EngineSet]) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(bundle: Bundle, build: Build) -> None:
     (bundle.folder / ENGINES).write_text("a file in the folder's place")
     with pytest.raises(BackendError, match="cannot write engines into"):
-        build()
+        build(bundle)
 
 
 def command(*arguments: str) -> Any:
@@ -210,19 +319,21 @@ def command(*arguments: str) -> Any:
     return CliRunner().invoke(app, arguments)
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_command_prints_the_table_and_exits_0_where_all_build(bundle: Bundle, rtx: Library) -> None:
     result = command(
-        str(bundle.folder), "--check", "--library", "tensorrt-rtx", "--targets", "sm80,sm120", "--batch", "2", "--json"
+        str(bundle.folder), "--check", "--library", "tensorrt-rtx", "--targets", "sm80", "--batch", "2", "--json"
     )
     assert result.exit_code == 0
     table = json.loads(result.stdout.splitlines()[-1])
     assert table["library"] == f"tensorrt-rtx {rtx.version}"
     assert [(row["target"], row["graph"], row["built"]) for row in table["graphs"]] == [
-        (target, name, True) for target in ("sm80", "sm120") for name in abi.GRAPHS
+        ("sm80", name, True) for name in NAMES
     ]
     assert not (bundle.folder / ENGINES).exists()
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_command_exits_1_and_says_why_where_a_graph_fails(bundle: Bundle, rtx: Library) -> None:
     """Turing has no float32 matrix products in TensorRT for RTX."""
     assert "sm75" in rtx.targets()
@@ -232,17 +343,18 @@ def test_the_command_exits_1_and_says_why_where_a_graph_fails(bundle: Bundle, rt
     assert "FP32 GEMM is not supported" in result.stdout
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_command_builds_from_traffic_and_says_what_is_not_verified(
     bundle: Bundle, tmp_path: Path, rtx: Library
 ) -> None:
-    traffic = tmp_path / "traffic.jsonl"
+    traffic, alone = tmp_path / "traffic.jsonl", tmp_path / "alone"
     traffic.write_text('"three"\n"three plus four"\n')
-    result = command(
-        str(bundle.folder), "--library", "tensorrt-rtx", "--targets", "sm89", "--batch", "2", "--traffic", str(traffic)
-    )
+    asked = "--library", "tensorrt-rtx", "--targets", "sm89", "--batch", "2", "--traffic", str(traffic)
+    result = command(str(bundle.folder), *asked, "--engines-only", str(alone), "--workspace", "64")
     assert result.exit_code == 0
+    assert str(alone) in result.stdout
     assert "not verified: these engines were built ahead of time, for a GPU that is not here" in result.stdout
-    (built,) = read_sets(bundle)
+    (built,) = read_sets(Bundle.open(alone))
     assert built.version == rtx.version
-    (box,) = built.engines[abi.EMBEDDER].profiles
-    assert box[abi.TOKEN_IDS][2][1] < 100
+    assert {each.options for each in built.engines.values()} == {BuildOptions(workspace=64)}
+    assert built.engines["direct"].profiles[0][abi.TOKEN_IDS][2][1] < 100

@@ -1,7 +1,8 @@
 """The adapter uses only names that TensorRT 10.16 and 11.4 both have, held against lists read from their bindings.
 
 Neither library can be installed by CI. The adapter calls a variable after the class of what it holds, which is how its
-attributes are looked up here; TensorRT for RTX has names of its own, used on variables that begin with `rtx`.
+attributes are looked up here; TensorRT for RTX has names of its own, used on variables that begin with `rtx`, and what
+only newer releases have is used on variables that begin with `newer`.
 """
 
 import ast
@@ -12,10 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ADAPTER = [ROOT / "mmemb_deploy" / "backends" / "tensorrt" / name for name in ("api.py", "engine.py")]
+ADAPTER = [ROOT / "mmemb_deploy" / "backends" / "tensorrt" / name for name in ("api.py", "network.py", "engine.py")]
 TENSORRT = ("tensorrt_10.16.1", "tensorrt_11.4.0")
 RTX = "tensorrt_rtx_1.7.1"
-LIBRARIES = ("trt", "rtx")
+LIBRARIES = ("trt", "rtx", "newer")
 CLASSES = {
     "builder": "Builder",
     "network": "INetworkDefinition",
@@ -28,12 +29,23 @@ CLASSES = {
     "layer": "ILayer",
     "tensor": "ITensor",
     "attention": "IAttention",
+    "newer_attention": "IAttention",
+    "cast": "ICastLayer",
+    "inspector": "EngineInspector",
+    "refitter": "Refitter",
+    "parser_refitter": "OnnxParserRefitter",
+    "rtx_run": "IRuntimeConfig",
+    "rtx_kernels": "IRuntimeCache",
+    "rtx_context": "IExecutionContext",
     "runtime": "Runtime",
     "engine": "ICudaEngine",
     "context": "IExecutionContext",
 }
 ATTENTION = {"attention"}  # of a layer, after it was cast to IAttentionInputLayer
-OURS = {"library", "watcher", "self", "interrupted", "errors", "name", "shapes", "addresses", "arena", "facts"}
+OURS = {
+    *("library", "watcher", "self", "interrupted", "errors", "name", "shapes", "addresses"),
+    *("options", "flags", "facts", "arena"),
+}
 STANDARD = {"graph", "target", "math"}  # a path, a string and a module
 
 Use = tuple[str, str, str]  # the variable, the class or enumeration, its member
@@ -61,13 +73,13 @@ def uses(tree: ast.AST) -> Iterator[Use]:
                 pass
 
 
-def missing(tree: ast.AST, library: str, *, of_rtx: bool) -> list[str]:
-    """Return the names that a library lacks, of those used on `rtx` variables or on all others."""
+def missing(tree: ast.AST, library: str, kind_of_variable: str = "") -> list[str]:
+    """Return the names that a library lacks, of those used on variables of a kind: "rtx", "newer", or any other."""
     names = api(library)
     return [
         f"{kind}.{member}"
         for variable, kind, member in uses(tree)
-        if variable.startswith("rtx") is of_rtx
+        if next((each for each in ("rtx", "newer") if variable.startswith(each)), "") == kind_of_variable
         and not member.startswith("__")
         and not (kind.startswith("__") and not member)
         and (kind not in names or (member and member not in names[kind]))
@@ -81,11 +93,18 @@ def adapter() -> ast.AST:
 
 @pytest.mark.parametrize("library", TENSORRT)
 def test_both_versions_of_tensorrt_have_every_name(adapter: ast.AST, library: str) -> None:
-    assert missing(adapter, library, of_rtx=False) == []
+    assert missing(adapter, library) == []
+
+
+def test_what_only_newer_releases_have_is_there_in_both_libraries(adapter: ast.AST) -> None:
+    lacking = {"CausalMaskKind.", "CausalMaskKind.LOWER_RIGHT", "IAttention.causal_kind", "IAttention.key_value_lengths"}
+    assert set(missing(adapter, TENSORRT[0], "newer")) == lacking
+    assert missing(adapter, TENSORRT[1], "newer") == []
+    assert missing(adapter, RTX, "newer") == []
 
 
 def test_tensorrt_for_rtx_has_every_name_of_its_own(adapter: ast.AST) -> None:
-    assert missing(adapter, RTX, of_rtx=True) == []
+    assert missing(adapter, RTX, "rtx") == []
 
 
 def test_the_names_are_found_at_all(adapter: ast.AST) -> None:
@@ -110,9 +129,9 @@ def test_the_names_are_found_at_all(adapter: ast.AST) -> None:
 )
 def test_a_name_that_one_version_lacks_is_caught(name: str, lacking: str) -> None:
     tree = ast.parse(name)
-    assert missing(tree, lacking, of_rtx=False)
+    assert missing(tree, lacking)
     (other,) = set(TENSORRT) - {lacking}
-    assert missing(tree, other, of_rtx=False) == []
+    assert missing(tree, other) == []
 
 
 def test_nothing_of_a_library_hides_behind_another_variable(adapter: ast.AST) -> None:

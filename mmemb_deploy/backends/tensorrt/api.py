@@ -1,44 +1,32 @@
-"""NVIDIA's TensorRT libraries, loaded, and a graph parsed and built by them; `engine` runs what was built.
+"""NVIDIA's TensorRT libraries, loaded, and what running an engine needs that they differ in.
 
-No other module but `engine` touches a name of theirs, which TensorRT 10.16 and 11 and TensorRT for RTX share. A
-variable is called after the class of what it holds (`config` is an IBuilderConfig, `context` an IExecutionContext), so
-that a test can hold every member against the libraries' own lists. What a library's object refers to is kept beside it:
-the library does not keep it alive.
+No module but this one, `network`, which builds, and `engine`, which runs, touches a name of theirs, which TensorRT
+10.16 and 11 and TensorRT for RTX share. A variable is called after the class of what it holds (`config` is an
+IBuilderConfig, `context` an IExecutionContext), so that a test can hold every member against the libraries' own lists;
+what TensorRT for RTX alone has is used on variables that begin with `rtx`, what only newer releases have on those that
+begin with `newer`. What a library's object refers to is kept beside it: the library does not keep it alive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from mmemb_deploy.backends.device import Shape
-from mmemb_deploy.errors import BackendError, MissingExtraError, check_known
+from mmemb_deploy.backends.tensorrt.options import BuildOptions
+from mmemb_deploy.errors import BackendError, MissingExtraError, OptionError, check_known
+from mmemb_deploy.files import write_whole
 
 TENSORRT: Final = "tensorrt"
 TENSORRT_RTX: Final = "tensorrt-rtx"
 LIBRARIES: Final = {TENSORRT: ("tensorrt", "tensorrt"), TENSORRT_RTX: ("tensorrt_rtx", "rtx")}  # module and extra
 OLDEST: Final = (10, 16)  # of TensorRT: the first that reads opset 23's Attention, and the last for Jetson
-
-Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input -> min, opt and max shape
-
-
-class Watcher(Protocol):
-    """Hears of a build's phases, which nest."""
-
-    def started(self, phase: str, parent: str | None, steps: int) -> None:
-        """Hear that a phase of so many steps begins."""
-        ...
-
-    def stepped(self, phase: str, step: int) -> None:
-        """Hear that a step, counted from 0, is done."""
-        ...
-
-    def finished(self, phase: str) -> None:
-        """Hear that a phase ends."""
-        ...
+# The first releases whose attention heeds lengths and causality at once; TensorRT for RTX 1.5 and 1.6 build one and the
+# same engine of every causal kind where lengths are given. Of TensorRT itself it is not known.
+LENGTHS_SINCE: Final = {TENSORRT: (11, 4), TENSORRT_RTX: (1, 7)}
+# TensorRT for RTX takes no notice of the first, says that it lacks the next two, and fails at the others without a GPU.
+NOT_OF_RTX: Final = ("optimization_level", "hardware", "version_compatible", "refit", "strip")
 
 
 class Library:
@@ -55,16 +43,35 @@ class Library:
             raise BackendError(f"the package {module} cannot be loaded: {error}; install it again") from error
         self.name = name
         self.version: str = self.trt.__version__
-        if name == TENSORRT and tuple(map(int, self.version.split(".")[:2])) < OLDEST:
+        if name == TENSORRT and self._release < OLDEST:
             oldest = ".".join(map(str, OLDEST))
             raise BackendError(f"TensorRT {self.version} is too old: pip install 'tensorrt>={oldest}'")
         self.errors: list[str] = []
         self.log = _listener(self.trt, self.errors)
 
+    @property
+    def _release(self) -> tuple[int, ...]:
+        return tuple(map(int, self.version.split(".")[:2]))
+
     def targets(self) -> list[str]:
-        """Return the compute capabilities that TensorRT for RTX builds for ahead of time, as "sm89"."""
+        """Return the compute capabilities that TensorRT for RTX builds for, as "sm89"."""
         rtx = self.trt
         return [name.lower() for name in rtx.ComputeCapability.__members__ if name.startswith("SM")]
+
+    def check_options(self, options: BuildOptions) -> None:
+        """Raise OptionError for a build option that this library or release lacks."""
+        if self.name == TENSORRT_RTX:
+            for name in NOT_OF_RTX:
+                if (value := getattr(options, name)) != getattr(BuildOptions(), name):
+                    raise OptionError(
+                        f"{name.replace('_', ' ')} is {value}: TensorRT for RTX does not build so; leave it out"
+                    )
+        since = LENGTHS_SINCE[self.name]
+        if options.attention == "lengths" and self._release < since:
+            raise OptionError(
+                f"attention is 'lengths': {self.name} {self.version} does not read lengths together with a causal "
+                f"mask, as {'.'.join(map(str, since))} does; pass 'mask'"
+            )
 
     def failure(self, what: str) -> BackendError:
         """Return an error that ends in what the library said last."""
@@ -89,102 +96,76 @@ def _listener(trt: Any, errors: list[str]) -> Any:
     return type("Listener", (trt.ILogger,), {"log": log})()
 
 
-class Network:
-    """A parsed graph, ready to be built. Raises BackendError, naming the operator, if the parser refuses the graph."""
+def load_engine(library: Library, name: str, plan: Any, *, host_code: bool = False) -> tuple[Any, Any]:
+    """Return an engine in device memory, and the runtime that must live as long. `plan` is any buffer.
 
-    def __init__(self, library: Library, graph: Path) -> None:
-        trt = library.trt
-        self._library, self._graph = library, graph
-        library.errors.clear()
-        try:
-            builder = trt.Builder(library.log)
-        except (RuntimeError, TypeError) as error:
-            raise library.failure("has no builder here") from error
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, library.log)
-        self._builder, self._network, self._parser = builder, network, parser
-        if not parser.parse_from_file(str(graph)):
-            found = [parser.get_error(index) for index in range(parser.num_errors)]
-            reasons = [f"{problem.node_operator() or 'the graph'}: {problem.desc()}" for problem in found]
-            raise BackendError(f"{library.name} {library.version} cannot parse {graph.name}: {'; '.join(reasons)}")
-        self._let_attention_decompose()
-
-    def _let_attention_decompose(self) -> None:
-        """Attention has kernels of its own in half precision only; in float32 the builder must write it out."""
-        trt, network = self._library.trt, self._network
-        for index in range(network.num_layers):
-            layer = network.get_layer(index)
-            if layer.type != trt.LayerType.ATTENTION_INPUT:
-                continue
-            tensor = layer.get_input(0)
-            if tensor.dtype == trt.DataType.FLOAT:
-                layer.__class__ = trt.IAttentionInputLayer
-                attention = layer.attention
-                attention.decomposable = True
-
-    def build(
-        self, profiles: Sequence[Profile], *, target: str | None, timings: bytes, watcher: Watcher
-    ) -> tuple[memoryview, bytes]:
-        """Build an engine; return it with what was learned about its kernels' speed, to be passed as `timings` again.
-
-        `target` is for TensorRT for RTX alone, one of `Library.targets`; None is the GPU at hand. Raises BackendError.
-        """
-        library, builder, network = self._library, self._builder, self._network
-        trt = library.trt
-        library.errors.clear()
-        config = builder.create_builder_config()
-        config.clear_flag(trt.BuilderFlag.TF32)  # float32 in the graph means float32
-        for shapes in profiles:
-            profile = builder.create_optimization_profile()
-            for name, (smallest, usual, largest) in shapes.items():
-                profile.set_shape(name, smallest, usual, largest)
-            if config.add_optimization_profile(profile) < 0:
-                raise library.failure(f"refuses the profile {dict(shapes)} of {self._graph.name}")
-        if library.name == TENSORRT_RTX:  # it has no timing cache
-            _aim(trt, config, target)
-            timing = None
-        else:
-            timing = self._timing_cache(config, timings)
-        monitor, interrupted = _monitor(trt, watcher)
-        config.progress_monitor = monitor
-        plan = builder.build_serialized_network(network, config)
-        if interrupted:
-            raise KeyboardInterrupt
-        if plan is None:
-            raise library.failure(f"cannot build {self._graph.name}")
-        return memoryview(plan), b"" if timing is None else bytes(timing.serialize())
-
-    def _timing_cache(self, config: Any, timings: bytes) -> Any:
-        """Attach a timing cache: the given one, or an empty one if it comes from another device or version."""
-        for content in (timings, b""):
-            timing = config.create_timing_cache(content)
-            if timing is not None and config.set_timing_cache(timing, False):
-                return timing
-        raise self._library.failure("refuses an empty timing cache")
+    `host_code` is for version-compatible engines, which bring code for the CPU with them. Raises BackendError. Call it
+    only where a driver works: the library takes the process down otherwise.
+    """
+    trt = library.trt
+    library.errors.clear()
+    runtime = trt.Runtime(library.log)
+    if host_code:
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise library.failure(f"cannot load the engine {name}")
+    return engine, runtime
 
 
-def _aim(rtx: Any, rtx_config: Any, target: str | None) -> None:
-    name = "CURRENT" if target is None else target.upper()
-    rtx_config.num_compute_capabilities = 1
-    rtx_config.set_compute_capability(getattr(rtx.ComputeCapability, name), 0)
+def refit_engine(library: Library, engine: Any, name: str, model: bytes, graph: Path) -> None:
+    """Give a stripped engine its weights, which `model`, the graph that it was built from, names beside `graph`.
+
+    Raises BackendError where some are missing.
+    """
+    trt = library.trt
+    library.errors.clear()
+    refitter = trt.Refitter(engine, library.log)
+    parser_refitter = trt.OnnxParserRefitter(refitter, library.log)
+    if not parser_refitter.refit_from_bytes(model, str(graph)) or not refitter.refit_cuda_engine():
+        raise library.failure(f"cannot fill the stripped engine {name} with the weights of {graph}")
 
 
-def _monitor(trt: Any, watcher: Watcher) -> tuple[Any, list[bool]]:
-    """Return a progress monitor, and a list that fills when the user interrupts it: the library must not see that."""
-    interrupted: list[bool] = []
+def describe_layers(library: Library, engine: Any) -> str:
+    """Return what the inspector tells of an engine's layers, in JSON: as much as it was built to tell."""
+    trt = library.trt
+    inspector = engine.create_engine_inspector()
+    text: str = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    return text
 
-    def step_complete(_: Any, phase: str, step: int) -> bool:
-        try:
-            watcher.stepped(phase, step)
-        except KeyboardInterrupt:
-            interrupted.append(True)
-        return not interrupted
 
-    def phase_start(_: Any, phase: str, parent: str | None, steps: int) -> None:
-        watcher.started(phase, parent, steps)
+def runtime_config(library: Library, engine: Any, kernels: bytes, *, eager: bool) -> Any:
+    """Return what TensorRT for RTX makes a context from: activations in the caller's memory, and a cache of kernels.
 
-    def phase_finish(_: Any, phase: str) -> None:
-        watcher.finished(phase)
+    `kernels` is what `save_runtime_cache` wrote, or nothing; where another GPU, driver or release left it, it is not
+    used. With `eager` the kernels of new shapes are compiled before they run, as a run that is to be recorded needs;
+    without, a slower kernel serves until they are. One config makes all contexts of its kind, and lives as long.
+    """
+    rtx = library.trt
+    rtx_run = engine.create_runtime_config()
+    rtx_run.set_execution_context_allocation_strategy(rtx.ExecutionContextAllocationStrategy.USER_MANAGED)
+    rtx_run.dynamic_shapes_kernel_specialization_strategy = (
+        rtx.DynamicShapesKernelSpecializationStrategy.EAGER
+        if eager
+        else rtx.DynamicShapesKernelSpecializationStrategy.LAZY
+    )
+    rtx_kernels = rtx_run.create_runtime_cache()
+    if kernels:
+        rtx_kernels.deserialize(kernels)
+    if not rtx_run.set_runtime_cache(rtx_kernels):
+        raise library.failure("refuses a cache of kernels")
+    return rtx_run
 
-    methods = {"phase_start": phase_start, "step_complete": step_complete, "phase_finish": phase_finish}
-    return type("Monitor", (trt.IProgressMonitor,), methods)(), interrupted
+
+def save_runtime_cache(rtx_run: Any, path: Path) -> None:
+    """Write the kernels that were compiled through a `runtime_config`, for the next process."""
+    rtx_kernels = rtx_run.get_runtime_cache()
+    write_whole(path, bytes(rtx_kernels.serialize()))
+
+
+def can_record(library: Library, context: Any, stream: int) -> bool:
+    """Return whether a context's run can be recorded as a CUDA graph now; TensorRT itself cannot be asked."""
+    if library.name != TENSORRT_RTX:
+        return True
+    rtx_context = context
+    return bool(rtx_context.is_stream_capturable(stream))

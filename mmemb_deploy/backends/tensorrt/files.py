@@ -1,36 +1,46 @@
 """What `mmemb build` leaves in a bundle, and the checks that a runtime makes before it loads it.
 
-bundle/engines/<library>-<device>-<version>/engines.json  <graph>-<key>.engine  timings
+bundle/engines/<library>-<device>-<version>/engines.json  <graph>-<key>.engine  <graph>-<key>.json  timings
 
 An engine's key is made of all that it depends on. A file is written whole and under its key, and `engines.json` last,
-so that an interrupted build leaves the engines of before, and whatever it had finished for the next one.
+so that an interrupted build leaves the engines of before, and whatever it had finished for the next one. Beside an
+engine may lie what the inspector told of its layers (.json), the graph that a stripped one is filled from (.onnx), and
+kernels that TensorRT for RTX compiled for a GPU (.<gpu>.kernels).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from pydantic import ValidationError
 
 from mmemb_deploy.backends.device import Shape
+from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle.certificate import Certificate, Part
-from mmemb_deploy.bundle.folder import Bundle, file_hash
+from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.files import write_whole
 
 ENGINES = "engines"
 LISTING = "engines.json"
 TIMINGS = "timings"
-RECIPE = 2  # counts up when the same graph, library and profiles would give another engine
+RECIPE = 3  # counts up when the same graph, library, options and profiles would give another engine
+AMPERE_PLUS = "ampere+"  # a device: every GPU of compute capability 8.0 and above
 
 ProfileShapes = dict[str, tuple[Shape, Shape, Shape]]  # input -> min, opt and max shape
 
 
 class Built(Part):
-    """One engine: its file and that file's sha256, the graph's hash, and the profiles that it was built for."""
+    """One engine: its file and that file's sha256, the graph's hash, and what it was built for.
+
+    `decomposed` says that attention in half precision had no kernel of its own and was written out, which is slower.
+    `model` is the sha256 of the graph beside a stripped engine, which names its weights.
+    """
 
     key: str
     file: str
@@ -38,40 +48,68 @@ class Built(Part):
     graph: str
     precision: str
     profiles: tuple[ProfileShapes, ...]
+    options: BuildOptions
+    decomposed: bool
     seconds: float
     size: int
+    model: str | None = None
 
 
 class EngineSet(Part):
-    """The engines that one library built for one device. `certificate` is None until they were run and compared."""
+    """The engines that one library built for one device. `certificate` is None until they were run and compared.
+
+    `device` is what runs them: a GPU's name, all of a compute capability ("sm89"), or AMPERE_PLUS. TensorRT for RTX
+    always builds for a capability.
+    """
 
     library: str
     version: str
     device: str
-    target: str  # compute capability, as "sm90"
+    target: str  # compute capability that they were built for, as "sm90"
     engines: dict[str, Built]
     certificate: Certificate | None = None
 
     @property
     def folder(self) -> str:
         """Name of its folder inside `bundle/engines`."""
-        device = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
-        return f"{self.library}-{device}-{self.version}"
+        return f"{self.library}-{_slug(self.device)}-{self.version}"
 
-    def key(self, graph: str, profiles: tuple[ProfileShapes, ...]) -> str:
-        """Return the key of an engine of this set, of a graph's hash and the profiles to build it for."""
-        depends = [RECIPE, self.library, self.version, self.device, self.target, graph, profiles]
+    @property
+    def decomposed(self) -> list[str]:
+        """Return the graphs whose attention was written out, in half precision."""
+        return [name for name, built in self.engines.items() if built.decomposed]
+
+    def key(self, graph: str, profiles: tuple[ProfileShapes, ...], options: BuildOptions) -> str:
+        """Return the key of an engine of this set, of a graph's hash and of what to build it for."""
+        asked = sorted(vars(options).items())
+        depends = [RECIPE, self.library, self.version, self.device, self.target, graph, profiles, asked]
         return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+
+    def path(self, bundle: Bundle, name: str) -> Path:
+        """Return where the engine of a graph lies."""
+        return bundle.folder / ENGINES / self.folder / self.engines[name].file
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9+]+", "-", text.lower()).strip("-")
 
 
 def graph_hash(bundle: Bundle, name: str) -> str:
     """Return a hash of a graph and of the weight files that it names."""
+    known = bundle.manifest.engines_of
+    if known is not None:
+        return known[name]
     hashes = bundle.manifest.files
+    depends = [hashes[file] for file in graph_files(bundle, name)]
+    return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+
+
+def graph_files(bundle: Bundle, name: str) -> list[str]:
+    """Return a graph's file and the weight files that it names, of those in the manifest."""
     path = bundle.graph(name)
     content = path.read_bytes()
-    weights = sorted(file for file in hashes if file.encode() in content and file != path.name)
-    depends = [hashes[path.name], *(hashes[file] for file in weights)]
-    return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+    weights = sorted(file for file in bundle.manifest.files if file.encode() in content and file != path.name)
+    return [path.name, *weights]
 
 
 def read_sets(bundle: Bundle) -> Iterator[EngineSet]:
@@ -86,23 +124,39 @@ def read_sets(bundle: Bundle) -> Iterator[EngineSet]:
 
 
 def find_set(bundle: Bundle, wanted: EngineSet) -> EngineSet:
-    """Return the engines that were built by `wanted`'s library and version for its device.
+    """Return engines that `wanted`'s library and version run on its device, which is a GPU's name.
 
-    Raises BackendError, naming what is there and what is wanted, where there are none, or none for a graph as it is.
+    Those built for this very GPU and version come first. Raises BackendError, naming what is there and what is wanted,
+    where there are none, or none for a graph as it is.
     """
-    build = f"run: mmemb build {bundle.folder} --library {wanted.library}"
-    others = []
-    for found in read_sets(bundle):
-        if (found.library, found.version, found.device, found.target) == (
-            wanted.library,
-            wanted.version,
-            wanted.device,
-            wanted.target,
-        ):
-            return _current(bundle, found, build)
-        others.append(_describe(found))
-    there = f"its engines are for {', and for '.join(others)}" if others else "it has none"
-    raise BackendError(f"{bundle.folder} has no engines for {_describe(wanted)}: {there}; {build}")
+    build = _remedy(bundle, wanted.library)
+    there = list(read_sets(bundle))
+    fitting = [found for found in there if _runs(found, wanted)]
+    if fitting:
+        exact = [wanted.device, wanted.target, AMPERE_PLUS]
+        best = min(fitting, key=lambda found: (exact.index(found.device), found.version != wanted.version))
+        return _current(bundle, best, build)
+    others = ", and for ".join(map(_describe, there))
+    what = f"its engines are for {others}" if others else "it has none"
+    raise BackendError(f"{bundle.folder} has no engines for {_describe(wanted)}: {what}; {build}")
+
+
+def _runs(found: EngineSet, wanted: EngineSet) -> bool:
+    """Return whether the library and version of `wanted` can run engines on its GPU."""
+    if found.library != wanted.library:
+        return False
+    if found.version != wanted.version:
+        ours, theirs = _release(wanted.version), _release(found.version)
+        lasting = all(built.options.version_compatible for built in found.engines.values())
+        if not lasting or ours[0] != theirs[0] or ours < theirs:
+            return False
+    if found.device == AMPERE_PLUS:
+        return int(wanted.target.removeprefix("sm")) >= 80
+    return found.device in (wanted.device, wanted.target)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())
 
 
 def verified_set(bundle: Bundle, wanted: EngineSet) -> EngineSet:
@@ -121,8 +175,15 @@ def write_set(bundle: Bundle, engines: EngineSet) -> None:
     write_whole(bundle.folder / ENGINES / engines.folder / LISTING, engines.model_dump_json(indent=1) + "\n")
 
 
+def _remedy(bundle: Bundle, library: str) -> str:
+    if bundle.manifest.engines_of is None:
+        return f"run: mmemb build {bundle.folder} --library {library}"
+    return "build and copy engines again from the bundle that this one was made of, which has the graphs"
+
+
 def _describe(engines: EngineSet) -> str:
-    return f"{engines.device} ({engines.target}) with {engines.library} {engines.version}"
+    kind = "" if engines.device in (engines.target, AMPERE_PLUS) else f" ({engines.target})"
+    return f"{engines.device}{kind} with {engines.library} {engines.version}"
 
 
 def _current(bundle: Bundle, found: EngineSet, build: str) -> EngineSet:
@@ -134,11 +195,32 @@ def _current(bundle: Bundle, found: EngineSet, build: str) -> EngineSet:
     return found
 
 
-def read_engine(bundle: Bundle, engines: EngineSet, name: str) -> bytes:
-    """Read an engine. Raises BackendError where its file is missing or was changed."""
-    built = engines.engines[name]
-    path = bundle.folder / ENGINES / engines.folder / built.file
-    if not path.is_file() or file_hash(path) != built.sha256:
-        state = "was changed" if path.is_file() else "is missing"
-        raise BackendError(f"{path} {state}: run mmemb build {bundle.folder} --library {engines.library}")
-    return path.read_bytes()
+def read_engine(bundle: Bundle, engines: EngineSet, name: str) -> memoryview:
+    """Map an engine's file into memory, after one pass over it. Raises BackendError where it is missing or was changed.
+
+    The file must not be overwritten while the view is used; a build writes another one in its place.
+    """
+    return _mapped(engines.path(bundle, name), engines.engines[name].sha256, bundle, engines)
+
+
+def read_model(bundle: Bundle, engines: EngineSet, name: str) -> bytes | None:
+    """Return the graph that a stripped engine is filled from, else None. Raises BackendError as `read_engine` does."""
+    path, expected = engines.path(bundle, name).with_suffix(".onnx"), engines.engines[name].model
+    return None if expected is None else bytes(_mapped(path, expected, bundle, engines))
+
+
+def _mapped(path: Path, expected: str, bundle: Bundle, engines: EngineSet) -> memoryview:
+    """Return a file's content where its sha256 is the expected one."""
+    remedy = _remedy(bundle, engines.library)
+    if not path.is_file():
+        raise BackendError(f"{path} is missing: {remedy}")
+    with path.open("rb") as file:
+        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b"")
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise BackendError(f"{path} was changed: {remedy}")
+    return content
+
+
+def kernels_path(bundle: Bundle, engines: EngineSet, name: str, gpu: str) -> Path:
+    """Return where the kernels lie that TensorRT for RTX compiled of an engine on a GPU; the file may be missing."""
+    return engines.path(bundle, name).with_suffix(f".{_slug(gpu)}.kernels")
