@@ -20,7 +20,8 @@ from mmemb_engines.profiles import Demand, profiles
 class Checked:
     """What became of an engine: seconds to parse and build it, its bytes, and why it failed, if it did.
 
-    `graph` is what its graph's file is called. `decomposed` says that attention in half precision had no kernel of its own and was written out.
+    `graph` is what its graph's file is called. `decomposed` says that attention in half precision had no kernel of its
+    own and was written out.
     """
 
     graph: str

@@ -110,6 +110,7 @@ class Cuda:
         self._lock = RLock()
         self.index = index
         self.call("cudaSetDevice", index)
+        self.recording = False  # what is started now is recorded, and does not run
         self.stream = int(self.call("cudaStreamCreate"))
         pool = self.call("cudaDeviceGetDefaultMemPool", index)
         threshold = self._runtime.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
@@ -199,10 +200,13 @@ class Cuda:
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.call("cudaStreamBeginCapture", self.stream, mode)
         failure: BackendError | None = None
+        self.recording = True
         try:
             start()
         except BackendError as error:
             failure = error
+        finally:
+            self.recording = False
         try:
             recorded = self.call("cudaStreamEndCapture", self.stream)
             if failure is None:

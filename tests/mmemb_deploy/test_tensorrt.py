@@ -21,9 +21,18 @@ from mmemb_deploy import Embedder
 from mmemb_deploy.backends.cuda import DRIVER, Cuda, Gpu, probe
 from mmemb_deploy.backends.device import Wanted
 from mmemb_deploy.backends.tensorrt.api import Library, load_library
-from mmemb_deploy.backends.tensorrt.backend import TensorRT, check_types, most_images
-from mmemb_deploy.backends.tensorrt.engine import Arena, LoadedEngine, choose_profile
-from mmemb_deploy.backends.tensorrt.files import ENGINES, Built, EngineSet, find_set, graph_hash, read_engine, write_set
+from mmemb_deploy.backends.tensorrt.backend import TensorRT, check_types
+from mmemb_deploy.backends.tensorrt.engine import Arena, LoadedEngine, Stored, choose_profile
+from mmemb_deploy.backends.tensorrt.files import (
+    ENGINES,
+    Built,
+    EngineSet,
+    ProfileShapes,
+    find_set,
+    graph_hash,
+    read_engine,
+    write_set,
+)
 from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.certificate import Bounds, Certificate, Parity
@@ -142,23 +151,30 @@ def bundle(tmp_path: Path, tiny_bundle: Path) -> Bundle:
     return Bundle.open(Path(shutil.copytree(tiny_bundle, tmp_path / "bundle")))
 
 
+def built_for(
+    content: bytes, file: str = "decoder-0.engine", graph: str = "", profiles: tuple[ProfileShapes, ...] = ({},)
+) -> Built:
+    """Return what is listed of an engine of some bytes."""
+    return Built(
+        key="0" * 64,
+        file=file,
+        sha256=hashlib.sha256(content).hexdigest(),
+        graph=graph,
+        precision="float32",
+        profiles=profiles,
+        options=BuildOptions(),
+        decomposed=False,
+        seconds=1,
+        size=len(content),
+    )
+
+
 @pytest.fixture
 def engines(bundle: Bundle) -> EngineSet:
     """Engines that nobody could run, for an H100 and TensorRT 11.4."""
     content = b"an engine"
     built = {
-        name: Built(
-            key="0" * 64,
-            file=f"{name}-0.engine",
-            sha256=hashlib.sha256(content).hexdigest(),
-            graph=graph_hash(bundle, graphs[0]),
-            precision="float32",
-            profiles=({},),
-            options=BuildOptions(),
-            decomposed=False,
-            seconds=1,
-            size=len(content),
-        )
+        name: built_for(content, f"{name}-0.engine", graph_hash(bundle, graphs[0]))
         for name, graphs in bundle.manifest.engines.items()
     }
     found = EngineSet(
@@ -183,7 +199,7 @@ def test_engines_lie_by_library_device_and_version(engines: EngineSet) -> None:
 
 def test_engines_of_this_gpu_and_version_are_found_and_read(bundle: Bundle, engines: EngineSet) -> None:
     assert find_set(bundle, engines.model_copy(update={"engines": {}})) == engines
-    assert read_engine(bundle, engines, abi.GATE) == b"an engine"
+    assert bytes(read_engine(bundle, engines, abi.GATE)) == b"an engine"
 
 
 def test_a_bundle_with_engines_still_opens(bundle: Bundle, engines: EngineSet) -> None:
@@ -336,11 +352,6 @@ def test_shapes_beyond_all_profiles_are_named_with_the_bounds(shape: tuple[int, 
         choose_profile("decoder.onnx", PROFILES, {abi.TOKEN_IDS: shape})
 
 
-def test_images_are_split_by_what_a_profile_takes() -> None:
-    profiles = [{abi.PATCHES: box(16, 64, 48)}, {abi.PATCHES: box(4, 256, 48)}]
-    assert [most_images(profiles, patches) for patches in (16, 64, 65, 256, 257)] == [16, 16, 4, 4, 1]
-
-
 class Recorder:
     """A library, a stream, an engine, its contexts and its memory, which note what they are asked to do."""
 
@@ -349,7 +360,7 @@ class Recorder:
         self.stream, self.log, self.errors, self._free = 7, None, list[str](), free
         self.trt = self.ExecutionContextAllocationStrategy = self
         self.USER_MANAGED = 2
-        self.address = 4096
+        self.address, self.recording, self.name = 4096, False, "tensorrt"
 
     def Runtime(self, log: Any) -> Any:  # noqa: N802 - the library's own name, as those below
         assert log is self.log
@@ -402,7 +413,9 @@ def engine_on(recorder: Recorder) -> LoadedEngine:
     facts = GraphFacts(
         file="decoder.onnx", precision="float32", form="portable", compute="float32", inputs=(), outputs=()
     )
-    return LoadedEngine(device, device, facts, b"plan", PROFILES, Arena(device))
+    built = built_for(b"plan", profiles=PROFILES)
+    stored = Stored(facts, built, memoryview(b"plan"), Path("none.kernels"), None, Path("decoder.onnx"))
+    return LoadedEngine(device, device, stored, Arena(device))
 
 
 ARENA = ["context", "memory 4096 of 2097152"]  # of the larger profile
@@ -449,10 +462,10 @@ def test_engines_built_here_agree_with_onnx_runtime(bundle: Bundle, mixed_inputs
     from mmemb_engines.verify import verify_engines
     from mmemb_engines.watch import Silent
 
-    library, devices = device_sets(bundle, "tensorrt", ())
+    library, devices = device_sets(bundle, "tensorrt", (), BuildOptions())
     assert library is load_library("tensorrt")
     demand = demand_of_limits(bundle.manifest, 8)
-    built = build_engines(bundle, library, devices[0], demand, lambda _: Silent())
+    built = build_engines(bundle, library, devices[0], demand, BuildOptions(), lambda _: Silent())
     with pytest.raises(BackendError, match="were never checked on this GPU"):
         TensorRT("tensorrt").load(bundle)
     certificate = verify_engines(bundle, built, reference_of(bundle)).certificate

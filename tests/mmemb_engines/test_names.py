@@ -97,7 +97,12 @@ def test_both_versions_of_tensorrt_have_every_name(adapter: ast.AST, library: st
 
 
 def test_what_only_newer_releases_have_is_there_in_both_libraries(adapter: ast.AST) -> None:
-    lacking = {"CausalMaskKind.", "CausalMaskKind.LOWER_RIGHT", "IAttention.causal_kind", "IAttention.key_value_lengths"}
+    lacking = {
+        "CausalMaskKind.",
+        "CausalMaskKind.LOWER_RIGHT",
+        "IAttention.causal_kind",
+        "IAttention.key_value_lengths",
+    }
     assert set(missing(adapter, TENSORRT[0], "newer")) == lacking
     assert missing(adapter, TENSORRT[1], "newer") == []
     assert missing(adapter, RTX, "newer") == []

@@ -18,6 +18,7 @@ from PIL import Image
 from mmemb_deploy import Embedder
 from mmemb_deploy.backends.tensorrt.api import TENSORRT, TENSORRT_RTX
 from mmemb_deploy.backends.tensorrt.files import ENGINES, Built, EngineSet, write_set
+from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.errors import BackendError, OptionError
@@ -53,6 +54,8 @@ def built(bundle: Bundle, library: str, device: str = "NVIDIA L4") -> EngineSet:
             graph="",
             precision="float32",
             profiles=profiles(name, bundle.manifest, demand) * 2,
+            options=BuildOptions(),
+            decomposed=False,
             seconds=1,
             size=4,
         )

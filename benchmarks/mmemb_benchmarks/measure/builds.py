@@ -96,9 +96,8 @@ def measure_builds(
 def build_one(folder: Path, target: str, rows: int, tokens: int) -> list[dict[str, object]]:
     """Build the graphs of a folder for a target; return the fields of each BuiltEngine."""
 
-    from mmemb_deploy.backends.tensorrt.options import BuildOptions
-
     from mmemb_deploy.backends.tensorrt.api import TENSORRT_RTX
+    from mmemb_deploy.backends.tensorrt.options import BuildOptions
     from mmemb_deploy.bundle.folder import Bundle
     from mmemb_deploy.bundle.manifest import Manifest
     from mmemb_engines.build import device_sets

@@ -10,8 +10,8 @@ from mmemb_deploy.backends.device_vision import DeviceVision
 from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.backends.tensorrt.api import Library, load_library
-from mmemb_deploy.backends.tensorrt.engine import Arena, LoadedEngine
-from mmemb_deploy.backends.tensorrt.files import EngineSet, find_set, read_engine, verified_set
+from mmemb_deploy.backends.tensorrt.engine import Arena, LoadedEngine, Stored
+from mmemb_deploy.backends.tensorrt.files import EngineSet, find_set, verified_set
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import Manifest
@@ -42,13 +42,13 @@ class TensorRT:
         arena = Arena(cuda)
         engines: dict[str, LoadedEngine] = {}
         for name, graphs in manifest.engines.items():
-            built = found.engines[name]
-            cuda.check_memory(built.size, f"the engine of {manifest.graphs[graphs[0]].file}")
-            plan = read_engine(bundle, found, name)
-            engine = LoadedEngine(cuda, library, manifest.graphs[graphs[0]], plan, built.profiles, arena)
+            cuda.check_memory(found.engines[name].size, f"the engine of {manifest.graphs[graphs[0]].file}")
+            engine = LoadedEngine(cuda, library, Stored.read(bundle, found, name, gpu.name), arena)
             engines |= dict.fromkeys(graphs, engine)
         decoder = SlotDecoder(cuda, engines, manifest, places_of(engines))
         decoder.warm_up()
+        for engine in set(engines.values()):
+            engine.keep_kernels()
         gate = engines.get(abi.GATE)
         return Engine(
             f"{self._library} {library.version} {gpu.name}",

@@ -7,14 +7,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mmemb_deploy.backends.cuda import Allocation, Cuda
 from mmemb_deploy.backends.device import Shape
-from mmemb_deploy.backends.tensorrt.api import Library
-from mmemb_deploy.backends.tensorrt.files import ProfileShapes
+from mmemb_deploy.backends.tensorrt.api import (
+    TENSORRT_RTX,
+    Library,
+    can_record,
+    load_engine,
+    refit_engine,
+    runtime_config,
+    save_runtime_cache,
+)
+from mmemb_deploy.backends.tensorrt.files import Built, EngineSet, ProfileShapes, kernels_path, read_engine, read_model
+from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import GraphFacts
 from mmemb_deploy.errors import BackendError
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An engine on disk: its graph's tensors, how it was built, the plan, and where its compiled kernels are kept.
+
+    `model` is what a stripped engine takes its weights from, which lie beside `graph`.
+    """
+
+    facts: GraphFacts
+    built: Built
+    plan: memoryview
+    kernels: Path
+    model: bytes | None
+    graph: Path
+
+    @classmethod
+    def read(cls, bundle: Bundle, engines: EngineSet, name: str, gpu: str) -> Stored:
+        """Read the engine of a name. Raises BackendError where a file of it is missing or was changed."""
+        graph = bundle.manifest.engines[name][0]
+        return cls(
+            bundle.manifest.graphs[graph],
+            engines.engines[name],
+            read_engine(bundle, engines, name),
+            kernels_path(bundle, engines, name, gpu),
+            read_model(bundle, engines, name),
+            bundle.folder / bundle.manifest.graphs[graph].file,
+        )
 
 
 class Arena:
@@ -50,27 +89,18 @@ class LoadedEngine:
     the process down otherwise.
     """
 
-    def __init__(
-        self,
-        cuda: Cuda,
-        library: Library,
-        facts: GraphFacts,
-        plan: bytes | memoryview,
-        profiles: Sequence[ProfileShapes],
-        arena: Arena,
-    ) -> None:
-        self.facts, self.profiles = facts, profiles
-        self._cuda, self._library, self._arena = cuda, library, arena
-        trt = library.trt
-        library.errors.clear()
-        self._runtime = runtime = trt.Runtime(library.log)
-        engine = runtime.deserialize_cuda_engine(plan)
-        if engine is None:
-            raise library.failure(f"cannot load the engine of {facts.file}")
+    def __init__(self, cuda: Cuda, library: Library, stored: Stored, arena: Arena) -> None:
+        self.facts, self.profiles = stored.facts, stored.built.profiles
+        self._cuda, self._library, self._arena, self._kernels = cuda, library, arena, stored.kernels
+        compatible = stored.built.options.version_compatible
+        engine, self._runtime = load_engine(library, self.facts.file, stored.plan, host_code=compatible)
+        if stored.model is not None:
+            refit_engine(library, engine, self.facts.file, stored.model, stored.graph)
         self._engine = engine
-        for index in range(len(profiles)):
+        for index in range(len(self.profiles)):
             arena.require(int(engine.get_device_memory_size_for_profile_v2(index)))
         self._contexts: dict[int, Any] = {}  # by the index of their profile
+        self._configs: dict[bool, Any] = {}  # of TensorRT for RTX, by whether a context's runs are recorded
 
     def takes(self, shapes: Mapping[str, Shape]) -> bool:
         """Return whether one profile holds inputs of these shapes; a name that is missing is not looked at."""
@@ -82,9 +112,11 @@ class LoadedEngine:
         """Return what starts a run; see `device.DeviceEngine`."""
         index = choose_profile(self.facts.file, self.profiles, shapes)
         if again:
-            context = self._new_context(index)
+            context = self._new_context(index, recorded=True)
         else:
-            context = self._contexts.get(index) or self._contexts.setdefault(index, self._new_context(index))
+            if index not in self._contexts:
+                self._contexts[index] = self._new_context(index, recorded=False)
+            context = self._contexts[index]
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise self._library.failure(f"{self.facts.file} does not take {name} of shape {shape}")
@@ -93,21 +125,37 @@ class LoadedEngine:
                 raise self._library.failure(f"{self.facts.file} does not take an address of {name}")
 
         def start() -> None:
+            if self._cuda.recording and not can_record(self._library, context, self._cuda.stream):
+                raise BackendError(f"{self._library.name} says that {self.facts.file} cannot be recorded yet")
             if not context.execute_async_v3(self._cuda.stream):
                 raise self._library.failure(f"failed in the engine of {self.facts.file}")
 
         return start
 
-    def _new_context(self, index: int) -> Any:
+    def keep_kernels(self) -> None:
+        """Write the kernels that TensorRT for RTX compiled, so that the next process need not."""
+        for config in self._configs.values():
+            save_runtime_cache(config, self._kernels)
+
+    def _new_context(self, index: int, *, recorded: bool) -> Any:
         """Return a context in a profile."""
         trt, engine, arena = self._library.trt, self._engine, self._arena
-        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._library.name == TENSORRT_RTX:
+            context = engine.create_execution_context(self._config(eager=recorded))
+        else:
+            context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise self._library.failure(f"cannot make a context of {self.facts.file}")
         context.set_device_memory(arena.address, arena.nbytes)
         if not context.set_optimization_profile_async(index, self._cuda.stream):
             raise self._library.failure(f"cannot use profile {index} of {self.facts.file}")
         return context
+
+    def _config(self, *, eager: bool) -> Any:
+        if eager not in self._configs:
+            kernels = self._kernels.read_bytes() if self._kernels.is_file() else b""
+            self._configs[eager] = runtime_config(self._library, self._engine, kernels, eager=eager)
+        return self._configs[eager]
 
 
 def choose_profile(name: str, profiles: Sequence[ProfileShapes], shapes: Mapping[str, Shape]) -> int:
