@@ -1,13 +1,11 @@
 """Does a checkpoint build for TensorRT in every precision: seconds, engine bytes and peak memory, by TensorRT for RTX.
 
-It needs no GPU, and no certificate: graphs are written in every precision, built each in a process of its own, and
-thrown away. Activations' scales are made up, since no build depends on their values.
+It needs no GPU, and no certificate: graphs are written in every precision, and built each in a process of its own, which
+keeps no engine. Activations' scales are made up, since no build depends on their values.
 """
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +15,13 @@ from mmemb_benchmarks.timing import run_fresh
 from mmemb_deploy.bundle.manifest import MANIFEST, write_manifest
 from mmemb_deploy.errors import OptionError
 
+PRECISIONS = {
+    "bfloat16": None,
+    "int8": "bfloat16",
+    "fp8": "bfloat16",
+    "int4": "bfloat16",
+    "float16": None,
+}  # computed in
 LARGEST = 16.0  # of every layer's inputs, in place of what is measured on real ones
 PROGRAM = """
 import json, resource
@@ -41,26 +46,19 @@ class BuiltEngine:
 
 @dataclass(frozen=True)
 class PrecisionBuild:
-    """All engines of a precision; `write_seconds` are those of the graphs and weights, `peak_bytes` the build's."""
+    """All engines of a precision, and the most memory that building them took."""
 
     precision: str
     compute: str
     target: str
-    write_seconds: float
     peak_bytes: int
     engines: tuple[BuiltEngine, ...]
 
 
-def measure_builds(
-    checkpoint: Path,
-    precisions: Sequence[tuple[str, str | None]],
-    *,
-    target: str,
-    rows: int,
-    tokens: int,
-    report: Callable[[str], None],
-) -> Iterator[PrecisionBuild]:
-    """Yield what becomes of each precision and its compute type, for batches of `rows` prompts of up to `tokens`.
+def write_graphs(
+    checkpoint: Path, precisions: Sequence[tuple[str, str | None]], folder: Path, report: Callable[[str], None]
+) -> list[Path]:
+    """Write a checkpoint's portable graphs in every precision and compute type, unless they are there; return where.
 
     Raises OptionError for a precision that is not known, and for a checkpoint that cannot be read.
     """
@@ -73,24 +71,30 @@ def measure_builds(
     recipes = [Recipe(precision=precision, compute=compute) for precision, compute in precisions]
     if not checkpoint.is_dir():
         raise OptionError(f"{checkpoint} is no folder: pass a checkpoint")
-    traced: dict[str, TracedGraphs] = {}
     choices = Choices(ranges=defaultdict(lambda: LARGEST))
-    for recipe in recipes:
+    traced: dict[str, TracedGraphs] = {}
+    folders = [folder / f"{recipe.precision}-{recipe.floats}" for recipe in recipes]
+    for recipe, target in zip(recipes, folders, strict=True):
+        if (target / MANIFEST).is_file():
+            continue
         outline = outline_checkpoint(checkpoint, dtype=recipe.floats)
-        weights = CheckpointWeights(checkpoint, outline)
         if recipe.floats not in traced:
-            traced.clear()  # the precisions of one float type follow each other
-            traced[recipe.floats] = TracedGraphs(outline, weights, recipe, report)
-        with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".builds.") as scratch:
-            began = time.perf_counter()
-            graphs = traced[recipe.floats].write(Path(scratch), choices, recipe)
-            seconds = time.perf_counter() - began
-            facts = manifest(outline, checkpoint.name).model_copy(update={"graphs": graphs})
-            write_manifest(Path(scratch), facts)
-            report(f"building {recipe.precision}")
-            engines, peak = run_fresh(PROGRAM.format(folder=scratch, target=target, rows=rows, tokens=tokens))
-        made = tuple(BuiltEngine(**engine) for engine in engines)
-        yield PrecisionBuild(recipe.precision, recipe.floats, target, seconds, peak, made)
+            traced = {recipe.floats: TracedGraphs(outline, CheckpointWeights(checkpoint, outline), recipe, report)}
+        target.mkdir(parents=True, exist_ok=True)
+        graphs = traced[recipe.floats].write(target, choices, recipe)
+        write_manifest(target, manifest(outline, checkpoint.name).model_copy(update={"graphs": graphs}))
+    return folders
+
+
+def measure_builds(
+    folders: Sequence[Path], *, target: str, rows: int, tokens: int, report: Callable[[str], None]
+) -> Iterator[PrecisionBuild]:
+    """Yield what becomes of each folder of graphs, for batches of `rows` prompts of up to `tokens` tokens."""
+    for folder in folders:
+        report(f"building {folder.name}")
+        engines, peak = run_fresh(PROGRAM.format(folder=str(folder), target=target, rows=rows, tokens=tokens))
+        precision, _, compute = folder.name.partition("-")
+        yield PrecisionBuild(precision, compute, target, peak, tuple(BuiltEngine(**engine) for engine in engines))
 
 
 def build_one(folder: Path, target: str, rows: int, tokens: int) -> list[dict[str, object]]:
