@@ -111,6 +111,7 @@ def on_device(session: Any, facts: GraphFacts, index: int, memory: str = "cuda")
             "sizes are computed from it: export the checkpoint again"
         )
     options = onnxruntime.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", "-1")
-    options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # the stream keeps the order
+    if in_slots(facts):  # others may copy from memory of the host, which is free again once a run has ended
+        options.add_run_config_entry("gpu_graph_id", "-1")
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # the stream keeps the order
     return OrtGraph(session, facts, (memory, index), TYPES, options)
