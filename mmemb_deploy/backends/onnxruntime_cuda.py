@@ -54,7 +54,7 @@ class OnnxRuntimeCuda:
         return Engine(
             f"onnxruntime {onnxruntime.__version__} {gpu.name}",
             DeviceVision(cuda, graphs[abi.VISION], manifest),
-            SlotDecoder(cuda, graphs, manifest, Places()),
+            SlotDecoder(cuda, graphs, manifest, Places(padded=True)),
             DeviceSession(cuda, graphs[abi.GATE]) if abi.GATE in graphs else None,
         )
 

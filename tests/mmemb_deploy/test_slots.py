@@ -94,7 +94,7 @@ class Setting:
         return Embedder(self.bundle.manifest, row_encoder(self.bundle), engine)
 
 
-GPU_LIKE = Places(rows=8, slots=2 * BUCKET, chunk=4)
+GPU_LIKE = Places(rows=8, slots=2 * BUCKET, padded=True, chunk=4)
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ class Pool:
                     f"{slots} tokens do not fit in the {self.slots} slots of a row: pass a shorter input, or build "
                     "engines for longer ones"
                 )
-            self._move_to(self.rows, -(-slots // BUCKET) * BUCKET)
+            self._move_to(self.rows, max(2 * self.slots, -(-slots // BUCKET) * BUCKET))
 
     def bring_in(self, rows: Sequence[Row]) -> None:
         """Copy rows back that were copied out."""

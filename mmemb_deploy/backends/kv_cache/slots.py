@@ -55,13 +55,14 @@ class SlotCache:
 class Places:
     """How a backend lays out rows.
 
-    Fixed rows and slots are those that engines were built for, padded to a power of two for a step; None lets the pool
-    grow, and steps run over exactly their rows. `chunk` bounds the tokens of a row that follow in one run, and
-    `continues` says whether prompts of several rows may go on from a prefix.
+    Fixed rows and slots are those that engines were built for; None lets the pool grow. `padded` steps run all rows up
+    to the last, and are recorded; others run exactly their rows. `chunk` bounds the tokens of a row that follow in one
+    run, and `continues` says whether prompts of several rows may go on from a prefix.
     """
 
     rows: int | None = None
     slots: int | None = None
+    padded: bool = False
     chunk: int | None = None
     continues: bool = True
 
@@ -181,7 +182,7 @@ class SlotDecoder:
         step = self._bound.get((self.pool.moves, first, count)) or self._bind_step(first, count)
         places = np.array([row.index - first for row in cache.rows])
         step.feed(places, token_ids_B1[:, 0], [row.position for row in cache.rows], self._starts(first, count))
-        step.start()
+        self._run_step(step)
         embeddings = [row_of(step.outputs[abi.EMBEDDING], int(places[row])) for row in embedded]
         next_P1, *found = self._device.download([step.outputs[abi.NEXT_TOKEN], *embeddings])
         step.advance(next_P1)
@@ -196,7 +197,7 @@ class SlotDecoder:
 
     def _span(self, rows: Sequence[Row]) -> tuple[int, int]:
         """Return the first row of a step and how many run."""
-        if self._places.rows is None:
+        if not self._places.padded:
             self.pool.side_by_side(rows)
             return min(row.index for row in rows), len(rows)
         return 0, min(1 << max(row.index for row in rows).bit_length(), self.pool.rows)
@@ -207,8 +208,9 @@ class SlotDecoder:
     def _bind_step(self, first: int, count: int) -> Step:
         """Bind a step of so many rows, and record it where that can be done."""
         assert self._generator is not None
-        if self._places.rows is None:
-            self._bound.clear()  # rows seldom come back to the same places
+        for key in list(self._bound):
+            if key[0] != self.pool.moves or not self._places.padded:  # rows seldom come back to the same places
+                del self._bound[key]
         shapes = {name: array.shape for name, array in self._blank(self._places.rows or count, 1).items()}
         facts = self._generator.facts  # room for all first: memory that grows would move from under what is bound
         self._results.outputs(facts, shapes, without=frozenset(self._present))
@@ -234,13 +236,20 @@ class SlotDecoder:
             for count in (*counts, self.pool.rows):
                 step = self._bind_step(0, count)
                 step.feed(np.array([], np.int64), np.array([], np.int64), [], self._starts(0, count))
-                step.start()
+                self._run_step(step)
                 (next_P1,) = self._device.download([step.outputs[abi.NEXT_TOKEN]])
                 step.advance(next_P1)
-                try:
-                    step.start = self._device.record(step.start)
-                except RecordError as error:
-                    self.notes.append(f"steps of {count} rows run without a CUDA graph: {error}")
+
+    def _run_step(self, step: Step) -> None:
+        """Start a step; what ran once, and so has settled, is recorded for the times after."""
+        step.start()
+        if self._places.padded and not step.settled:
+            step.settled = True
+            try:
+                step.start = self._device.record(step.start)
+            except RecordError as error:
+                rows = step.outputs[abi.NEXT_TOKEN].shape[0]
+                self.notes.append(f"steps of {rows} rows run without a CUDA graph: {error}")
 
     def _follow(
         self, cache: SlotCache, token_ids_BT: Ints, lengths_B: Ints, embedded: Sequence[int]
@@ -324,7 +333,7 @@ class Step:
     """A step of one token of some rows, bound to its memory; it knows what the device holds, and sends the rest."""
 
     def __init__(self, device: Device, bound: Bound, start: Callable[[], None], memory: Workspace) -> None:
-        self.outputs, self.start = bound.outputs, start
+        self.outputs, self.start, self.settled = bound.outputs, start, False
         self._device, self._inputs, self._memory = device, bound.inputs, memory
         count = bound.outputs[abi.NEXT_TOKEN].shape[0]
         self._held: dict[str, Ints] = {

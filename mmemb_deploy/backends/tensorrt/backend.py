@@ -66,7 +66,7 @@ def places_of(engines: Mapping[str, LoadedEngine]) -> Places:
     profiles = engines[abi.GENERATOR].profiles
     rows, _, slots, _ = max(profile[next(abi.past_names(1))][2] for profile in profiles)
     chunks = [profile[abi.TOKEN_IDS][2][1] for profile in profiles if profile[abi.TOKEN_IDS][2][0] == rows]
-    return Places(rows=rows, slots=slots, chunk=max(chunks))
+    return Places(rows=rows, slots=slots, padded=True, chunk=max(chunks))
 
 
 def check_types(manifest: Manifest) -> None:
