@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from mmemb_deploy import Embedder
+from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.evaluation.parity import reference_of
 from mmemb_engines.build import build_engines, check_portable, device_sets
@@ -31,9 +32,10 @@ if not folder.exists():
 
 bundle = Bundle.open(folder)
 check_portable(bundle)
-library, (device,) = device_sets(bundle, "tensorrt", ())  # the GPU at hand; a BackendError where there is none
+options = BuildOptions()  # beside the shapes: optimisation level, compatible hardware, and more
+library, (device,) = device_sets(bundle, "tensorrt", (), options)  # the GPU at hand; a BackendError where there is none
 with watching(shown=True) as watch:
-    engines = build_engines(bundle, library, device, demand_of_limits(bundle.manifest, 32), watch)
+    engines = build_engines(bundle, library, device, demand_of_limits(bundle.manifest, 32), options, watch)
 verify_engines(bundle, engines, reference_of(bundle))  # run, and compared with what the bundle's reference answered
 
 embedder = Embedder.load(folder, backend="tensorrt")
