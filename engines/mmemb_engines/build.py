@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmemb_deploy.backends.cuda import Cuda, Gpu, probe
@@ -125,20 +125,24 @@ def parse(
     Raises BackendError.
     """
     graph = bundle.manifest.engines[engine][0]
-    path, facts = bundle.graph(graph), bundle.manifest.graphs[graph]
-    slots = {size for box in boxes for size in _slots(facts, box)}
-    if not slots:
+    path, slots = bundle.graph(graph), slots_of(bundle.manifest.graphs[graph], boxes)
+    if slots is None:
         return Network(library, path), None
-    assert len(slots) == 1, f"the profiles of {engine} differ in slots: {slots}"  # TensorRT takes but one number
-    ready = prepared(path, slots.pop(), lengths=options.attention == "lengths")
+    ready = prepared(path, slots, lengths=options.attention == "lengths")
     return Network(library, path, ready.model, lengths=ready.lengths), ready
 
 
-def _slots(graph: GraphFacts, box: ProfileShapes) -> Iterator[int]:
-    """Yield every size of the axis of slots in a profile."""
-    for tensor in graph.inputs:
-        if SLOTS in tensor.shape:
-            yield from (shape[tensor.shape.index(SLOTS)] for shape in box[tensor.name])
+def slots_of(graph: GraphFacts, boxes: Sequence[ProfileShapes]) -> int | None:
+    """Return how many slots a row has in a graph's profiles; None for one without a cache."""
+    found = {
+        size
+        for box in boxes
+        for tensor in graph.inputs
+        if SLOTS in tensor.shape
+        for size in (shape[tensor.shape.index(SLOTS)] for shape in box[tensor.name])
+    }
+    assert len(found) <= 1, f"the profiles of {graph.file} differ in slots: {found}"  # TensorRT takes but one number
+    return next(iter(found), None)
 
 
 def _kept(folder: Path, built: Built | None, key: str) -> bool:

@@ -60,6 +60,10 @@ def build(
     engines_only: Annotated[
         Path | None, typer.Option(help="Also write a bundle there that holds the engines, and no ONNX graphs.")
     ] = None,
+    commands: Annotated[
+        Path | None,
+        typer.Option(help="Write the graphs there as TensorRT reads them, print trtexec's commands, and stop."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Print what parses and builds, and keep nothing; exit 1 if a graph fails.")
     ] = False,
@@ -73,6 +77,7 @@ def build(
     from mmemb_deploy.bundle.folder import Bundle
     from mmemb_deploy.evaluation.parity import reference_of
     from mmemb_engines.build import build_engines, built_here, check_portable, device_sets
+    from mmemb_engines.by_hand import write_commands
     from mmemb_engines.check import check_graphs
     from mmemb_engines.engines_only import write_engines_only
     from mmemb_engines.profiles import demand_of_limits, demand_of_traffic, read_traffic
@@ -92,16 +97,19 @@ def build(
         profiling=profiling,
         attention=attention,
     )
+    if traffic is None:
+        demand = demand_of_limits(manifest, batch)
+    else:
+        demand = demand_of_traffic(manifest, batch, read_traffic(opened, traffic))
+    if commands is not None:
+        print("\n".join(write_commands(opened, demand, options, commands)))
+        raise typer.Exit
     against = None
     if not check and not targets:  # the GPU at hand can run what is built
         against = reference_of(opened, None if reference is None else Bundle.open(reference))
     if manifest.engines_of is not None and against is not None:
         sets = [built_here(opened, library)]
     else:
-        if traffic is None:
-            demand = demand_of_limits(manifest, batch)
-        else:
-            demand = demand_of_traffic(manifest, batch, read_traffic(opened, traffic))
         loaded, devices = device_sets(opened, library, tuple(targets.split(",")) if targets else (), options)
         with watching(shown=not as_json) as watch:
             if check:

@@ -36,7 +36,7 @@ def write_engines_only(bundle: Bundle, sets: Sequence[EngineSet], target: Path) 
         folder = Path(scratch) / "bundle"
         listings = [f"{ENGINES}/{engines.folder}/{LISTING}" for engines in sets]
         plans = [engines.path(bundle, name) for engines in sets for name in engines.engines]
-        for file in (*kept, *listings, *(path.relative_to(bundle.folder) for path in plans)):
+        for file in (*kept, *listings, *(str(path.relative_to(bundle.folder)) for path in plans)):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.folder / file, folder / file)
         write_manifest(folder, manifest.model_copy(update={"files": kept, "engines_of": hashes}))

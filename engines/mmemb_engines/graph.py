@@ -38,11 +38,12 @@ class Prepared:
     lengths: str | None
 
 
-def prepared(path: Path, slots: int, *, lengths: bool) -> Prepared:
+def prepared(path: Path, slots: int | None, *, lengths: bool) -> Prepared:
     """Return a graph with so many slots in a row of its cache; unless `lengths`, attention to them is by a mask.
 
     All layers share one mask, bool (B, 1, T, R): a token sees the slots of its row up to its own. Raises BackendError
     for attention that is told lengths and is not causal, or by several tensors, MissingExtraError without onnx.
+    A graph without a cache, whose `slots` are None, is returned as it is.
     """
     try:
         import onnx
@@ -52,7 +53,7 @@ def prepared(path: Path, slots: int, *, lengths: bool) -> Prepared:
     graph = model.graph
     for value in (*graph.input, *graph.output, *graph.value_info):
         for axis in value.type.tensor_type.shape.dim:
-            if axis.dim_param == SLOTS:
+            if axis.dim_param == SLOTS and slots is not None:
                 axis.dim_value = slots
     counted = [node for node in graph.node if _counted(node)]
     names = {node.input[ATTENTION_INPUTS - 1] for node in counted}
@@ -61,7 +62,7 @@ def prepared(path: Path, slots: int, *, lengths: bool) -> Prepared:
             f"{path} has attention over slots that is not causal, or whose lengths come from {len(names)} tensors: "
             "export the bundle again"
         )
-    if lengths or not counted:
+    if lengths or not counted or slots is None:
         return Prepared(model.SerializeToString(), names.pop() if names else None)
     _mask(graph, counted, names.pop(), slots)
     return Prepared(model.SerializeToString(), None)

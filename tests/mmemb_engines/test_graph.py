@@ -4,6 +4,7 @@ The masked form runs on ONNX Runtime's CPU beside the portable one; both forms a
 no run of TensorRT.
 """
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 from mmemb_deploy.backends.tensorrt.api import Library
 from mmemb_deploy.backends.tensorrt.network import Network
 from mmemb_deploy.backends.tensorrt.options import BuildOptions
-from mmemb_deploy.errors import BackendError
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.errors import BackendError, OptionError
+from mmemb_engines.by_hand import write_commands
 from mmemb_engines.graph import prepared, write_prepared
+from mmemb_engines.profiles import demand_of_limits, profiles
 from mmemb_engines.watch import Silent
 
 HEADS, KV_HEADS, SLOTS, SIZE = 4, 2, 16, 16
@@ -172,3 +177,35 @@ def test_lengths_that_the_parser_drops_are_set_again(make: Make, rtx: Library) -
 def test_half_precision_without_a_kernel_is_written_out_and_says_so(make: Make, rtx: Library) -> None:
     plan = build(rtx, make(TensorProto.FLOAT16, 8), 8, lengths=False)
     assert plan.decomposed
+
+
+def test_a_decoders_graph_is_masked_once_for_all_layers(bundle: Bundle) -> None:
+    model = onnx.load_from_string(prepared(bundle.graph(abi.EMBEDDER), 64, lengths=False).model)
+    attentions = [node for node in model.graph.node if node.op_type == "Attention"]
+    assert len(attentions) == bundle.manifest.model.layers
+    assert {node.input[3] for node in attentions} == {"slots.mask"}
+    assert sum(node.op_type == "Less" for node in model.graph.node) == 1
+
+
+def test_a_graph_without_a_cache_is_as_it_was(bundle: Bundle) -> None:
+    path = bundle.graph(abi.DIRECT)
+    found = prepared(path, None, lengths=False)
+    assert found.lengths is None
+    assert onnx.load_from_string(found.model) == onnx.load(str(path), load_external_data=False)
+
+
+def test_the_commands_of_a_build_by_hand_name_graphs_that_parse(bundle: Bundle, rtx: Library, tmp_path: Path) -> None:
+    folder, demand = tmp_path / "by hand", demand_of_limits(bundle.manifest, 2)
+    options = BuildOptions(optimization_level=4, version_compatible=True)
+    commands = [shlex.split(command) for command in write_commands(bundle, demand, options, folder)]
+    builds = {words[1].removeprefix("--onnx="): words for words in commands if words[1].startswith("--onnx=")}
+    assert [Path(path).stem for path in builds] == list(bundle.manifest.engines)
+    for path, words in builds.items():
+        assert {"--builderOptimizationLevel=4", "--versionCompatible", "--decomposableAttentions=*"} <= set(words)
+        boxes = profiles(Path(path).stem, bundle.manifest, demand)
+        assert sum(word.startswith("--maxShapes=") for word in words) == len(boxes)
+        runs = [each for each in commands if f"--loadEngine={folder / Path(path).stem}.engine" in each]
+        assert len(runs) == len(boxes)
+        Network(rtx, Path(path))
+    with pytest.raises(OptionError, match="attention is 'lengths': trtexec can only build graphs that mask"):
+        next(write_commands(bundle, demand, BuildOptions(attention="lengths"), folder))
