@@ -35,6 +35,7 @@ CLASSES = {
     "refitter": "Refitter",
     "parser_refitter": "OnnxParserRefitter",
     "rtx_run": "IRuntimeConfig",
+    "rtx_shared": "IRuntimeConfig",
     "rtx_kernels": "IRuntimeCache",
     "rtx_context": "IExecutionContext",
     "runtime": "Runtime",
@@ -44,9 +45,9 @@ CLASSES = {
 ATTENTION = {"attention"}  # of a layer, after it was cast to IAttentionInputLayer
 OURS = {
     *("library", "watcher", "self", "interrupted", "errors", "name", "shapes", "addresses"),
-    *("options", "flags", "facts", "arena"),
+    *("options", "flags", "facts", "arena", "bundle", "engines", "stored"),
 }
-STANDARD = {"graph", "target", "math"}  # a path, a string and a module
+STANDARD = {"graph", "path", "target", "math", "os"}  # paths, a string and modules
 
 Use = tuple[str, str, str]  # the variable, the class or enumeration, its member
 

@@ -9,6 +9,7 @@ begin with `newer`. What a library's object refers to is kept beside it: the lib
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -134,12 +135,13 @@ def describe_layers(library: Library, engine: Any) -> str:
     return text
 
 
-def runtime_config(library: Library, engine: Any, kernels: bytes, *, eager: bool) -> Any:
+def runtime_config(library: Library, engine: Any, kernels: bytes, *, eager: bool, shared: Any = None) -> Any:
     """Return what TensorRT for RTX makes a context from: activations in the caller's memory, and a cache of kernels.
 
-    `kernels` is what `save_runtime_cache` wrote, or nothing; where another GPU, driver or release left it, it is not
-    used. With `eager` the kernels of new shapes are compiled before they run, as a run that is to be recorded needs;
-    without, a slower kernel serves until they are. One config makes all contexts of its kind, and lives as long.
+    The cache is that of `shared`, another config, or else made of `kernels`: what `save_runtime_cache` wrote, or
+    nothing; where another GPU, driver or release left it, it is not used. With `eager` the kernels of new shapes are
+    compiled before they run, as a run that is to be recorded needs; without, a slower kernel serves until they are. One
+    config makes all contexts of its kind, and lives as long.
     """
     rtx = library.trt
     rtx_run = engine.create_runtime_config()
@@ -149,18 +151,27 @@ def runtime_config(library: Library, engine: Any, kernels: bytes, *, eager: bool
         if eager
         else rtx.DynamicShapesKernelSpecializationStrategy.LAZY
     )
-    rtx_kernels = rtx_run.create_runtime_cache()
-    if kernels:
-        rtx_kernels.deserialize(kernels)
+    if shared is None:
+        rtx_kernels = rtx_run.create_runtime_cache()
+        if kernels:
+            rtx_kernels.deserialize(kernels)
+    else:
+        rtx_shared = shared
+        rtx_kernels = rtx_shared.get_runtime_cache()
     if not rtx_run.set_runtime_cache(rtx_kernels):
         raise library.failure("refuses a cache of kernels")
     return rtx_run
 
 
 def save_runtime_cache(rtx_run: Any, path: Path) -> None:
-    """Write the kernels that were compiled through a `runtime_config`, for the next process."""
+    """Write the kernels of a `runtime_config` for the next process, where there are new ones.
+
+    Nothing is kept beside engines that lie where this process cannot write.
+    """
     rtx_kernels = rtx_run.get_runtime_cache()
-    write_whole(path, bytes(rtx_kernels.serialize()))
+    kernels = bytes(rtx_kernels.serialize())
+    if os.access(path.parent, os.W_OK) and not (path.is_file() and path.read_bytes() == kernels):
+        write_whole(path, kernels)
 
 
 def can_record(library: Library, context: Any, stream: int) -> bool:

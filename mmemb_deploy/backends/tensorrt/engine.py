@@ -134,7 +134,7 @@ class LoadedEngine:
 
     def keep_kernels(self) -> None:
         """Write the kernels that TensorRT for RTX compiled, so that the next process need not."""
-        for config in self._configs.values():
+        for config in list(self._configs.values())[:1]:  # they share one cache
             save_runtime_cache(config, self._kernels)
 
     def _new_context(self, index: int, *, recorded: bool) -> Any:
@@ -154,7 +154,8 @@ class LoadedEngine:
     def _config(self, *, eager: bool) -> Any:
         if eager not in self._configs:
             kernels = self._kernels.read_bytes() if self._kernels.is_file() else b""
-            self._configs[eager] = runtime_config(self._library, self._engine, kernels, eager=eager)
+            shared = self._configs.get(not eager)
+            self._configs[eager] = runtime_config(self._library, self._engine, kernels, eager=eager, shared=shared)
         return self._configs[eager]
 
 
