@@ -34,6 +34,12 @@ class Runtime:
     def cudaGetDeviceCount(self) -> int:
         return 1
 
+    def cudaDeviceGetAttribute(self, attr: Any, device: int) -> int:
+        self.cudaSetDevice(device)
+        if attr.name != "cudaDevAttrIntegrated":
+            raise NotImplementedError(f"the fake GPU has no {attr.name}")
+        return 0
+
     def cudaDriverGetVersion(self) -> int:
         return 13000
 

@@ -19,8 +19,10 @@ from fakegpu.graphs import Graph, read_model
 from tensorrt.log import ILogger, report
 
 MAGIC = b"FAKE"
+LENGTHS = 6  # which input of Attention says how many keys and values of a row there are
 BuilderFlag = enumeration("BuilderFlag")
 DataType = enumeration("DataType")
+HardwareCompatibilityLevel = enumeration("HardwareCompatibilityLevel")
 LayerType = enumeration("LayerType")
 MemoryPoolType = enumeration("MemoryPoolType")
 NetworkDefinitionCreationFlag = enumeration("NetworkDefinitionCreationFlag")
@@ -195,6 +197,9 @@ class OnnxParser(Strict):
         self._errors = [ParserError(node.op_type, problem) for node, problem in _problems(model)]
         for error in self._errors:
             report(self._logger, f"{error.node_operator()}: {error.desc()}")
+        for node in model.graph.node:
+            if node.op_type == "Attention" and len(node.input) > LENGTHS:
+                del node.input[LENGTHS:]  # as TensorRT's parsers do, without a word
         if not self._errors:
             self._network._fill(model, model.graph.name if file is None else file.stem)
         return not self._errors
@@ -259,7 +264,7 @@ class IBuilderConfig(Strict):
     progress_monitor: IProgressMonitor | None = None
     builder_optimization_level: int = 3
     profiling_verbosity: Any = ProfilingVerbosity.LAYER_NAMES_ONLY
-    hardware_compatibility_level: Any = None
+    hardware_compatibility_level: Any = HardwareCompatibilityLevel.NONE
     max_aux_streams: int = 0
 
     def __init__(self) -> None:
