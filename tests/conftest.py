@@ -1,4 +1,4 @@
-"""Keeps ONNX Runtime from contacting its vendor, skips GPU tests without a GPU, makes tiny models and a chat server."""
+"""Keeps ONNX Runtime from contacting its vendor, skips GPU tests without a GPU; makes tiny models, a server, a GPU."""
 
 import os
 
@@ -14,7 +14,8 @@ import hashlib
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
@@ -182,6 +183,15 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path)
 
 
 @pytest.fixture(scope="session")
+def uneven_checkpoint(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: MakeCheckpoint) -> Path:
+    """A checkpoint of one layer with 64 inputs, but for the last of every MLP, which no blocks fill."""
+    text = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 112}
+    widths = {"hidden_size": 64, "intermediate_size": 72, "out_hidden_size": 64}
+    vision = {"depth": 1, "deepstack_visual_indexes": [0], **widths}
+    return make_checkpoint(tmp_path_factory.mktemp("uneven") / "checkpoint", text, vision)
+
+
+@pytest.fixture(scope="session")
 def fused_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
     """The tiny checkpoint's bundle in ONNX Runtime's own operators."""
     from mmemb_export.recipe import Recipe
@@ -321,3 +331,40 @@ def endpoint() -> Iterator[Endpoint]:
         yield server
         server.shutdown()
         thread.join()
+
+
+FAKE_GPU = Path(__file__).parent / "fake_gpu"  # on PYTHONPATH, it gives every Python process a GPU
+PlugIn = Callable[..., AbstractContextManager[Any]]  # options of `fakegpu.machine.Machine` to a machine, meanwhile
+
+
+@pytest.fixture(scope="session")
+def plug_in() -> PlugIn:
+    """Give this process a fake GPU and TensorRT for a while; what breaks a rule of theirs fails the test."""
+    pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings: pip install 'mmemb-deploy[rtx]'")
+    from mmemb_deploy.backends.tensorrt.api import load_library
+
+    @contextmanager
+    def plugged_in(**options: Any) -> Generator[Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(FAKE_GPU)
+            import fakegpu
+            from fakegpu.machine import Machine
+
+            load_library.cache_clear()
+            try:
+                with fakegpu.plugged_in(Machine(**options)) as gpu:
+                    yield gpu
+                    assert gpu.misuses == []
+            finally:
+                load_library.cache_clear()
+                for name in [name for name in sys.modules if name.split(".")[0] == "tensorrt"]:
+                    del sys.modules[name]
+
+    return plugged_in
+
+
+@pytest.fixture
+def gpu(plug_in: PlugIn) -> Iterator[Any]:
+    """A fake GPU, as a `fakegpu.machine.Machine`."""
+    with plug_in() as machine:
+        yield machine

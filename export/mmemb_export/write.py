@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mmemb_deploy.backends.choose import CPU
 from mmemb_deploy.bundle.folder import Bundle, bundle_files, file_hash
 from mmemb_deploy.bundle.manifest import TOKENIZER, Manifest, write_manifest
 from mmemb_deploy.bundle.precision import FLOATS
@@ -146,14 +147,15 @@ def _loader(
     the engine itself.
     """
     if recipe.floats == "float32":
-        return lambda: Embedder.of_bundle(Bundle(folder, manifest))
+        return lambda: Embedder.of_bundle(Bundle(folder, manifest), backend=CPU)
     if twin is None:
         return lambda: torch_embedder(load_checkpoint(source, dtype=recipe.floats))
     other = folder.parent / "twin"
     other.mkdir(exist_ok=True)
     shutil.copy(source / TOKENIZER, other)
     facts = twin.write(other, choices)
-    return lambda: Embedder.of_bundle(Bundle(other, manifest.model_copy(update={"graphs": facts})))
+    made = Bundle(other, manifest.model_copy(update={"graphs": facts}))
+    return lambda: Embedder.of_bundle(made, backend=CPU)
 
 
 def _write_pooling(checkpoint: Checkpoint, folder: Path) -> None:

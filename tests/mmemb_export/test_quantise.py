@@ -149,7 +149,10 @@ def test_portable_values_are_off_by_half_a_step_of_the_scale_that_is_stored(
 LAYERS = [(form, precision) for form, known in FORMS.items() for precision in known if precision not in FLOATS]
 
 
-UNEVEN = (112, 72)  # input channels that are no multiple of 32 or 64, as 4304 in the vision encoder of 8B
+UNEVEN = (
+    112,
+    72,
+)  # input channels, of `uneven_checkpoint` too, that are no multiple of 32 or 64, as 4304 in the vision encoder of 8B
 
 
 def written_layer(

@@ -1,0 +1,38 @@
+"""Keeps the fake `tensorrt` to what the real one offers, by lists of classes and members read from the binding."""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+VERSION = os.environ.get("FAKE_TENSORRT", "10.16.1")
+LISTS = Path(__file__).parents[2] / "mmemb_engines"
+API: dict[str, list[str]] = json.loads((LISTS / f"api_tensorrt_{VERSION}.json").read_text())
+
+T = TypeVar("T", bound=type)
+
+
+class Strict:
+    """An object of the binding: it takes no attribute that its class does not have."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and not hasattr(type(self), name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        super().__setattr__(name, value)
+
+
+def listed(cls: T) -> T:
+    """Refuse a class that offers what the real one of this version does not."""
+    lacking = [name for name in vars(cls) if not name.startswith("_") and name not in API[cls.__name__]]
+    if lacking:
+        raise TypeError(f"TensorRT {VERSION} has no {cls.__name__}.{' or '.join(lacking)}")
+    return cls
+
+
+def enumeration(name: str) -> Any:
+    """Return an enumeration with exactly the members of the real one; their values are not the real ones."""
+    members = [member for member in API[name] if not member.startswith("_")]
+    return enum.IntEnum(name, {member: index for index, member in enumerate(members)})
