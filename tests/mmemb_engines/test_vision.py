@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mmemb_deploy.backends.tensorrt.api import Library, Network
+from mmemb_deploy.backends.tensorrt.api import Library
+from mmemb_deploy.backends.tensorrt.network import Network
+from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_engines.profiles import demand_of_limits, profiles
@@ -28,8 +30,8 @@ def test_a_vision_graph_in_half_precision_parses_and_builds(
     save([trace(graph, CheckpointWeights(tiny_checkpoint, outline))], [path], tmp_path / "vision.onnx.data")
     manifest = Bundle.open(tiny_bundle).manifest
     boxes = profiles(abi.VISION, manifest, demand_of_limits(manifest, 1))
-    plan, _ = Network(rtx, path).build(boxes, target="sm89", timings=b"", watcher=Silent())
-    assert plan.nbytes > 0
+    plan = Network(rtx, path).build(boxes, BuildOptions(), target="sm89", timings=b"", watcher=Silent())
+    assert plan.content.nbytes > 0
 
 
 def test_one_profile_takes_images_and_videos(tiny_bundle: Path) -> None:

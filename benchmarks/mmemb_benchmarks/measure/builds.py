@@ -1,7 +1,7 @@
 """Does a checkpoint build for TensorRT in every precision: seconds, engine bytes and peak memory, by TensorRT for RTX.
 
-It needs no GPU, and no certificate: graphs are written in every precision, and built each in a process of its own, which
-keeps no engine. Activations' scales are made up, since no build depends on their values.
+It needs no GPU, and no certificate: graphs are written in every precision, and built each in a process of its own,
+which keeps no engine. Activations' scales are made up, since no build depends on their values.
 """
 
 from __future__ import annotations
