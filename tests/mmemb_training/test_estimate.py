@@ -352,7 +352,7 @@ def test_the_targets_of_the_questions_read_at_once_fit_too(negatives: int) -> No
 
 
 def test_what_is_too_large_is_named_with_changes_that_fit() -> None:
-    small_gpu = machine(1, device="rtx4090")
+    small_gpu = machine(1, device="rtx-4090")
     made = made_of("qwen3-vl-4b-full", small_gpu)
     assert not made.fits
     assert "the largest term is optimizer, 33.1 GiB" in made.reason
@@ -360,8 +360,8 @@ def test_what_is_too_large_is_named_with_changes_that_fit() -> None:
     assert made_of("qwen3-vl-4b-lora", small_gpu).fits
     gpus = next(change for change in made.changes if change.endswith(" GPUs"))
     count = int(gpus.split()[0])
-    assert made_of("qwen3-vl-4b-full", machine(count, device="rtx4090")).fits
-    assert not made_of("qwen3-vl-4b-full", machine(count // 2, device="rtx4090")).fits
+    assert made_of("qwen3-vl-4b-full", machine(count, device="rtx-4090")).fits
+    assert not made_of("qwen3-vl-4b-full", machine(count // 2, device="rtx-4090")).fits
     needed = float(made.changes[-1].split()[0])
     assert made_of("qwen3-vl-4b-full", machine(1, memory_gib=needed)).fits
 
@@ -378,17 +378,17 @@ def test_a_loss_over_too_many_pairs_asks_for_a_smaller_batch() -> None:
 def test_checkpointing_is_the_first_change_where_it_was_off() -> None:
     recipe = load_recipe("qwen3-vl-2b-full")
     recipe = replace(recipe, weights=replace(recipe.weights, gradient_checkpointing=False))
-    made = estimate(SHAPES["qwen3-vl-2b"], recipe, machine(8, device="rtx4090"))
+    made = estimate(SHAPES["qwen3-vl-2b"], recipe, machine(8, device="rtx-4090"))
     assert made.changes[0] == "weights.gradient_checkpointing = true"
 
 
 def test_hours_follow_from_operations_peak_and_utilisation() -> None:
-    made = made_of("qwen3-vl-4b-full", machine(4, device="a100", utilisation=0.5), examples=2048)
+    made = made_of("qwen3-vl-4b-full", machine(4, device="a100-80", utilisation=0.5), examples=2048)
     flops, hours = made.figures["arithmetic"]["3 joint"], made.figures["time"]["3 joint"]
     assert flops.basis.startswith("2 steps: 1024 queries with a rationale, 2048 targets; ")
     assert flops.value is not None
     assert hours.value == pytest.approx(flops.value / (4 * 312e12 * 0.5) / 3600)
-    twice = made_of("qwen3-vl-4b-full", machine(4, device="a100", utilisation=0.5), examples=4096)
+    twice = made_of("qwen3-vl-4b-full", machine(4, device="a100-80", utilisation=0.5), examples=4096)
     assert twice.figures["arithmetic"]["3 joint"].value == 2 * flops.value
 
 
@@ -435,9 +435,10 @@ def test_pixels_that_do_not_fit_a_prompt_are_refused(tmp_path: Path) -> None:
             estimate(SHAPES["qwen3-vl-2b"], load_recipe(path), H100S)
 
 
-def test_every_device_names_its_source() -> None:
-    assert {"a100", "h100", "h200", "l40s", "rtx4090", "b200"} == set(DEVICES)
-    assert all("NVIDIA" in device.source and device.tflops and device.bandwidth for device in DEVICES.values())
+def test_machines_are_the_devices_that_can_train() -> None:
+    assert {"a100-80", "h100", "h200", "l40s", "rtx-4090", "b200"} <= set(DEVICES)
+    assert "t4" not in DEVICES  # it has no bfloat16
+    assert "jetson-thor" not in DEVICES
 
 
 def test_the_optimizer_is_the_largest_state_of_full_training_on_one_gpu() -> None:

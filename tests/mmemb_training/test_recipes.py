@@ -121,7 +121,7 @@ def test_the_command_prints_the_plan_as_json() -> None:
 
 def test_the_command_draws_a_table_and_says_what_does_not_fit() -> None:
     assert "fits: " in run_plan("--model", "Qwen/Qwen3-VL-2B-Instruct", "--gpus", "8", "--device", "h100")
-    shown = run_plan("--model", "qwen3-vl-4b", "--method", "full", "--device", "rtx4090")
+    shown = run_plan("--model", "qwen3-vl-4b", "--method", "full", "--device", "rtx-4090")
     assert "does not fit: " in shown
     assert "fits with method = lora" in shown
 

@@ -22,6 +22,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import FullyShardedDataParallelPlugin
 from rich.console import Console
 
+from mmemb_deploy.devices import GIB
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.files import claim
 from mmemb_deploy.progress import counting
@@ -35,7 +36,7 @@ from mmemb_training.pool.local import TransformersWorker
 from mmemb_training.pool.workers import Worker
 from mmemb_training.prepare import prepare
 from mmemb_training.recipes.estimate import estimate
-from mmemb_training.recipes.machines import GIB, Machine
+from mmemb_training.recipes.machines import Machine
 from mmemb_training.recipes.settings import RunRecipe, TrainedWeights, WorkerSettings, changed
 from mmemb_training.recipes.shapes import ModelShape, read_shape
 from mmemb_training.samples import Sample

@@ -8,14 +8,13 @@ from typing import Annotated, get_args
 import typer
 
 from mmemb_deploy.errors import OptionError, check_known
+from mmemb_deploy.figures import figure_table
 from mmemb_training.recipes.estimate import FILL, Estimate, estimate
-from mmemb_training.recipes.hours import Figure
 from mmemb_training.recipes.load import load_recipe, recipe_names
 from mmemb_training.recipes.machines import DEVICES, UTILISATION, machine
 from mmemb_training.recipes.settings import Method, changed
 from mmemb_training.recipes.shapes import SHAPES, find_shape
 
-SCALES = {"B": (2**30, ",.2f", "GiB"), "FLOP": (1e15, ",.3g", "PFLOP"), "FLOP/s": (1e12, ",.1f", "TFLOP/s")}
 _MODELS = f"{', '.join(SHAPES)}, a public model's hub id, or a checkpoint folder."
 
 
@@ -61,18 +60,9 @@ def _recipe_for(model: str, method: str | None) -> str:
 
 def _show(title: str, made: Estimate) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
-    table = Table(title=title)
-    for heading, justify in (("", "left"), ("", "right"), ("from", "left")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]  # the literals above
-    for section, figures in made.figures.items():
-        table.add_section()
-        table.add_row(f"[bold]{section}[/bold]")
-        for name, figure in figures.items():
-            table.add_row(name, _value(figure), figure.basis)
-    console.print(table)
+    console.print(figure_table(title, made.figures))
     if made.fits:
         joint = made.stages["joint"]
         console.print(f"fits: {joint.micro_batch} questions at once, {joint.chunks} chunks a step", style="green")
@@ -80,12 +70,3 @@ def _show(title: str, made: Estimate) -> None:
     console.print(f"does not fit: {made.reason}", style="red")
     for change in made.changes:
         console.print(f"  fits with {change}")
-
-
-def _value(figure: Figure) -> str:
-    if figure.value is None:
-        return "not known"
-    scale, form, unit = SCALES.get(
-        figure.unit, (1, ",.0f" if figure.value == round(figure.value) else ",.2f", figure.unit)
-    )
-    return f"{figure.value / scale:{form}} {unit}".rstrip()

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+from mmemb_deploy.devices import GIB, RESERVE
 from mmemb_deploy.errors import OptionError
+from mmemb_deploy.figures import Figure
 from mmemb_training.recipes.counts import (
     TEXT_TOKENS,
     PromptSize,
@@ -22,8 +24,8 @@ from mmemb_training.recipes.counts import (
     loss_bytes,
     mean_prompt,
 )
-from mmemb_training.recipes.hours import Figure, stage_costs
-from mmemb_training.recipes.machines import GIB, RESERVE, Machine
+from mmemb_training.recipes.hours import stage_costs
+from mmemb_training.recipes.machines import Machine
 from mmemb_training.recipes.settings import RunRecipe, StartModel, TrainedWeights, changed
 from mmemb_training.recipes.shapes import ModelShape
 

@@ -8,8 +8,9 @@ counted for data loading, communication that is not hidden, evaluation, or serve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from mmemb_deploy.devices import BANDWIDTH_USE
+from mmemb_deploy.figures import Figure
 from mmemb_training.recipes.counts import (
     PromptSize,
     cached_values,
@@ -20,19 +21,11 @@ from mmemb_training.recipes.counts import (
     text_flops,
     vision_flops,
 )
-from mmemb_training.recipes.machines import BANDWIDTH_USE, Machine
+from mmemb_training.recipes.machines import Machine
 from mmemb_training.recipes.settings import RunRecipe, TrainedWeights
 from mmemb_training.recipes.shapes import HUB, SHAPES, ModelShape, find_shape
 
 MOST_TOGETHER = 256  # sequences that a GPU decodes at once, where its memory holds as many; assumed
-
-
-class Figure(NamedTuple):
-    """A value in "", "B", "FLOP", "FLOP/s" or "h", None where it is not known, and how it was found."""
-
-    value: float | None
-    unit: str
-    basis: str
 
 
 def stage_costs(

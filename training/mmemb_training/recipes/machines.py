@@ -1,21 +1,16 @@
-"""Machines: alike GPUs, by name with the figures of their vendor's data sheets, or with figures that are given.
-
-Peaks are dense: where a data sheet prints a figure with sparsity, half of it. A data sheet's GB of memory count as GiB,
-which is how drivers report them within a percent or two; RESERVE covers the difference.
-"""
+"""Machines: alike GPUs, by name with the figures of their vendor's documents, or with figures that are given."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mmemb_deploy import devices
+from mmemb_deploy.devices import GIB, RESERVE
 from mmemb_deploy.errors import OptionError, check_known
 from mmemb_training.recipes.settings import check_bounds
 
-GIB = 2**30
 UTILISATION = 0.35  # of the peak; assumed, and reached or passed by well-tuned training of dense models
-BANDWIDTH_USE = 0.6  # of the memory's bandwidth while decoding; assumed
-RESERVE = 0.1  # of memory, for the driver's context, communication buffers and fragments; assumed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,28 +43,15 @@ class Machine:
 
 
 DEVICES = {
-    name: Machine(name=name, tflops=tflops, memory_gib=memory, bandwidth=bandwidth, source=source)
-    for name, tflops, memory, bandwidth, source in (
-        ("a100", 312, 80, 2039, "NVIDIA A100 data sheet, 80GB SXM: BFLOAT16 312 TFLOPS, 2,039 GB/s"),
-        ("h100", 989.5, 80, 3350, "NVIDIA H100 data sheet, SXM: BFLOAT16 1,979 TFLOPS with sparsity, 3.35 TB/s"),
-        ("h200", 989.5, 141, 4800, "NVIDIA H200 data sheet, SXM: BFLOAT16 1,979 TFLOPS with sparsity, 4.8 TB/s"),
-        ("l40s", 362.05, 48, 864, "NVIDIA L40S data sheet: BFLOAT16 362.05 TFLOPS, 864 GB/s"),
-        (
-            "rtx4090",
-            165.2,
-            24,
-            1008,
-            "NVIDIA Ada GPU architecture white paper, GeForce RTX 4090: BF16 with FP32 accumulate 165.2 TFLOPS, "
-            "1,008 GB/s",
-        ),
-        (
-            "b200",
-            2250,
-            180,
-            8000,
-            "NVIDIA HGX and DGX B200 data sheets, per GPU: BFLOAT16 4.5 PFLOPS with sparsity, 180 GB, 8 TB/s",
-        ),
+    name: Machine(
+        name=name,
+        tflops=device.tflops["bfloat16"],
+        memory_gib=device.memory_gib,
+        bandwidth=device.bandwidth,
+        source=device.source,
     )
+    for name, device in devices.DEVICES.items()
+    if "bfloat16" in device.tflops and not device.shared  # training computes in it, with the memory to itself
 }
 
 
