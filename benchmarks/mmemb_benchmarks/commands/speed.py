@@ -56,12 +56,13 @@ def latency(
 
     from rich.console import Console
 
-    from mmemb_benchmarks.measure.ceiling import cpu_ceiling, decoder_work, gpu_ceiling
+    from mmemb_benchmarks.measure.ceiling import cpu_ceiling, gpu_ceiling
     from mmemb_benchmarks.measure.energy import gpu_joules
     from mmemb_benchmarks.measure.latency import measure_latency, mode_options
     from mmemb_benchmarks.results import stamp
     from mmemb_benchmarks.timing import Spent, timed_engine
     from mmemb_benchmarks.workload import Workload, assemble, load_uncached, threshold_of_rate
+    from mmemb_deploy.bundle.work import graph_work
     from mmemb_deploy.machine import cores
 
     check_output(output)
@@ -81,7 +82,7 @@ def latency(
         drawn,
         options,
         ceiling=cpu_ceiling(precision, threads or cores()) if on_cpu else gpu_ceiling(device),
-        work={name: decoder_work(opened, name) for name in ("embedder", "generator")},
+        work={name: graph_work(opened, name) for name in ("embedder", "generator")},
         rounds=rounds,
         batch_size=batch_size,
         joules=joules,

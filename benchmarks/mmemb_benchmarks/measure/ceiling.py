@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured, and what a bundle's decoder asks of it.
+"""What the machine can do at most, measured.
 
 Prefill is bound by arithmetic, decoding by reading the weights once a step. So the ceilings are the rate of a large
 matrix product in the type that the bundle multiplies in, and the rate at which memory is copied.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from operator import matmul
 from typing import Any
@@ -18,7 +17,6 @@ import numpy as np
 from pydantic import BaseModel
 
 from mmemb_benchmarks.timing import timed
-from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.errors import MissingExtraError
 
 SIDE = 2048  # of the matrices
@@ -45,15 +43,6 @@ class Reached(Ceiling, frozen=True):
 
     prefill_share: float
     decode_share: float
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a graph of the decoder asks, its attention left out: operations, and bytes of weights that a run reads."""
-
-    token_operations: float  # of the linear layers, for every token
-    row_operations: float  # of the vocabulary's head, which only a row's last token enters
-    weight_bytes: float
 
 
 def cpu_ceiling(precision: str, threads: int) -> Ceiling:
@@ -94,45 +83,6 @@ def _ceiling(copied: int, copy_seconds: float, side: int, product_seconds: float
         matmul_gflop_per_s=2 * side**3 / product_seconds / 1e9,
         matmul_type=product,
     )
-
-
-def decoder_work(bundle: Bundle, name: str) -> Work:
-    """Count the weights of the embedder's or the generator's graph. Raises MissingExtraError without onnx."""
-    try:
-        import onnx
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("onnx", "bench") from error
-    graph = onnx.load(str(bundle.graph(name)), load_external_data=False).graph
-    held = {tensor.name: tensor for tensor in graph.initializer}
-    vocabulary = bundle.manifest.model.vocabulary_size
-    token = row = 0
-    used: set[str] = set()
-    for node in graph.node:
-        if node.op_type == "Gather":  # a lookup reads the rows of its tokens only
-            continue
-        used |= held.keys() & set(node.input)
-        sizes = _matrix(node, held)
-        if vocabulary in sizes:
-            row += int(np.prod(sizes))
-        else:
-            token += int(np.prod(sizes)) if sizes else 0
-    halves = onnx.TensorProto.INT4, onnx.TensorProto.UINT4
-    weight_bytes = 0.0
-    for tensor in (held[name] for name in used):
-        size = 0.5 if tensor.data_type in halves else onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        weight_bytes += size * int(np.prod(tensor.dims))
-    return Work(2.0 * token, 2.0 * row, weight_bytes)
-
-
-def _matrix(node: Any, held: dict[str, Any]) -> tuple[int, ...]:
-    """Return the sides of the matrix that a node multiplies by, or reads for another to multiply by."""
-    if node.op_type == "MatMulNBits":
-        sizes = {attribute.name: int(attribute.i) for attribute in node.attribute}
-        return sizes["K"], sizes["N"]
-    if node.op_type not in ("MatMul", "Gemm", "MatMulInteger", "MatMulIntegerToFloat", "DequantizeLinear", "Cast"):
-        return ()
-    matrices = [tuple(held[name].dims) for name in node.input if name in held and len(held[name].dims) == 2]
-    return matrices[0] if matrices else ()
 
 
 def _cpu_product(product: str, threads: int) -> Callable[[], Any]:

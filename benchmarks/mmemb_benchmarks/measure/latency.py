@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from pydantic import BaseModel
 
-from mmemb_benchmarks.measure.ceiling import Ceiling, Reached, Work
+from mmemb_benchmarks.measure.ceiling import Ceiling, Reached
 from mmemb_benchmarks.timing import STAGES, Spent, timed
 from mmemb_benchmarks.workload import Workload, prompt_tokens
+from mmemb_deploy.bundle.work import Work
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.evaluation.pairs import Encoded, Judge, encode_alone, encode_queries
 from mmemb_deploy.inputs.prompts import PATH_MARKERS
@@ -140,7 +141,7 @@ def _reached(ceiling: Ceiling, work: Mapping[str, Work], modes: Mapping[str, Mod
     """
     never, always = modes["never"], modes["always"]
     operations = tokens * work["embedder"].token_operations + work["embedder"].row_operations
-    read = (always.rationale_tokens + PATH_MARKERS) * work["generator"].weight_bytes
+    read = (always.rationale_tokens + PATH_MARKERS) * work["generator"].read_bytes
     return Reached(
         **ceiling.model_dump(),
         prefill_share=operations / (never.stages_ms["prefill"] / 1e3) / (ceiling.matmul_gflop_per_s * 1e9),
