@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(no_args_is_help=True, help="Measure a bundle.")
     for command in OF_A_BUNDLE:
         bench.command(command.__name__, cls=OldNames)(command)
-    for other in (peers, speed.builds, outcome.report, outcome.compare):
+    for other in (peers, outcome.report, outcome.compare):
         bench.command(other.__name__)(other)
     app.add_typer(bench, name="bench")
     app.command("demo", cls=OldNames)(quality.demo)

@@ -279,37 +279,3 @@ def _show_load(result: LoadResult) -> None:
         figures = mode.idle_ms, mode.sustainable_per_s, mode.broke_per_s, result.ratio.get(f"{name} over always")
         shown.add_row(name, *("-" if figure is None else digits(figure) for figure in figures))
     Console().print(shown)
-
-
-def builds(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
-    graphs: Annotated[Path, typer.Argument(help="Folder for its graphs, which are written where they are not there.")],
-    precision: Annotated[list[str] | None, typer.Option(help="Repeat for several; all by default.")] = None,
-    target: Annotated[str, typer.Option(help="Compute capability to build for.")] = "sm89",
-    batch: Annotated[int, typer.Option(min=1, help="Most prompts of a batch.")] = 32,
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 1024,
-    output: Out = None,
-    as_json: Json = False,
-) -> None:
-    """Build a checkpoint's graphs in every precision with TensorRT for RTX: no GPU needed, and none used."""
-    from rich.console import Console
-
-    from mmemb_benchmarks.measure.builds import PRECISIONS, PrecisionBuild, measure_builds, write_graphs
-    from mmemb_benchmarks.results import stamp
-
-    check_output(output)
-    console = Console(stderr=True)
-    asked = [(each, PRECISIONS.get(each)) for each in precision or PRECISIONS]
-    folders = write_graphs(checkpoint, asked, graphs, console.print)
-    found = list(measure_builds(folders, target=target, rows=batch, tokens=tokens, report=console.print))
-
-    def show(rows: list[PrecisionBuild]) -> None:
-        made = table(f"TensorRT for RTX, {target}", "precision", "engine", "profiles", "seconds", "MiB", "peak GiB")
-        for row in rows:
-            for engine in row.engines:
-                size = engine.error or f"{engine.nbytes / 2**20:.1f}"
-                figures = str(engine.profiles), f"{engine.seconds:.1f}", size, f"{row.peak_bytes / 2**30:.1f}"
-                made.add_row(row.precision, engine.engine, *figures)
-        Console().print(made)
-
-    finish(stamp("builds", found, None), output=output, as_json=as_json, show=show)

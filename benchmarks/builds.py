@@ -1,7 +1,9 @@
 """Does a checkpoint build for TensorRT in every precision: seconds, engine bytes and peak memory, by TensorRT for RTX.
 
 It needs no GPU, and no certificate: graphs are written in every precision, and built each in a process of its own,
-which keeps no engine. Activations' scales are made up, since no build depends on their values.
+which keeps no engine. Activations' scales are made up, since no build depends on their values. Run it with
+
+    python benchmarks/builds.py CHECKPOINT GRAPHS --out RESULT.json
 """
 
 from __future__ import annotations
@@ -10,7 +12,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from mmemb_benchmarks.results import stamp, write
 from mmemb_benchmarks.timing import run_fresh
 from mmemb_deploy.bundle.manifest import MANIFEST, write_manifest
 from mmemb_deploy.errors import OptionError
@@ -26,7 +32,9 @@ LARGEST = 16.0  # of every layer's inputs, in place of what is measured on real 
 PROGRAM = """
 import json, resource
 from pathlib import Path
-from mmemb_benchmarks.measure.builds import build_one
+import sys
+sys.path.insert(0, {here!r})
+from builds import build_one
 rows = build_one(Path({folder!r}), {target!r}, {rows}, {tokens})
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps([rows, peak]))
@@ -92,7 +100,9 @@ def measure_builds(
     """Yield what becomes of each folder of graphs, for batches of `rows` prompts of up to `tokens` tokens."""
     for folder in folders:
         report(f"building {folder.name}")
-        engines, peak = run_fresh(PROGRAM.format(folder=str(folder), target=target, rows=rows, tokens=tokens))
+        engines, peak = run_fresh(
+            PROGRAM.format(here=str(Path(__file__).parent), folder=str(folder), target=target, rows=rows, tokens=tokens)
+        )
         precision, _, compute = folder.name.partition("-")
         yield PrecisionBuild(precision, compute, target, peak, tuple(BuiltEngine(**engine) for engine in engines))
 
@@ -118,3 +128,29 @@ def build_one(folder: Path, target: str, rows: int, tokens: int) -> list[dict[st
         boxes = len(profiles(row.graph, facts, demand))
         found.append(asdict(BuiltEngine(row.graph, boxes, row.seconds, row.size, row.error)))
     return found
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    graphs: Annotated[Path, typer.Argument(help="Folder for its graphs, which are written where they are not there.")],
+    precision: Annotated[list[str] | None, typer.Option(help="Repeat for several; all by default.")] = None,
+    target: Annotated[str, typer.Option(help="Compute capability to build for.")] = "sm89",
+    batch: Annotated[int, typer.Option(min=1, help="Most prompts of a batch.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 1024,
+    output: Annotated[Path | None, typer.Option("--out", help="Also write the JSON object to this file.")] = None,
+) -> None:
+    """Build a checkpoint's graphs in every precision; no GPU is needed, and none is used."""
+    asked = [(each, PRECISIONS.get(each)) for each in precision or PRECISIONS]
+    folders = write_graphs(checkpoint, asked, graphs, print)
+    found = list(measure_builds(folders, target=target, rows=batch, tokens=tokens, report=print))
+    for row in found:
+        for engine in row.engines:
+            size = engine.error or f"{engine.nbytes / 2**20:.0f} MiB"
+            print(f"{row.precision} {engine.engine}: {engine.profiles} profiles, {engine.seconds:.1f} s, {size}")
+        print(f"{row.precision}: {row.peak_bytes / 2**30:.1f} GiB at the peak")
+    if output is not None:
+        write(stamp("builds", found, None), output)
+
+
+if __name__ == "__main__":
+    typer.run(main)
