@@ -100,9 +100,8 @@ def measure_builds(
     """Yield what becomes of each folder of graphs, for batches of `rows` prompts of up to `tokens` tokens."""
     for folder in folders:
         report(f"building {folder.name}")
-        engines, peak = run_fresh(
-            PROGRAM.format(here=str(Path(__file__).parent), folder=str(folder), target=target, rows=rows, tokens=tokens)
-        )
+        asked = {"folder": str(folder), "target": target, "rows": rows, "tokens": tokens}
+        engines, peak = run_fresh(PROGRAM.format(here=str(Path(__file__).parent), **asked))
         precision, _, compute = folder.name.partition("-")
         yield PrecisionBuild(precision, compute, target, peak, tuple(BuiltEngine(**engine) for engine in engines))
 

@@ -94,7 +94,7 @@ class Setting:
         return Embedder(self.bundle.manifest, row_encoder(self.bundle), engine)
 
 
-GPU_LIKE = Places(rows=8, slots=2 * BUCKET, padded=True, chunk=4)
+GPU_LIKE = Places(rows=8, slots=3 * BUCKET, padded=True, chunk=4)
 
 
 @pytest.fixture(scope="module")
@@ -265,8 +265,8 @@ def test_prompts_with_a_prefix_that_their_rows_still_hold_begin_after_it(padded:
 def test_more_tokens_than_a_row_has_slots_for_are_refused(padded: Setting, mixed_inputs: list[Any]) -> None:
     cache: Any = padded.decoder.prefill(*padded.prompts(mixed_inputs[:1])).cache
     with (
-        pytest.raises(BackendError, match="tokens do not fit in the 128 slots of a row"),
-        padded.decoder.stack([cache], 200),
+        pytest.raises(BackendError, match="tokens do not fit in the 192 slots of a row"),
+        padded.decoder.stack([cache], 300),
     ):
         pass
 
