@@ -211,7 +211,7 @@ class Cuda:
             recorded = self.call("cudaStreamEndCapture", self.stream)
             if failure is None:
                 try:
-                    return CudaGraph(self, recorded).launch
+                    return CudaGraph(self, recorded, start).launch
                 finally:
                     self.call("cudaGraphDestroy", recorded)
         except BackendError as error:
@@ -255,8 +255,9 @@ class _Uploads:
 class CudaGraph:
     """A recorded run that starts with one call."""
 
-    def __init__(self, cuda: Cuda, recorded: Any) -> None:
+    def __init__(self, cuda: Cuda, recorded: Any, start: Callable[[], None]) -> None:
         self._cuda = cuda
+        self._recorded = start  # holds what the recording runs in, such as an engine's context
         self._executable = cuda.call("cudaGraphInstantiate", recorded, 0)
         finalizer = weakref.finalize(self, cuda.call, "cudaGraphExecDestroy", self._executable)
         finalizer.atexit = False

@@ -78,9 +78,10 @@ class Span:
 
     def read(self, dtype: np.dtype[Any], what: str) -> NDArray[Any]:
         """Return a single line as numbers of a type, which must have been written as such."""
-        found = [KINDS[kind] for kind in np.unique(self.kinds) if kind not in (BYTES, kind_of(dtype))]
-        if found:
-            raise MisuseError(f"{what} reads {dtype.name} where {' and '.join(found)} was written")
+        wrong = self.kinds[(self.kinds != BYTES) & (self.kinds != kind_of(dtype))]
+        if wrong.size:
+            found = " and ".join(KINDS[kind] for kind in np.unique(wrong))
+            raise MisuseError(f"{what} reads {dtype.name} where {found} was written")
         values: NDArray[Any] = self.data[0].view(dtype)
         return values
 

@@ -32,6 +32,7 @@ from tensorrt.run import (
     ExecutionContextAllocationStrategy,
     ICudaEngine,
     IExecutionContext,
+    LayerInformationFormat,
     Runtime,
     TensorIOMode,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "IProgressMonitor",
     "ITensor",
     "ITimingCache",
+    "LayerInformationFormat",
     "LayerType",
     "Logger",
     "MemoryPoolType",

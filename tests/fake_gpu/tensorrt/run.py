@@ -22,6 +22,7 @@ from tensorrt.build import read_plan, type_of
 from tensorrt.log import ILogger, report
 
 ExecutionContextAllocationStrategy = enumeration("ExecutionContextAllocationStrategy")
+LayerInformationFormat = enumeration("LayerInformationFormat")
 TensorIOMode = enumeration("TensorIOMode")
 Shape = tuple[int, ...]
 
@@ -137,7 +138,8 @@ class EngineInspector(Strict):
         self._engine = engine
 
     def get_engine_information(self, format: Any) -> str:  # noqa: A002 - the library's name
-        del format
+        if format is not LayerInformationFormat.JSON:
+            raise NotImplementedError("the fake's inspector speaks JSON alone")
         return json.dumps({"Layers": [node.name for node in self._engine._graph.model.graph.node]})
 
 
@@ -295,7 +297,9 @@ class IExecutionContext(Strict):
 
         def start() -> Run:
             this = context()
-            if this is None or this._state != state:
+            if this is None:
+                raise MisuseError(f"{what} was recorded from a context that is gone")
+            if this._state != state:
                 raise MisuseError(f"{what} was recorded before its context changed")
             counting = count()
             return lambda: _run(engine, shapes, spans, what, counting, context)
