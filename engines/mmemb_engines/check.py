@@ -12,7 +12,7 @@ from mmemb_deploy.backends.tensorrt.network import Watcher
 from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.errors import BackendError
-from mmemb_engines.build import Watch, parse
+from mmemb_engines.build import Watch, compile_network, parse
 from mmemb_engines.profiles import Demand, profiles
 
 
@@ -53,17 +53,18 @@ def _check(
     options: BuildOptions,
     watcher: Watcher,
 ) -> Checked:
+    facts = bundle.manifest.graphs[bundle.manifest.engines[name][0]]
     parsed, plan, problem = False, None, None
     began = time.perf_counter()
     try:
         network, _ = parse(bundle, library, name, boxes, options)
         parsed = True
-        plan = network.build(boxes, options, target=device.target, timings=b"", watcher=watcher)
+        plan, _ = compile_network(network, facts, boxes, options, target=device.target, timings=b"", watcher=watcher)
     except BackendError as error:
         problem = str(error)
     return Checked(
         graph=name,
-        precision=bundle.manifest.graphs[bundle.manifest.engines[name][0]].precision,
+        precision=facts.precision,
         target=device.target,
         parsed=parsed,
         built=plan is not None,
