@@ -127,6 +127,7 @@ class Cuda:
         status, *values = getattr(self._runtime, function)(*arguments)
         if int(status) != 0:
             _, text = self._runtime.cudaGetErrorString(status)
+            self._runtime.cudaGetLastError()  # or whoever asks next, as TensorRT does, would take it for its own
             raise BackendError(f"{function} failed: {text.decode()} (CUDA error {int(status)})")
         return values[0] if values else None
 
@@ -216,7 +217,7 @@ class Cuda:
                     self.call("cudaGraphDestroy", recorded)
         except BackendError as error:
             failure = failure or error  # what began to fail says more than that the capture could not end
-        self._runtime.cudaGetLastError()  # or the next call would report it again
+        self._runtime.cudaGetLastError()
         raise RecordError(str(failure)) from failure
 
 
