@@ -127,6 +127,7 @@ class Cuda:
         status, *values = getattr(self._runtime, function)(*arguments)
         if int(status) != 0:
             _, text = self._runtime.cudaGetErrorString(status)
+            self._runtime.cudaGetLastError()  # or TensorRT would take it for its own
             raise BackendError(f"{function} failed: {text.decode()} (CUDA error {int(status)})")
         return values[0] if values else None
 
