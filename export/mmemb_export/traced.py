@@ -46,6 +46,7 @@ class TracedGraphs:
     ) -> None:
         """Trace them in the outline's float type; `report` hears what is being done, here and in `write`."""
         self._recipe, self._report = recipe, report
+        self._compute = str(outline.model.dtype).removeprefix("torch.")
         traced: dict[str, ir.Model] = {}
         for graph in traceables(outline):
             report(f"exporting {graph.name}")
@@ -75,7 +76,7 @@ class TracedGraphs:
                 file=file,
                 precision=precision,
                 form="fused" if recipe.form == "fused" else "portable",
-                compute=recipe.floats,
+                compute=self._compute,
                 inputs=tuple(_tensor(value) for value in graph.inputs),
                 outputs=tuple(_tensor(value) for value in graph.outputs),
                 kept=kept,
