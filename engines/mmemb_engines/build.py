@@ -45,9 +45,9 @@ def check_portable(bundle: Bundle) -> None:
 
 
 def device_sets(
-    bundle: Bundle, name: str, targets: tuple[str, ...], options: BuildOptions
+    bundle: Bundle, name: str, targets: tuple[str, ...], options: BuildOptions, index: int = 0
 ) -> tuple[Library, list[EngineSet]]:
-    """Load a library and return a set, still empty, for every device to build for: targets, or the GPU at hand.
+    """Load a library and return a set, still empty, for every device to build for: targets, or the GPU of an index.
 
     Raises OptionError for targets and options that the library does not have, MissingExtraError, and BackendError where
     a GPU is needed and there is none, the library does not build for it, or it has no room for the weights.
@@ -55,7 +55,7 @@ def device_sets(
     check_known("library", name, LIBRARIES)
     if name == TENSORRT and targets:
         raise OptionError("targets are for the library 'tensorrt-rtx': TensorRT builds for the GPU that it runs on")
-    gpu = None if targets else probe()  # before the library is loaded, and before it can fail its own way
+    gpu = None if targets else probe(device=index)  # before the library is loaded, and before it can fail its own way
     library = load_library(name)
     library.check_options(options)
     if gpu is None:
@@ -64,7 +64,7 @@ def device_sets(
         return library, [_set_of(library, target, target) for target in targets]
     device = _device(library, gpu, options)
     weights = max((bundle.folder / file).stat().st_size for file in bundle.manifest.files)
-    Cuda().check_memory(weights, f"building engines from {bundle.folder}")
+    Cuda(index).check_memory(weights, f"building engines from {bundle.folder}")
     return library, [_set_of(library, device, gpu.target)]
 
 
@@ -84,10 +84,10 @@ def _device(library: Library, gpu: Gpu, options: BuildOptions) -> str:
     return {"exact": gpu.name, "capability": gpu.target, "ampere+": AMPERE_PLUS}[options.hardware]
 
 
-def built_here(bundle: Bundle, name: str) -> EngineSet:
-    """Return a library's engines that a bundle holds for the GPU at hand. Raises BackendError where there are none."""
+def built_here(bundle: Bundle, name: str, index: int = 0) -> EngineSet:
+    """Return a library's engines that a bundle holds for the GPU of an index. Raises BackendError for none."""
     check_known("library", name, LIBRARIES)
-    gpu = probe()
+    gpu = probe(device=index)
     return find_set(bundle, _set_of(load_library(name), gpu.name, gpu.target))
 
 

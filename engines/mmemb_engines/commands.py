@@ -12,9 +12,12 @@ import typer
 
 from mmemb_deploy.backends.tensorrt.api import LIBRARIES, TENSORRT
 from mmemb_deploy.backends.tensorrt.options import Attention, BuildOptions, Hardware, Profiling
+from mmemb_deploy.cli.options import Device
+from mmemb_deploy.errors import OptionError
 
 if TYPE_CHECKING:
     from mmemb_deploy.backends.tensorrt.files import EngineSet
+    from mmemb_deploy.bundle.folder import Bundle
     from mmemb_engines.check import Checked
 
 DECOMPOSED = "its attention found no kernel of its own in half precision, and was written out, which is slower"
@@ -33,6 +36,12 @@ def build(
         typer.Option(help="Compute capabilities to build for without a GPU, as sm80,sm89: tensorrt-rtx only."),
     ] = None,
     batch: Annotated[int, typer.Option(help="Most inputs that run together.")] = 32,
+    tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of a prompt; as many as the bundle allows by default.")
+    ] = None,
+    cache: Annotated[
+        float | None, typer.Option(help="GiB of the KV cache, at most; what the bundle says by default.")
+    ] = None,
     traffic: Annotated[
         Path | None,
         typer.Option(help="A sample of inputs, as `mmemb embed` reads them, to fit the engines to instead of limits."),
@@ -57,6 +66,10 @@ def build(
     attention: Annotated[
         Attention, typer.Option(help="How attention knows which slots of the cache are filled.")
     ] = "mask",
+    triton: Annotated[
+        Path | None, typer.Option(help="Also write a model repository for Triton Inference Server there.")
+    ] = None,
+    device: Device = 0,
     engines_only: Annotated[
         Path | None, typer.Option(help="Also write a bundle there that holds the engines, and no ONNX graphs.")
     ] = None,
@@ -81,6 +94,7 @@ def build(
     from mmemb_engines.check import check_graphs
     from mmemb_engines.engines_only import write_engines_only
     from mmemb_engines.profiles import demand_of_limits, demand_of_traffic, read_traffic
+    from mmemb_engines.triton import write_repository
     from mmemb_engines.verify import verify_engines
     from mmemb_engines.watch import watching
 
@@ -97,10 +111,13 @@ def build(
         profiling=profiling,
         attention=attention,
     )
+    cache_bytes = None if cache is None else int(cache * 2**30)
+    if traffic is not None and tokens is not None:
+        raise OptionError(f"--tokens is {tokens} beside --traffic, which says how long prompts are: pass one of them")
     if traffic is None:
-        demand = demand_of_limits(manifest, batch)
+        demand = demand_of_limits(manifest, batch, tokens=tokens, cache_bytes=cache_bytes)
     else:
-        demand = demand_of_traffic(manifest, batch, read_traffic(opened, traffic))
+        demand = demand_of_traffic(manifest, batch, read_traffic(opened, traffic), cache_bytes=cache_bytes)
     if commands is not None:
         print("\n".join(write_commands(opened, demand, options, commands)))
         raise typer.Exit
@@ -108,9 +125,9 @@ def build(
     if not check and not targets:  # the GPU at hand can run what is built
         against = reference_of(opened, None if reference is None else Bundle.open(reference))
     if manifest.engines_of is not None and against is not None:
-        sets = [built_here(opened, library)]
+        sets = [built_here(opened, library, device)]
     else:
-        loaded, devices = device_sets(opened, library, tuple(targets.split(",")) if targets else (), options)
+        loaded, devices = device_sets(opened, library, tuple(targets.split(",")) if targets else (), options, device)
         with watching(shown=not as_json) as watch:
             if check:
                 rows = list(check_graphs(opened, loaded, devices, demand, options, watch))
@@ -118,10 +135,12 @@ def build(
                 raise typer.Exit(0 if all(row.built for row in rows) else 1)
             sets = [build_engines(opened, loaded, device, demand, options, watch) for device in devices]
     if against is not None:
-        sets = [verify_engines(opened, engines, against) for engines in sets]
+        sets = [verify_engines(opened, engines, against, device) for engines in sets]
     if engines_only is not None:
         opened = write_engines_only(opened, sets, engines_only)
-    _print_built(opened.folder, sets, as_json=as_json)
+    if triton is not None:
+        write_repository(opened, sets, triton, device)
+    _print_built(opened, sets, as_json=as_json)
 
 
 def _print_checked(rows: Sequence[Checked], library: str, *, as_json: bool) -> None:
@@ -147,12 +166,14 @@ def _print_checked(rows: Sequence[Checked], library: str, *, as_json: bool) -> N
             console.print(f"{row.graph}, {row.target}: {row.error}", markup=False, soft_wrap=True)
 
 
-def _print_built(folder: Path, sets: Sequence[EngineSet], *, as_json: bool) -> None:
+def _print_built(bundle: Bundle, sets: Sequence[EngineSet], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"engines": [engines.model_dump() for engines in sets]}))
         return
+    from mmemb_deploy.backends.tensorrt.budget import budget_of
+
     for engines in sets:
-        print(f"{folder / 'engines' / engines.folder}")
+        print(f"{bundle.folder / 'engines' / engines.folder}")
         for name, built in engines.engines.items():
             print(f"  {name}: {built.precision}, {built.seconds:.1f} s, {built.size / 2**20:.2f} MiB")
         for name in engines.decomposed:
@@ -167,3 +188,5 @@ def _print_built(folder: Path, sets: Sequence[EngineSet], *, as_json: bool) -> N
             worst, flips = min(each.min_cosine for each in parities), sum(each.gate_flips for each in parities)
             inputs = sum(each.inputs for each in engines.certificate.modalities.values())
             print(f"  verified on {inputs} inputs: min cosine {worst:.7f}, {flips} gate flips")
+        for line in budget_of(bundle.manifest, engines).lines():
+            print(f"  {line}")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.errors import BackendError, InputError, MmembError, OptionError, check_known
+from mmemb_deploy.errors import InputError, MmembError, OptionError, check_known
 from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.results import EncodeResult
 
@@ -43,12 +43,12 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load the bundle, and run what it will be asked for; Triton calls the model ready after that."""
         self._triton: Any = import_module("triton_python_backend_utils")
-        if args["model_instance_kind"] == "GPU" and args["model_instance_device_id"] != "0":
-            raise BackendError(f"instance_group names the GPU {args['model_instance_device_id']}: only 0 is run yet")
+        device = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else 0
         config = json.loads(args["model_config"])
         self._rows: int = config["max_batch_size"]
         bundle = Path(args["model_repository"], args["model_version"], BUNDLE)
-        self._embedder = Embedder.load(bundle, backend=config["parameters"]["backend"]["string_value"])
+        backend: str = config["parameters"]["backend"]["string_value"]
+        self._embedder = Embedder.load(bundle, backend=backend, device=device)
         for reasoning in ("never", "always") if self._embedder.reasons else ("never",):
             self._embedder.encode(["ready"], reasoning=reasoning)
 

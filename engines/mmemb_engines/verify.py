@@ -24,7 +24,7 @@ AXES = {  # that bound an input, and the graphs that read it
 }
 
 
-def verify_engines(bundle: Bundle, engines: EngineSet, reference: ReferenceSet) -> EngineSet:
+def verify_engines(bundle: Bundle, engines: EngineSet, reference: ReferenceSet, device: int = 0) -> EngineSet:
     """Run engines that were built for this machine, unless they were verified before; write down their certificate.
 
     They run those inputs of the reference that their profiles take, under the bounds of the bundle's certificate; what
@@ -35,7 +35,7 @@ def verify_engines(bundle: Bundle, engines: EngineSet, reference: ReferenceSet) 
         return engines
     probes = fitting(bundle, engines, reference)
     _write_layers(bundle, engines)
-    engine = TensorRT(engines.library, unverified=True).load(bundle)
+    engine = TensorRT(engines.library, device, unverified=True).load(bundle)
     found = measure(Embedder(bundle.manifest, row_encoder(bundle), engine), probes, bounds_of(bundle))
     found.check()
     verified = engines.model_copy(update={"certificate": found})

@@ -13,6 +13,7 @@ from typing import Any, Generic
 
 import numpy as np
 
+from mmemb_deploy.backends.nvtx import marked
 from mmemb_deploy.backends.protocol import F, Features, Vision
 from mmemb_deploy.inputs.preprocess import VisionSpec, Visual, pixel_segments, vision_tables
 from mmemb_deploy.inputs.rows import by_shape
@@ -28,6 +29,10 @@ class VisionEncoder:
 
     def encode(self, visuals: Sequence[Visual]) -> Mapping[str, Any]:
         """Return what `Vision.join` makes of the visuals in order."""
+        with marked("vision"):
+            return self._encode(visuals)
+
+    def _encode(self, visuals: Sequence[Visual]) -> Mapping[str, Any]:
         keys = [_key(visual) for visual in visuals]
         found = {key: features for key in keys if (features := self._cache.get(key)) is not None}
         unseen = {key: visual for key, visual in zip(keys, visuals, strict=True) if key not in found}

@@ -327,6 +327,6 @@ def test_an_engine_that_fails_is_triton_s_internal_error(start: Start, monkeypat
     assert response.error == TritonError("out of memory", TritonError.INTERNAL)
 
 
-def test_a_gpu_that_is_not_run_yet_is_refused(start: Start) -> None:
-    with pytest.raises(BackendError, match="names the GPU 3"):
+def test_the_instance_s_gpu_is_the_embedder_s(start: Start) -> None:
+    with pytest.raises(OptionError, match="device is 3"):
         start(model_instance_kind="GPU", model_instance_device_id="3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from logging import getLogger
 
 from mmemb_deploy.backends.cuda import Cuda, Gpu, probe
 from mmemb_deploy.backends.device_session import DeviceSession
@@ -10,6 +11,7 @@ from mmemb_deploy.backends.device_vision import DeviceVision
 from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.backends.tensorrt.api import Library, load_library
+from mmemb_deploy.backends.tensorrt.budget import budget_of
 from mmemb_deploy.backends.tensorrt.engine import Arena, LoadedEngine, Stored
 from mmemb_deploy.backends.tensorrt.files import EngineSet, find_set, verified_set
 from mmemb_deploy.bundle import abi
@@ -17,6 +19,8 @@ from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import Manifest
 from mmemb_deploy.bundle.precision import FLOATS
 from mmemb_deploy.errors import BackendError
+
+LOGGER = getLogger("mmemb_deploy")
 
 
 class TensorRT:
@@ -49,6 +53,8 @@ class TensorRT:
         decoder.warm_up()
         for engine in set(engines.values()):
             engine.keep_kernels()
+        for line in budget_of(manifest, found, arena.nbytes).lines():
+            LOGGER.info(line)
         gate = engines.get(abi.GATE)
         return Engine(
             f"{self._library} {library.version} {gpu.name}",

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mmemb_deploy.backends.tensorrt.files import EngineSet
+from mmemb_deploy.bundle import abi
+from mmemb_deploy.bundle.manifest import Manifest
 from mmemb_deploy.figures import Figure
 
 
@@ -52,3 +55,15 @@ class Budget:
         figures = self.figures()
         wide, high = max(map(len, figures)), max(len(str(figure)) for figure in figures.values())
         return [f"{name:<{wide}}  {figure!s:>{high}}  {figure.basis}" for name, figure in figures.items()]
+
+
+def budget_of(manifest: Manifest, engines: EngineSet, arena: int = 0) -> Budget:
+    """Return what a set of engines takes; how large their arena is, is known once they are loaded."""
+    weights = {name: built.size for name, built in engines.engines.items()}
+    features = manifest.batch.vision_bytes
+    for name, graphs in manifest.engines.items():
+        if abi.GENERATOR in graphs:
+            rows, _, slots, _ = max(box[next(abi.past_names(1))][2] for box in engines.engines[name].profiles)
+            token = manifest.cache_token_bytes
+            return Budget(weights=weights, rows=rows, slots=slots, token_bytes=token, arena=arena, features=features)
+    return Budget(weights=weights, arena=arena, features=features)
