@@ -21,7 +21,7 @@ from mmemb_deploy.backends.tensorrt.files import (
     read_sets,
     write_set,
 )
-from mmemb_deploy.backends.tensorrt.network import Network, Plan, Watcher
+from mmemb_deploy.backends.tensorrt.network import Network, Watcher
 from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle.folder import Bundle, file_hash
 from mmemb_deploy.bundle.manifest import GraphFacts
@@ -30,7 +30,6 @@ from mmemb_deploy.files import write_whole
 from mmemb_engines.graph import SLOTS, Prepared, prepared
 from mmemb_engines.profiles import Demand, profiles
 
-TOKENS = "tokens"  # the axis of new tokens, as the manifest names it
 Watch = Callable[[str], Watcher]  # a graph's name to what hears of its build
 
 
@@ -133,41 +132,6 @@ def parse(
     return Network(library, path, ready.model, lengths=ready.lengths), ready
 
 
-def compile_network(
-    network: Network,
-    graph: GraphFacts,
-    boxes: tuple[ProfileShapes, ...],
-    options: BuildOptions,
-    *,
-    target: str,
-    timings: bytes,
-    watcher: Watcher,
-) -> tuple[Plan, tuple[ProfileShapes, ...]]:
-    """Build an engine; return it with the profiles that it was built for. Raises BackendError.
-
-    Compilers of TensorRT 10.16's generation fail at masked float16 attention over many slots where a profile has a
-    single token; then those profiles are widened to two.
-    """
-    try:
-        return network.build(boxes, options, target=target, timings=timings, watcher=watcher), boxes
-    except BackendError:
-        wider = tuple(_for_two_tokens(graph, box) for box in boxes)
-        if graph.compute != "float16" or wider == boxes:
-            raise
-        return network.build(wider, options, target=target, timings=timings, watcher=watcher), wider
-
-
-def _for_two_tokens(graph: GraphFacts, box: ProfileShapes) -> ProfileShapes:
-    """Return a profile of a single token as one of up to two, and any other as it is."""
-    wider = dict(box)
-    for tensor in graph.inputs:
-        if TOKENS in tensor.shape:
-            place, (smallest, usual, largest) = tensor.shape.index(TOKENS), box[tensor.name]
-            if largest[place] == 1:
-                wider[tensor.name] = smallest, usual, (*largest[:place], 2, *largest[place + 1 :])
-    return wider
-
-
 def slots_of(graph: GraphFacts, boxes: Sequence[ProfileShapes]) -> int | None:
     """Return how many slots a row has in a graph's profiles; None for one without a cache."""
     found = {
@@ -206,9 +170,7 @@ def _build(
     key = wanted.key(graph, boxes, options)
     began = time.perf_counter()
     network, ready = parse(bundle, library, name, boxes, options)
-    plan, used = compile_network(
-        network,
-        bundle.manifest.graphs[role],
+    plan = network.build(
         boxes,
         options,
         target=wanted.target,
@@ -230,8 +192,7 @@ def _build(
         sha256=hashlib.sha256(plan.content).hexdigest(),
         graph=graph,
         precision=bundle.manifest.graphs[role].precision,
-        profiles=used,
-        widened=used != boxes,
+        profiles=boxes,
         options=options,
         decomposed=plan.decomposed,
         seconds=seconds,

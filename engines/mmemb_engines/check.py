@@ -12,7 +12,7 @@ from mmemb_deploy.backends.tensorrt.network import Watcher
 from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.errors import BackendError
-from mmemb_engines.build import Watch, compile_network, parse
+from mmemb_engines.build import Watch, parse
 from mmemb_engines.profiles import Demand, profiles
 
 
@@ -59,7 +59,7 @@ def _check(
     try:
         network, _ = parse(bundle, library, name, boxes, options)
         parsed = True
-        plan, _ = compile_network(network, facts, boxes, options, target=device.target, timings=b"", watcher=watcher)
+        plan = network.build(boxes, options, target=device.target, timings=b"", watcher=watcher)
     except BackendError as error:
         problem = str(error)
     return Checked(

@@ -178,9 +178,6 @@ def _print_built(bundle: Bundle, sets: Sequence[EngineSet], *, as_json: bool) ->
             print(f"  {name}: {built.precision}, {built.seconds:.1f} s, {built.size / 2**20:.2f} MiB")
         for name in engines.decomposed:
             print(f"  {name}: {DECOMPOSED}")
-        for name, built in engines.engines.items():
-            if built.widened:
-                print(f"  {name}: steps of one token are built for up to two, since the library fails at one alone")
         if engines.certificate is None:
             print("  not verified: these engines were built ahead of time, for a GPU that is not here")
         else:

@@ -4,7 +4,10 @@ TensorRT's parsers drop `nonpad_kv_seqlen` of Attention-24 without a word, and t
 first slot on: what comes out builds, and computes something else. So either the graph masks, which is standard ONNX and
 every release understands, or whoever parses sets the lengths afterwards (`mmemb_deploy.backends.tensorrt.network`).
 
-Axes: B rows, T new tokens, R slots of a row.
+The number of slots must be fixed for TensorRT, and is that of the longest row there may be. Attention would look at all
+of them, so one more input, `abi.WINDOW`, says at how many it does: those that any row of the batch has filled.
+
+Axes: B rows, T new tokens, R slots of a row, S slots of the window.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmemb_deploy.bundle import abi
 from mmemb_deploy.errors import BackendError, MissingExtraError, OptionError
 from mmemb_deploy.files import write_whole
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 SLOTS = "slots"  # the axis of the cache, as the manifest names it
 ATTENTION_INPUTS = 7  # with lengths, which come last; the mask is the fourth
 PREFIX = "slots."  # of the names of what is added
+MASK = f"{PREFIX}mask"
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Prepared:
 def prepared(path: Path, slots: int | None, *, lengths: bool) -> Prepared:
     """Return a graph with so many slots in a row of its cache; unless `lengths`, attention to them is by a mask.
 
-    All layers share one mask, bool (B, 1, T, R): a token sees the slots of its row up to its own. Raises BackendError
+    All layers share one mask, bool (B, 1, T, S): a token sees the slots of its row up to its own. Raises BackendError
     for attention that is told lengths and is not causal, or by several tensors, MissingExtraError without onnx.
     A graph without a cache, whose `slots` are None, is returned as it is.
     """
@@ -62,10 +67,13 @@ def prepared(path: Path, slots: int | None, *, lengths: bool) -> Prepared:
             f"{path} has attention over slots that is not causal, or whose lengths come from {len(names)} tensors: "
             "export the bundle again"
         )
-    if lengths or not counted or slots is None:
-        return Prepared(model.SerializeToString(), names.pop() if names else None)
-    _mask(graph, counted, names.pop(), slots)
-    return Prepared(model.SerializeToString(), None)
+    if not counted or slots is None:
+        return Prepared(model.SerializeToString(), None)
+    (ends,) = names
+    nodes = list(_rewritten(graph, ends, lengths=lengths))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return Prepared(model.SerializeToString(), ends if lengths else None)
 
 
 def _counted(node: NodeProto) -> bool:
@@ -77,42 +85,52 @@ def _is_causal(node: NodeProto) -> bool:
     return any(attribute.name == "is_causal" and attribute.i for attribute in node.attribute)
 
 
-def _mask(graph: GraphProto, counted: list[NodeProto], lengths: str, slots: int) -> None:
-    """Put one mask in the place of every attention's lengths and causality."""
-    queries, mask = counted[0].input[0], f"{PREFIX}mask"
-    nodes = list(graph.node)
-    at = next(index for index, node in enumerate(nodes) if _counted(node))
-    for node in counted:
-        del node.input[3:]
-        node.input.append(mask)
-        kept = [attribute for attribute in node.attribute if attribute.name != "is_causal"]
-        del node.attribute[:]
-        node.attribute.extend(kept)
-    nodes[at:at] = _mask_nodes(graph, queries, lengths, mask, slots)
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def _mask_nodes(graph: GraphProto, queries: str, lengths: str, mask: str, slots: int) -> Iterator[NodeProto]:
-    """Yield what computes: slot < lengths - T + 1 + step, for the T steps of the new tokens."""
-    from onnx.helper import make_node
+def _rewritten(graph: GraphProto, ends: str, *, lengths: bool) -> Iterator[NodeProto]:
+    """Yield a graph's nodes with attention that looks at a window, and unless `lengths` through a mask."""
+    from onnx import TensorProto
+    from onnx.helper import make_node, make_tensor_value_info
     from onnx.numpy_helper import from_array
 
-    def name(what: str) -> str:
-        return PREFIX + what
+    graph.input.append(make_tensor_value_info(abi.WINDOW, TensorProto.INT64, [abi.WINDOW]))
+    for what, value in {"zero": [0], "first": [1], "third": [2], "around": [1, 3], "one": 1}.items():
+        graph.initializer.append(from_array(np.array(value, np.int64), PREFIX + what))
+    before: Iterator[NodeProto] | None = _shared(ends, lengths=lengths)
+    for node in graph.node:
+        if _counted(node):
+            yield from before or ()
+            before = None
+            for place in (1, 2):
+                looked_at = f"{node.input[place]}.{abi.WINDOW}"
+                bounds = [PREFIX + each for each in ("zero", "size", "third")]
+                yield make_node("Slice", [node.input[place], *bounds], [looked_at])
+                node.input[place] = looked_at
+            if not lengths:
+                del node.input[3:]
+                node.input.append(MASK)
+                kept = [attribute for attribute in node.attribute if attribute.name != "is_causal"]
+                del node.attribute[:]
+                node.attribute.extend(kept)
+        yield node
 
-    constants = {"one": np.array(1), "first": np.array([1]), "around": np.array([1, 3]), "all": np.arange(slots)}
-    for what, value in constants.items():
-        graph.initializer.append(from_array(value.astype(np.int64), name(what)))
-    yield make_node("Shape", [queries], [name("new")], start=-2, end=-1)
-    yield make_node("Sub", [lengths, name("new")], [name("past")])  # (B,)
-    yield make_node("Squeeze", [name("new")], [name("new_scalar")])
-    yield make_node("Add", [name("new_scalar"), name("one")], [name("end")])
-    yield make_node("Range", [name("one"), name("end"), name("one")], [name("steps")])  # 1 to T
-    yield make_node("Unsqueeze", [name("past"), name("first")], [name("past_B1")])
-    yield make_node("Add", [name("past_B1"), name("steps")], [name("seen_BT")])
-    yield make_node("Unsqueeze", [name("seen_BT"), name("around")], [name("seen_B1T1")])
-    yield make_node("Less", [name("all"), name("seen_B1T1")], [mask])
+
+def _shared(ends: str, *, lengths: bool) -> Iterator[NodeProto]:
+    """Yield what computes, for all layers, the window's size, and the mask: slot < end - T + 1 + step."""
+    from onnx.helper import make_node
+
+    def node(operator: str, inputs: Sequence[str], output: str) -> NodeProto:
+        return make_node(operator, list(inputs), [PREFIX + output])
+
+    yield node("Shape", [abi.WINDOW], "size")
+    if not lengths:
+        yield make_node("Shape", [abi.TOKEN_IDS], [PREFIX + "new"], start=-1)
+        yield node("Sub", [ends, PREFIX + "new"], "past_B")
+        yield node("Squeeze", [PREFIX + "new"], "new_scalar")
+        yield node("Add", [PREFIX + "new_scalar", PREFIX + "one"], "end")
+        yield node("Range", [PREFIX + "one", PREFIX + "end", PREFIX + "one"], "steps_T")  # 1 to T
+        yield node("Unsqueeze", [PREFIX + "past_B", PREFIX + "first"], "past_B1")
+        yield node("Add", [PREFIX + "past_B1", PREFIX + "steps_T"], "seen_BT")
+        yield node("Unsqueeze", [PREFIX + "seen_BT", PREFIX + "around"], "seen_B1T1")
+        yield make_node("Less", [abi.WINDOW, PREFIX + "seen_B1T1"], [MASK])
 
 
 def write_prepared(path: Path, graph: Prepared, weights: Sequence[str], folder: Path) -> Path:

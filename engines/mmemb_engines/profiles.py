@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmemb_deploy.backends.kv_cache.pool import BUCKET
+from mmemb_deploy.backends.kv_cache.slots import windows
 from mmemb_deploy.backends.tensorrt.files import ProfileShapes
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
@@ -189,6 +190,7 @@ def _prompts(manifest: Manifest, demand: Demand, rows: int) -> Iterator[Axes]:
             "tokens": Range(1, opt, tokens),
             "visual_tokens": Range(1, min(1 + rows * demand.opt_visual_tokens, visual_tokens), visual_tokens),
             "slots": _fixed(demand.slots),
+            abi.WINDOW: _window(demand, opt),
         }
 
 
@@ -199,8 +201,15 @@ def _gate(_: Manifest, demand: Demand) -> Iterator[Axes]:
 def _steps(_: Manifest, demand: Demand) -> Iterator[Axes]:
     """Yield a profile of a step of every row, one of a step of a single row, and one of a rationale's chunk."""
     rows, one = Range(1, demand.cache_rows, demand.cache_rows), _fixed(1)
+    kept = {"slots": _fixed(demand.slots), abi.WINDOW: _window(demand, demand.opt_tokens + demand.chunk)}
     for batch, tokens in ((rows, one), (one, one), (rows, Range(1, demand.chunk, demand.chunk))):
-        yield {"batch": batch, "tokens": tokens, "visual_tokens": one, "slots": _fixed(demand.slots)}
+        yield {"batch": batch, "tokens": tokens, "visual_tokens": one, **kept}
+
+
+def _window(demand: Demand, slots: int) -> Range:
+    """Return the windows on a row's slots, fastest at the smallest that shows so many."""
+    sizes = windows(demand.slots)
+    return Range(sizes[0], next(size for size in sizes if size >= slots), sizes[-1])
 
 
 def _fixed(size: int) -> Range:
@@ -234,9 +243,12 @@ def most_patches(spec: VisionSpec) -> int:
 
 def _shapes(graph: GraphFacts, axes: Axes) -> ProfileShapes:
     shapes: ProfileShapes = {}
-    for tensor in graph.inputs:
-        sizes = [Range(size, size, size) if isinstance(size, int) else axes[size] for size in tensor.shape]
-        shapes[tensor.name] = (
+    inputs = {tensor.name: tensor.shape for tensor in graph.inputs}
+    if any("slots" in shape for shape in inputs.values()):
+        inputs[abi.WINDOW] = (abi.WINDOW,)  # which the build adds to the graph
+    for name, shape in inputs.items():
+        sizes = [Range(size, size, size) if isinstance(size, int) else axes[size] for size in shape]
+        shapes[name] = (
             tuple(size.min for size in sizes),
             tuple(size.opt for size in sizes),
             tuple(size.max for size in sizes),

@@ -44,6 +44,7 @@ POSITION_IDS: Final = "position_ids"  # (3, B, T): time, height, width
 LAST: Final = "last"  # (B,): place of a row's last token among the new ones; -1 for a row that has none
 START: Final = "start"  # (B,): tokens of a row in the cache before the new ones, whose slots follow
 VISUAL_INDEX: Final = "visual_index"  # (B, T): row of VISUAL_TOKENS that a token shows, 0 for a word
+WINDOW: Final = "window"  # (S,): 0 to S - 1, the slots that attention looks at; in TensorRT's engines alone
 
 # decoder, out; all of a row's last token
 EMBEDDING: Final = "embedding"  # (B, D), L2-normalised

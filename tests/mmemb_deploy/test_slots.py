@@ -1,10 +1,12 @@
 """A cache of slots gives what a cache of whole arrays gives, whatever joins, leaves, waits, moves and is followed.
 
-The same decoder runs three ways: torch's modules over whole arrays, the portable and the fused graphs over slots on the
-host. A `Padded` device lays rows out as a GPU does, and counts what is copied.
+The same decoder runs four ways: torch's modules over whole arrays, the portable and the fused graphs over slots on the
+host, and the portable one as it is prepared for TensorRT. A padded device lays rows out as a GPU does, and counts what
+is copied.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,19 @@ from mmemb_deploy import Embedder
 from mmemb_deploy.backends.device import Plane, Wanted
 from mmemb_deploy.backends.host_device import HostDevice, HostMemory
 from mmemb_deploy.backends.kv_cache.pool import BUCKET, Layout, Pool
-from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder
+from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder, windows
 from mmemb_deploy.backends.onnxruntime import OnnxRuntime, OrtGraph
 from mmemb_deploy.backends.protocol import Decoder, Engine
+from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.bundle.manifest import GraphFacts, TensorFacts
 from mmemb_deploy.embedder import row_encoder
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.prompts import PAD
 from mmemb_deploy.inputs.rows import Batch, collate
 from mmemb_deploy.options import EncodeOptions
+from mmemb_engines.graph import prepared, write_prepared
 from mmemb_training.checkpoint import load_checkpoint
 from mmemb_training.runtime import torch_embedder
 
@@ -74,12 +79,24 @@ class Setting:
             self.decoder: SlotDecoder = self.engine.decoder  # type: ignore[assignment]
             return
         sessions: dict[str, Any] = {}
-        for facts in manifest.graphs.values():
+        graphs: dict[str, OrtGraph] = {}
+        for name, facts in manifest.graphs.items():
+            path = bundle.folder / facts.file
+            if places.windows and any("slots" in tensor.shape for tensor in facts.inputs):
+                path, facts = self.windowed(facts, places)  # noqa: PLW2901 - what is run in its place
             if facts.file not in sessions:
-                sessions[facts.file] = OnnxRuntime(1)._open(bundle.folder / facts.file)  # pyright: ignore[reportPrivateUsage]
-        graphs = {name: OrtGraph(sessions[facts.file], facts) for name, facts in manifest.graphs.items()}
+                sessions[facts.file] = OnnxRuntime(1)._open(path)  # pyright: ignore[reportPrivateUsage]
+            graphs[name] = OrtGraph(sessions[facts.file], facts)
         self.decoder = SlotDecoder(self.device, graphs, manifest, places)
         self.decoder.warm_up()
+
+    def windowed(self, facts: GraphFacts, places: Places) -> tuple[Path, GraphFacts]:
+        """Prepare a graph with slots as for TensorRT."""
+        path, target = self.bundle.folder / facts.file, self.bundle.folder.parent / "windowed"
+        weights = [file for file in self.bundle.manifest.files if file.endswith(".onnx.data")]
+        written = write_prepared(path, prepared(path, places.slots, lengths=False), weights, target)
+        window = TensorFacts(name=abi.WINDOW, dtype="int64", shape=(abi.WINDOW,))
+        return written, facts.model_copy(update={"inputs": (*facts.inputs, window)})
 
     def prompts(self, inputs: Sequence[Any]) -> tuple[Batch, Any]:
         manifest = self.bundle.manifest
@@ -95,6 +112,7 @@ class Setting:
 
 
 GPU_LIKE = Places(rows=8, slots=3 * BUCKET, padded=True, chunk=4)
+WINDOWED = replace(GPU_LIKE, windows=(BUCKET // 2, BUCKET, 3 * BUCKET))
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +120,10 @@ def reference(tiny_checkpoint: Path) -> Embedder:
     return torch_embedder(load_checkpoint(tiny_checkpoint))
 
 
-@pytest.fixture(scope="module", params=["portable", "padded", "fused"])
+@pytest.fixture(scope="module", params=["portable", "padded", "windowed", "fused"])
 def setting(request: pytest.FixtureRequest, tiny_bundle: Path, fused_bundle: Path) -> Setting:
     bundle = Bundle.open(fused_bundle if request.param == "fused" else tiny_bundle)
-    return Setting(bundle, GPU_LIKE if request.param == "padded" else None)
+    return Setting(bundle, {"padded": GPU_LIKE, "windowed": WINDOWED}.get(request.param))
 
 
 @pytest.fixture
@@ -313,3 +331,29 @@ def test_a_pool_that_grows_keeps_what_is_in_it() -> None:
     for plane, address in enumerate(pool.addresses(row.index)):
         (found,) = device.download([Wanted(address, (3,), np.int64)])
         assert np.array_equal(found, written + plane)
+
+
+@pytest.mark.parametrize(("slots", "sizes"), [(192, (192,)), (1024, (256, 1024)), (8256, (576, 2112, 8256))])
+def test_windows_end_in_all_slots_and_are_few(slots: int, sizes: tuple[int, ...]) -> None:
+    assert windows(slots) == sizes
+
+
+def test_a_step_of_short_rows_is_one_that_looks_at_few_slots(tiny_bundle: Path, mixed_inputs: list[Any]) -> None:
+    setting = Setting(Bundle.open(tiny_bundle), WINDOWED)
+    assert setting.device.counts["recorded"] == 4 * len(WINDOWED.windows)  # of 1, 2, 4 and 8 rows
+    bound: list[int] = []
+    bind = SlotDecoder._bind_step  # pyright: ignore[reportPrivateUsage]
+    embedder = setting.embedder()
+
+    def noted(self: SlotDecoder, first: int, count: int, window: int) -> Any:
+        bound.append(window)
+        return bind(self, first, count, window)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SlotDecoder, "_bind_step", noted)
+        embedder.encode(mixed_inputs, reasoning="always")
+        assert bound == []  # every window was bound and recorded at the start
+        setting.decoder._bound.clear()  # pyright: ignore[reportPrivateUsage]
+        embedder.encode(["one"], reasoning="always")
+    assert bound[0] < setting.decoder.pool.slots
+    assert bound == sorted(set(bound))  # they grow with the row

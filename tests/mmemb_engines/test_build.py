@@ -6,7 +6,7 @@ This is a check of graphs and of the build's own work. It is no run of TensorRT.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import onnx
 import pytest
@@ -30,7 +30,7 @@ from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.errors import BackendError, OptionError
 from mmemb_engines import build as build_module
-from mmemb_engines.build import build_engines, check_portable, compile_network, device_sets
+from mmemb_engines.build import build_engines, check_portable, device_sets
 from mmemb_engines.check import check_graphs
 from mmemb_engines.commands import register
 from mmemb_engines.engines_only import write_engines_only
@@ -296,34 +296,6 @@ def test_a_stripped_engine_keeps_the_graph_that_names_its_weights(
     assert read_model(bundle, again, "decoder") == b"a graph"
     with pytest.raises(OptionError, match="the engine of vision is stripped of its weights: leave --strip out"):
         write_engines_only(bundle, [again], bundle.folder.parent / "alone")
-
-
-def test_float16_steps_are_built_for_two_tokens_where_one_alone_fails(bundle: Bundle) -> None:
-    """As releases before TensorRT for RTX 1.6 fail, whose parser and compiler are those of TensorRT 10.16."""
-    asked: list[Any] = []
-
-    class Failing:
-        def build(self, boxes: Any, *_: Any, **__: Any) -> Plan:
-            asked.append(boxes)
-            if any(box[abi.TOKEN_IDS][2][1] == 1 for box in boxes):
-                raise BackendError("no kernel")
-            return Plan(memoryview(b"an engine"), b"", decomposed=False)
-
-    graph, network = bundle.manifest.graphs[abi.EMBEDDER], cast("Network", Failing())
-    boxes = profiles("decoder", bundle.manifest, demand_of_limits(bundle.manifest, 2))
-    settings: dict[str, Any] = {"target": "sm87", "timings": b"", "watcher": Silent()}
-    with pytest.raises(BackendError, match="no kernel"):
-        compile_network(network, graph, boxes, OPTIONS, **settings)
-    half = graph.model_copy(update={"compute": "float16"})
-    _, used = compile_network(network, half, boxes, OPTIONS, **settings)
-    assert used == asked[-1]
-    for before, after in zip(boxes, used, strict=True):
-        one = before[abi.TOKEN_IDS][2][1] == 1
-        assert after[abi.TOKEN_IDS][:2] == before[abi.TOKEN_IDS][:2]
-        assert (
-            after[abi.POSITION_IDS][2][2] == after[abi.TOKEN_IDS][2][1] == (2 if one else before[abi.TOKEN_IDS][2][1])
-        )
-        assert after["past.0.key"] == before["past.0.key"]
 
 
 def test_a_bundle_that_is_fused_for_onnx_runtime_is_refused(bundle: Bundle) -> None:

@@ -44,6 +44,7 @@ def make(tmp_path: Path) -> Make:
             *(tensor(name, dtype, *shape) for name, shape in {"queries": queries, "keys": new, "values": new}.items()),
             *(tensor(f"past.{name}", dtype, *past) for name in ("keys", "values")),
             tensor("start", TensorProto.INT64, "batch"),
+            tensor(abi.TOKEN_IDS, TensorProto.INT64, "batch", "tokens"),
         ]
         outputs = [tensor("mixed", dtype, *queries)]
         outputs += [tensor(f"present.{name}", dtype, *past) for name in ("keys", "values")]
@@ -52,7 +53,7 @@ def make(tmp_path: Path) -> Make:
             helper.make_node("Mul", ["queries", "weight"], ["weighted"]),
             helper.make_node("TensorScatter", ["past.keys", "keys", "start"], ["present.keys"], axis=2),
             helper.make_node("TensorScatter", ["past.values", "values", "start"], ["present.values"], axis=2),
-            helper.make_node("Shape", ["queries"], ["new"], start=2, end=3),
+            helper.make_node("Shape", [abi.TOKEN_IDS], ["new"], start=1),
             helper.make_node("Add", ["start", "new"], ["ends"]),
             helper.make_node("Attention", attended, ["mixed"], is_causal=causal, scale=0.3),
         ]
@@ -79,7 +80,10 @@ def run(model: Path, feeds: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_a_mask_is_equal_to_lengths_for_rows_of_any_start(make: Make, tmp_path: Path, tokens: int) -> None:
+@pytest.mark.parametrize("window", [10, SLOTS])
+def test_a_mask_over_a_window_is_equal_to_lengths_for_rows_of_any_start(
+    make: Make, tmp_path: Path, tokens: int, window: int
+) -> None:
     path = make()
     masked = write_prepared(path, prepared(path, SLOTS, lengths=False), ["decoder.onnx.data"], tmp_path / "masked")
     rng = np.random.default_rng(0)
@@ -88,18 +92,20 @@ def test_a_mask_is_equal_to_lengths_for_rows_of_any_start(make: Make, tmp_path: 
         return rng.standard_normal((4, heads, length, SIZE), dtype=np.float32)
 
     feeds = {
+        abi.TOKEN_IDS: np.zeros((4, tokens), np.int64),
         "queries": random(HEADS, tokens),
         "keys": random(KV_HEADS, tokens),
         "values": random(KV_HEADS, tokens),
         "past.keys": random(KV_HEADS, SLOTS),
         "past.values": random(KV_HEADS, SLOTS),
-        "start": np.array([0, 1, 7, SLOTS - tokens]),
+        "start": np.array([0, 1, 6, window - tokens]),
     }
-    ours, theirs = run(masked, feeds), run(path, feeds)
+    seen = {abi.WINDOW: np.arange(window)}
+    ours, theirs = run(masked, feeds | seen), run(path, feeds)
     for name, array in theirs.items():
         assert np.allclose(ours[name], array, atol=1e-6), name
-    feeds["past.values"][:, :, SLOTS - 1] += 100  # a slot that only the last row sees, and only after it was written
-    assert np.array_equal(run(masked, feeds)["mixed"][:3], ours["mixed"][:3])
+    feeds["past.values"][:, :, window - 1 :] += 100  # slots that only the last row sees, and only once it has written
+    assert np.array_equal(run(masked, feeds | seen)["mixed"], ours["mixed"])
 
 
 def test_slots_are_fixed_wherever_the_axis_is_named(make: Make) -> None:
@@ -139,6 +145,8 @@ def box(rows: int, tokens: int, size: int) -> dict[str, Any]:
         "past.keys": past,
         "past.values": past,
         "start": rows_alone,
+        abi.TOKEN_IDS: tuple((each, length) for each, length in ((1, 1), (rows, tokens), (rows, tokens))),
+        abi.WINDOW: ((4,), (SLOTS,), (SLOTS,)),
     }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mmemb_deploy.backends.kv_cache.pool import BUCKET
+from mmemb_deploy.backends.kv_cache.slots import windows
 from mmemb_deploy.backends.tensorrt.files import ProfileShapes
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
@@ -68,9 +69,19 @@ def test_every_input_of_every_graph_has_a_shape_in_every_profile(manifest: Manif
     demand = demand_of_limits(manifest, 32)
     for name, (graph, *_) in manifest.engines.items():
         for profile in profiles(name, manifest, demand):
-            assert set(profile) == {tensor.name for tensor in manifest.graphs[graph].inputs}
+            window = {abi.WINDOW} if name == "decoder" else set[str]()
+            assert set(profile) == {tensor.name for tensor in manifest.graphs[graph].inputs} | window
             for least, usual, most in profile.values():
                 assert all(low <= middle <= high for low, middle, high in zip(least, usual, most, strict=True))
+
+
+def test_windows_reach_from_few_slots_to_all(manifest: Manifest) -> None:
+    demand = demand_of_limits(manifest, 32)
+    for profile in profiles("decoder", manifest, demand):
+        (least,), (usual,), (most,) = profile[abi.WINDOW]
+        assert (least, most) == (windows(demand.slots)[0], demand.slots)
+        assert usual >= min(profile[abi.TOKEN_IDS][1][1], most)
+        assert usual in windows(demand.slots)
 
 
 def test_prefill_holds_the_longest_prompt_and_the_largest_batch(manifest: Manifest) -> None:

@@ -52,7 +52,9 @@ def test_longer_prompts_are_left_out_with_their_answers(built: Built) -> None:
 def test_engines_for_text_alone_are_checked_on_text(built: Built) -> None:
     bundle, _ = built
     smallest = bundle.manifest.vision.merge_size**2
-    found = fitting(bundle, with_most(built, "vision", abi.PIXELS, 1, smallest), reference_of(bundle))
+    (pixels,) = (tensor for tensor in bundle.manifest.graphs[abi.VISION].inputs if tensor.name == abi.PIXELS)
+    engines = with_most(built, "vision", abi.PIXELS, pixels.shape.index("patches"), smallest)
+    found = fitting(bundle, engines, reference_of(bundle))
     encoder = row_encoder(bundle)
     grids = [visual.grid for probe in found.probes for visual in encoder.row(parse(probe.query), "").visuals]
     assert all(math.prod(grid) <= smallest for grid in grids)

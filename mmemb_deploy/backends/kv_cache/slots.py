@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,8 @@ class Places:
 
     Fixed rows and slots are those that engines were built for; None lets the pool grow. `padded` steps run all rows up
     to the last, and are recorded; others run exactly their rows. `chunk` bounds the tokens of a row that follow in one
-    run, and `continues` says whether prompts of several rows may go on from a prefix.
+    run, and `continues` says whether prompts of several rows may go on from a prefix. Of engines that look at a part of
+    a row's slots, `windows` are how many slots that may be, the fewest first.
     """
 
     rows: int | None = None
@@ -65,6 +67,15 @@ class Places:
     padded: bool = False
     chunk: int | None = None
     continues: bool = True
+    windows: tuple[int, ...] = ()
+
+
+def windows(slots: int) -> tuple[int, ...]:
+    """Return the sizes of windows on so many slots: each has about a quarter of the next, the first 256 at least."""
+    found = [slots]
+    while found[0] // 4 >= 4 * BUCKET:
+        found.insert(0, -(-found[0] // 4 // BUCKET) * BUCKET)
+    return tuple(found)
 
 
 class SlotDecoder:
@@ -77,7 +88,7 @@ class SlotDecoder:
         self._generator = graphs.get(abi.GENERATOR)
         self._past, self._present = tuple(abi.past_names(model.layers)), tuple(abi.present_names(model.layers))
         self._prompts, self._results = Workspace(device), Workspace(device)  # results of steps
-        self._bound: dict[tuple[int, int, int], Step] = {}  # by the pool's moves, first row and rows
+        self._bound: dict[tuple[int, ...], Step] = {}  # by the pool's moves, first row, rows and window
         self.notes: list[str] = []
         if self._embedder is not None:
             layout = Layout(len(self._past), model.kv_heads, model.head_dim * value_bytes(manifest.compute))
@@ -123,7 +134,10 @@ class SlotDecoder:
 
     def _run(self, engine: DeviceEngine, arrays: Mapping[str, Any], first: int | None) -> Prefilled[SlotCache]:
         """Run prompts in rows from `first` on, or without a cache."""
-        bound = self._bind(engine, arrays, first, self._prompts)
+        window = None
+        if first is not None:
+            window = self._window(int(arrays[abi.START].max()) + arrays[abi.TOKEN_IDS].shape[1])
+        bound = self._bind(engine, arrays, first, window, self._prompts)
         bound.run()
         wanted = [bound.outputs[name] for name in (abi.EMBEDDING, abi.STATE)]
         embeddings_BD, states_BD = self._device.download(wanted)
@@ -134,14 +148,18 @@ class SlotDecoder:
         engine: DeviceEngine,
         arrays: Mapping[str, Any],
         first: int | None,
+        window: int | None,
         inputs: Workspace,
         outputs: Workspace | None = None,
     ) -> Bound:
-        """Bind an engine to inputs that are uploaded, and to the cache of rows from `first` on.
+        """Bind an engine to inputs that are uploaded, and to the cache of rows from `first` on, of which it looks at
+        `window` slots.
 
         With `outputs`, where its results go, the inputs' workspace is its own, and it is started again and again.
         """
         names = [tensor.name for tensor in engine.facts.inputs if tensor.name not in self._past]
+        if window is not None:
+            arrays = {**arrays, abi.WINDOW: np.arange(window)}
         shapes, addresses = inputs.upload({name: arrays[name] for name in names})
         made = (outputs or inputs).outputs(engine.facts, shapes, without=frozenset(self._present))
         addresses |= {name: each.address for name, each in made.items()}
@@ -179,7 +197,8 @@ class SlotDecoder:
 
     def _step(self, cache: SlotCache, token_ids_B1: Ints, embedded: Sequence[int]) -> Extended[SlotCache]:
         first, count = self._span(cache.rows)
-        step = self._bound.get((self.pool.moves, first, count)) or self._bind_step(first, count)
+        window = self._window(1 + max(row.length for row in cache.rows))
+        step = self._bound.get((self.pool.moves, first, count, window)) or self._bind_step(first, count, window)
         places = np.array([row.index - first for row in cache.rows])
         step.feed(places, token_ids_B1[:, 0], [row.position for row in cache.rows], self._starts(first, count))
         self._run_step(step)
@@ -205,7 +224,11 @@ class SlotDecoder:
     def _starts(self, first: int, count: int) -> Ints:
         return np.array([self.pool.written(first + row) for row in range(count)], np.int64)
 
-    def _bind_step(self, first: int, count: int) -> Step:
+    def _window(self, slots: int) -> int:
+        """Return the size of the smallest window that shows so many slots."""
+        return next((size for size in self._places.windows if size >= slots), self.pool.slots)
+
+    def _bind_step(self, first: int, count: int, window: int) -> Step:
         """Bind a step of so many rows, and record it where that can be done."""
         assert self._generator is not None
         for key in list(self._bound):
@@ -215,7 +238,7 @@ class SlotDecoder:
         facts = self._generator.facts  # room for all first: memory that grows would move from under what is bound
         self._results.outputs(facts, shapes, without=frozenset(self._present))
         own = Workspace(self._device)
-        bound = self._bind(self._generator, self._blank(count, 1), first, own, self._results)
+        bound = self._bind(self._generator, self._blank(count, 1), first, window, own, self._results)
 
         def start() -> None:
             bound.run()
@@ -224,17 +247,17 @@ class SlotDecoder:
                 source, target = bound.outputs[made].address, bound.inputs[fed]
                 self._device.copy(Plane(source, nbytes), Plane(target, nbytes), nbytes, 1)
 
-        step = self._bound[self.pool.moves, first, count] = Step(self._device, bound, start, own)
+        step = self._bound[self.pool.moves, first, count, window] = Step(self._device, bound, start, own)
         return step
 
     def warm_up(self) -> None:
-        """Run and record a step of every padded number of rows, so that none is recorded while inputs wait."""
+        """Run and record a step of every padded number of rows and window, before inputs wait for one."""
         if self._generator is None or self._places.rows is None:
             return
         counts = [1 << power for power in range(self.pool.rows.bit_length()) if 1 << power < self.pool.rows]
         with self._device.lock:
-            for count in (*counts, self.pool.rows):
-                step = self._bind_step(0, count)
+            for count, window in product((*counts, self.pool.rows), self._places.windows or (self.pool.slots,)):
+                step = self._bind_step(0, count, window)
                 step.feed(np.array([], np.int64), np.array([], np.int64), [], self._starts(0, count))
                 self._run_step(step)
                 (next_P1,) = self._device.download([step.outputs[abi.NEXT_TOKEN]])
@@ -296,7 +319,8 @@ class SlotDecoder:
         positions_B = np.array([row.position for row in rows])
         inputs[abi.POSITION_IDS][:, places] = positions_B[:, None] + np.arange(new)
         inputs[abi.LAST][places] = new_B - 1
-        bound = self._bind(self._generator, inputs, first, self._prompts)
+        window = self._window(new + max(row.length for row in rows))
+        bound = self._bind(self._generator, inputs, first, window, self._prompts)
         bound.run()
         names = abi.NEXT_TOKEN, abi.EMBEDDING, abi.LOGITS
         wanted = [row_of(bound.outputs[name], place) for name in names for place in places[ends].tolist()]

@@ -8,7 +8,7 @@ from logging import getLogger
 from mmemb_deploy.backends.cuda import Cuda, Gpu, probe
 from mmemb_deploy.backends.device_session import DeviceSession
 from mmemb_deploy.backends.device_vision import DeviceVision
-from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder
+from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder, windows
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.backends.tensorrt.api import Library, load_library
 from mmemb_deploy.backends.tensorrt.budget import budget_of
@@ -72,7 +72,7 @@ def places_of(engines: Mapping[str, LoadedEngine]) -> Places:
     profiles = engines[abi.GENERATOR].profiles
     rows, _, slots, _ = max(profile[next(abi.past_names(1))][2] for profile in profiles)
     chunks = [profile[abi.TOKEN_IDS][2][1] for profile in profiles if profile[abi.TOKEN_IDS][2][0] == rows]
-    return Places(rows=rows, slots=slots, padded=True, chunk=max(chunks))
+    return Places(rows=rows, slots=slots, padded=True, chunk=max(chunks), windows=windows(slots))
 
 
 def check_types(manifest: Manifest) -> None:

@@ -23,8 +23,9 @@ from mmemb_deploy.backends.tensorrt.api import (
     save_runtime_cache,
 )
 from mmemb_deploy.backends.tensorrt.files import Built, EngineSet, ProfileShapes, kernels_path, read_engine, read_model
+from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.bundle.manifest import GraphFacts
+from mmemb_deploy.bundle.manifest import GraphFacts, TensorFacts
 from mmemb_deploy.errors import BackendError
 
 
@@ -90,7 +91,7 @@ class LoadedEngine:
     """
 
     def __init__(self, cuda: Cuda, library: Library, stored: Stored, arena: Arena) -> None:
-        self.facts, self.profiles = stored.facts, stored.built.profiles
+        self.facts, self.profiles = _as_built(stored), stored.built.profiles
         self._cuda, self._library, self._arena, self._kernels = cuda, library, arena, stored.kernels
         compatible = stored.built.options.version_compatible
         engine, self._runtime = load_engine(library, self.facts.file, stored.plan, host_code=compatible)
@@ -157,6 +158,14 @@ class LoadedEngine:
             shared = self._configs.get(not eager)
             self._configs[eager] = runtime_config(self._library, self._engine, kernels, eager=eager, shared=shared)
         return self._configs[eager]
+
+
+def _as_built(stored: Stored) -> GraphFacts:
+    """Return a graph's tensors with what the build has added to them."""
+    if abi.WINDOW not in stored.built.profiles[0]:
+        return stored.facts
+    window = TensorFacts(name=abi.WINDOW, dtype="int64", shape=(abi.WINDOW,))
+    return stored.facts.model_copy(update={"inputs": (*stored.facts.inputs, window)})
 
 
 def choose_profile(name: str, profiles: Sequence[ProfileShapes], shapes: Mapping[str, Shape]) -> int:

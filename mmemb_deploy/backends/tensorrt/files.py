@@ -38,8 +38,7 @@ ProfileShapes = dict[str, tuple[Shape, Shape, Shape]]  # input -> min, opt and m
 class Built(Part):
     """One engine: its file and that file's sha256, the graph's hash, and what it was built for.
 
-    `decomposed` says that attention in half precision had no kernel of its own and was written out, which is slower;
-    `widened`, that steps of a single token could only be built as steps of one or two.
+    `decomposed` says that attention in half precision had no kernel of its own and was written out, which is slower.
     `model` is the sha256 of the graph beside a stripped engine, which names its weights.
     """
 
@@ -51,7 +50,6 @@ class Built(Part):
     profiles: tuple[ProfileShapes, ...]
     options: BuildOptions
     decomposed: bool
-    widened: bool = False
     seconds: float
     size: int
     model: str | None = None
