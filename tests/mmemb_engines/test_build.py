@@ -226,7 +226,7 @@ def test_without_a_gpu_and_targets_the_missing_driver_is_said(bundle: Bundle, li
 def test_a_gpu_that_the_library_does_not_build_for_is_named_with_those_it_does(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "probe", lambda: Gpu("NVIDIA Jetson AGX Orin", "sm87"))
+    monkeypatch.setattr(build_module, "probe", lambda **_: Gpu("NVIDIA Jetson AGX Orin", "sm87"))
     with pytest.raises(BackendError, match=r"builds for .*sm89.*, and NVIDIA Jetson AGX Orin is sm87: use --library"):
         device_sets(bundle, TENSORRT_RTX, (), OPTIONS)
 
