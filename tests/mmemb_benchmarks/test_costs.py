@@ -35,8 +35,8 @@ def test_the_texts_have_as_many_tokens_as_were_asked_for(bundle: str | None, req
 def test_no_time_in_graphs_is_missed(fused_bundle: Path) -> None:
     embedder = Embedder.load(fused_bundle)
     with graph_seconds() as spent:
-        embedder.encode(["a"], reasoning="never", instruction="a prefix that nobody has prefilled")
-    assert len(spent) == 3  # the prefix, the rest, and the gate
+        embedder.encode(["a"], reasoning="never")
+    assert len(spent) == 2  # the prompt, and the gate
 
 
 def test_loading_is_measured_in_processes_of_their_own(fused_bundle: Path) -> None:

@@ -110,7 +110,7 @@ def test_external_data_outside_the_bundle_is_refused(bundle: Path, tmp_path: Pat
             tensor.ClearField("raw_data")
     (bundle / "decoder.onnx").write_bytes(model.SerializeToString())
     edit(bundle, lambda manifest: manifest["files"].update({"decoder.onnx": file_hash(bundle / "decoder.onnx")}))
-    with pytest.raises(BackendError, match=r"cannot load .*generator\.onnx: .* escapes model directory"):
+    with pytest.raises(BackendError, match=r"cannot load .*decoder\.onnx: .* escapes model directory"):
         Embedder.load(bundle)
 
 
