@@ -1,4 +1,4 @@
-# The commands of a working day. CI runs `check`, `docs`, `demo` and `test` exactly as they are here.
+# The commands of a working day. CI runs `check`, `docs`, `demo`, `arm` and `test` exactly as they are here.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +18,7 @@ export ORT_DISABLE_TELEMETRY := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo docs tables test check bench nano ablation clean
+.PHONY: help demo docs tables test check arm bench nano ablation clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,10 @@ check: $(DEV) ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+arm: $(DEV) ## install on an emulated aarch64 CPU, compare its answers with this one's; on Debian
+	tests/aarch64/prepare.sh build/aarch64 $(BIN)/python $(CPU)
+	$(BIN)/python tests/aarch64/compare.py build/aarch64/python
 
 bench: $(DEV) ## run the benchmarks of a CPU (17 minutes on 2 cores), make a page of them
 	PYTHON=$(BIN)/python benchmarks/cpu.sh
