@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ class Workspace:
         for tensor in facts.outputs:
             if tensor.name not in without:
                 shape = sized(tensor.shape, sizes)
-                nbytes = np.dtype(tensor.dtype).itemsize * int(np.prod(shape))
+                nbytes = np.dtype(tensor.dtype).itemsize * math.prod(shape)
                 found[tensor.name] = Wanted(self.reserve(tensor.name, nbytes).address, shape, tensor.dtype)
         return found
 

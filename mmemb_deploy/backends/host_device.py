@@ -39,17 +39,16 @@ class HostDevice:
 
     def download(self, wanted: Sequence[Wanted]) -> list[NDArray[Any]]:
         """Return copies of arrays at addresses."""
-        return [
-            _at(each.address, np.dtype(each.dtype).itemsize * int(np.prod(each.shape)))
-            .view(each.dtype)
-            .reshape(each.shape)
-            .copy()
-            for each in wanted
-        ]
+        found = [np.empty(each.shape, each.dtype) for each in wanted]
+        for array, each in zip(found, wanted, strict=True):
+            ctypes.memmove(array.ctypes.data, each.address, array.nbytes)
+        return found
 
     def copy(self, source: Plane, target: Plane, width: int, height: int) -> None:
         """Copy lines."""
-        if width and height:
+        if height == 1:
+            ctypes.memmove(target.address, source.address, width)
+        elif width and height:
             _lines(target, width, height)[:] = _lines(source, width, height)
 
     def record(self, start: Callable[[], None]) -> Callable[[], None]:

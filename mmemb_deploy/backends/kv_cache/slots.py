@@ -10,6 +10,7 @@ Axes as in `protocol`; P rows of a step, R slots of a row, W words of the vocabu
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -240,12 +241,15 @@ class SlotDecoder:
         own = Workspace(self._device)
         bound = self._bind(self._generator, self._blank(count, 1), first, window, own, self._results)
 
+        fed_back = []
+        for made, fed in abi.FED_BACK.items():
+            nbytes = 8 * math.prod(bound.outputs[made].shape)
+            fed_back.append((Plane(bound.outputs[made].address, nbytes), Plane(bound.inputs[fed], nbytes), nbytes, 1))
+
         def start() -> None:
             bound.run()
-            for made, fed in abi.FED_BACK.items():
-                nbytes = 8 * int(np.prod(bound.outputs[made].shape))
-                source, target = bound.outputs[made].address, bound.inputs[fed]
-                self._device.copy(Plane(source, nbytes), Plane(target, nbytes), nbytes, 1)
+            for copy in fed_back:
+                self._device.copy(*copy)
 
         step = self._bound[self.pool.moves, first, count, window] = Step(self._device, bound, start, own)
         return step
@@ -389,7 +393,7 @@ class Step:
 
 def row_of(whole: Wanted, row: int) -> Wanted:
     """Return one row of an array on the device."""
-    nbytes = np.dtype(whole.dtype).itemsize * int(np.prod(whole.shape[1:]))
+    nbytes = np.dtype(whole.dtype).itemsize * math.prod(whole.shape[1:])
     return Wanted(whole.address + row * nbytes, whole.shape[1:], whole.dtype)
 
 
