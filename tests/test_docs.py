@@ -40,6 +40,7 @@ INFO = re.compile(r'(?P<language>\w+)(?: title="(?P<title>[\w./-]+)")?')
 MARKED = {"not run": ("python", "bash"), "figures vary": ("text",)}
 COMMENTS = re.compile(r"<!--.*?-->", re.DOTALL)
 FIGURES = re.compile(r"\b[0-9a-f]{32,}\b|\d[\d.,]*")
+CPU = re.compile(r"\b(x86_64|aarch64|arm64)(\s+(avx|amx|asimd|i8mm|bf16|sve)\w*)*")  # as a certificate names it
 RULED = re.compile(r"[\s\u2500-\u257f]+")  # blanks, and the lines of tables, whose length follows the figures
 CODE = re.compile(r"`((?:mmemb_deploy|training|export|engines|benchmarks|tests|examples|docs)/[\w/.-]*)(?::([\w.]+))?`")
 
@@ -145,7 +146,7 @@ class Blocks:
 
 
 def without_figures(text: str) -> str:
-    return RULED.sub(" ", FIGURES.sub("#", text))
+    return RULED.sub(" ", FIGURES.sub("#", CPU.sub("a CPU", text)))
 
 
 def run(line: str) -> int:

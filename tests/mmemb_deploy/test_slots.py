@@ -5,6 +5,7 @@ host, and the portable one as it is prepared for TensorRT. A padded device lays 
 is copied.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +93,11 @@ class Setting:
 
     def windowed(self, facts: GraphFacts, places: Places) -> tuple[Path, GraphFacts]:
         """Prepare a graph with slots as for TensorRT."""
-        path, target = self.bundle.folder / facts.file, self.bundle.folder.parent / "windowed"
+        parent = self.bundle.folder.parent
+        copied = Path(
+            shutil.copytree(self.bundle.folder, parent / "copied", dirs_exist_ok=True)
+        )  # files will be linked
+        path, target = copied / facts.file, parent / "windowed"
         weights = [file for file in self.bundle.manifest.files if file.endswith(".onnx.data")]
         written = write_prepared(path, prepared(path, places.slots, lengths=False), weights, target)
         window = TensorFacts(name=abi.WINDOW, dtype="int64", shape=(abi.WINDOW,))
