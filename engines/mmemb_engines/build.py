@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mmemb_deploy.backends.cuda import Cuda, Gpu, probe
 from mmemb_deploy.backends.tensorrt.api import LIBRARIES, TENSORRT, TENSORRT_RTX, Library, load_library
+from mmemb_deploy.backends.tensorrt.backend import engines_for
 from mmemb_deploy.backends.tensorrt.files import (
     AMPERE_PLUS,
     ENGINES,
@@ -87,7 +88,7 @@ def built_here(bundle: Bundle, name: str, index: int = 0) -> EngineSet:
     """Return a library's engines that a bundle holds for the GPU of an index. Raises BackendError for none."""
     check_known("library", name, LIBRARIES)
     gpu = probe(device=index)
-    return find_set(bundle, _set_of(load_library(name), gpu.name, gpu.target))
+    return find_set(bundle, engines_for(load_library(name), gpu))
 
 
 def build_engines(
@@ -105,10 +106,11 @@ def build_engines(
         current = before
         for name, (graph, *_) in bundle.manifest.engines.items():
             boxes = profiles(name, bundle.manifest, demand)
-            key = wanted.key(graph_hash(bundle, graph), boxes, options)
+            graph_sha = graph_hash(bundle, graph)
+            key = wanted.key(graph_sha, boxes, options)
             if _kept(folder, engines.get(name), key):
                 continue
-            engines[name] = _build(bundle, library, wanted, name, boxes, options, watch(name))
+            engines[name] = _build(bundle, library, wanted, name, boxes, options, (key, graph_sha), watch(name))
             current = wanted.model_copy(update={"engines": engines})  # without a certificate: it was of other engines
             write_set(bundle, current)
         _drop_others(folder, current)
@@ -162,12 +164,13 @@ def _build(
     name: str,
     boxes: tuple[ProfileShapes, ...],
     options: BuildOptions,
+    hashes: tuple[str, str],
     watcher: Watcher,
 ) -> Built:
+    """Build an engine whose key, and whose graph's hash, are `hashes`."""
     folder = bundle.folder / ENGINES / wanted.folder
     timings, role = folder / TIMINGS, bundle.manifest.engines[name][0]
-    graph = graph_hash(bundle, role)
-    key = wanted.key(graph, boxes, options)
+    key, graph = hashes
     began = time.perf_counter()
     network, ready = parse(bundle, library, name, boxes, options)
     plan = network.build(

@@ -69,8 +69,7 @@ def places_of(engines: Mapping[str, LoadedEngine]) -> Places:
     """Return the rows and slots that a decoder's engines were built for."""
     if abi.GENERATOR not in engines:
         return Places()
-    profiles = engines[abi.GENERATOR].profiles
-    rows, _, slots, _ = max(profile[next(abi.past_names(1))][2] for profile in profiles)
+    profiles, (rows, slots) = engines[abi.GENERATOR].profiles, engines[abi.GENERATOR].built.cache
     chunks = [profile[abi.TOKEN_IDS][2][1] for profile in profiles if profile[abi.TOKEN_IDS][2][0] == rows]
     return Places(rows=rows, slots=slots, padded=True, chunk=max(chunks), windows=windows(slots))
 

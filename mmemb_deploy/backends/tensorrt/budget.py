@@ -63,7 +63,7 @@ def budget_of(manifest: Manifest, engines: EngineSet, arena: int = 0) -> Budget:
     features = manifest.batch.vision_bytes
     for name, graphs in manifest.engines.items():
         if abi.GENERATOR in graphs:
-            rows, _, slots, _ = max(box[next(abi.past_names(1))][2] for box in engines.engines[name].profiles)
+            rows, slots = engines.engines[name].cache
             token = manifest.cache_token_bytes
             return Budget(weights=weights, rows=rows, slots=slots, token_bytes=token, arena=arena, features=features)
     return Budget(weights=weights, arena=arena, features=features)

@@ -91,7 +91,7 @@ class LoadedEngine:
     """
 
     def __init__(self, cuda: Cuda, library: Library, stored: Stored, arena: Arena) -> None:
-        self.facts, self.profiles = _as_built(stored), stored.built.profiles
+        self.facts, self.built, self.profiles = _as_built(stored), stored.built, stored.built.profiles
         self._cuda, self._library, self._arena, self._kernels = cuda, library, arena, stored.kernels
         compatible = stored.built.options.version_compatible
         engine, self._runtime = load_engine(library, self.facts.file, stored.plan, host_code=compatible)

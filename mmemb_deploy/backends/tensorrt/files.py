@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from mmemb_deploy.backends.device import Shape
 from mmemb_deploy.backends.tensorrt.options import BuildOptions
+from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.certificate import Certificate, Part
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.errors import BackendError
@@ -53,6 +54,12 @@ class Built(Part):
     seconds: float
     size: int
     model: str | None = None
+
+    @property
+    def cache(self) -> tuple[int, int]:
+        """Return the rows and the slots of a row of the KV cache that a decoder's engine was built for."""
+        rows, _, slots, _ = max(profile[next(abi.past_names(1))][2] for profile in self.profiles)
+        return rows, slots
 
 
 class EngineSet(Part):
