@@ -20,12 +20,15 @@ if TYPE_CHECKING:
         BackendError,
         BundleError,
         CertificateError,
+        DeadlineError,
         InputError,
         IntegrityError,
         MissingExtraError,
         MmembError,
         OptionError,
+        OverloadError,
         SchemaError,
+        ServingError,
     )
     from mmemb_deploy.reasoners.remote import RemoteReasoner
     from mmemb_deploy.results import Detail, EncodeResult, Timings
@@ -43,12 +46,15 @@ _HOMES = {
         "BackendError",
         "BundleError",
         "CertificateError",
+        "DeadlineError",
         "InputError",
         "IntegrityError",
         "MissingExtraError",
         "MmembError",
         "OptionError",
+        "OverloadError",
         "SchemaError",
+        "ServingError",
     ),
     "errors",
 )
@@ -57,6 +63,7 @@ __all__ = [
     "BackendError",
     "BundleError",
     "CertificateError",
+    "DeadlineError",
     "Detail",
     "Embedder",
     "EncodeResult",
@@ -65,8 +72,10 @@ __all__ = [
     "MissingExtraError",
     "MmembError",
     "OptionError",
+    "OverloadError",
     "RemoteReasoner",
     "SchemaError",
+    "ServingError",
     "Timings",
 ]
 

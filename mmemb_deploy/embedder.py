@@ -303,11 +303,14 @@ class Embedder:
         return Detail(
             route=Route.FAST if reasoned is None else Route.REASON,
             gate_score=item.score,
+            threshold=item.threshold,
             rationale=None if reasoned is None else self.encoder.prompt.decode(reasoned.token_ids),
             rationale_ids=() if reasoned is None else tuple(reasoned.token_ids),
             rationale_source=item.source,
             truncated=reasoned is not None and reasoned.truncated,
             fallback=item.fallback,
+            degraded_by=item.degraded_by,
+            prompt_tokens=item.row.length,
             timings=Timings(item.preprocess, item.fast_path, item.generation),
         )
 

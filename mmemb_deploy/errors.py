@@ -7,8 +7,11 @@ MmembError
 │   ├── IntegrityError    a file is missing, differs from its hash, or points outside the bundle
 │   ├── SchemaError       the manifest is malformed, or newer than this version reads
 │   └── CertificateError  the parity certificate misses its bound
-└── BackendError        a backend cannot run here (also a RuntimeError)
-    └── MissingExtraError  an optional dependency is not installed (also an ImportError)
+├── BackendError        a backend cannot run here (also a RuntimeError)
+│   └── MissingExtraError  an optional dependency is not installed (also an ImportError)
+└── ServingError        a request is not served, though nothing is wrong with it
+    ├── OverloadError     there is no room for it now
+    └── DeadlineError     its deadline passed before there was anything to answer
 """
 
 from __future__ import annotations
@@ -65,6 +68,23 @@ class MissingExtraError(BackendError, ImportError):
         super().__init__(
             f"this needs the package {module!r}, which is not installed: pip install 'mmemb-deploy[{extra}]'"
         )
+
+
+class ServingError(MmembError):
+    """A request is not served, though nothing is wrong with it."""
+
+
+class OverloadError(ServingError):
+    """There is no room for a request now; `reason` is the limit it met, `retry_after` the seconds until it may fit."""
+
+    def __init__(self, message: str, *, reason: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after = retry_after
+
+
+class DeadlineError(ServingError):
+    """A request's deadline passed before there was anything to answer."""
 
 
 def check_known(kind: str, name: str, known: Iterable[str]) -> None:

@@ -34,11 +34,14 @@ class Detail:
 
     route: Route
     gate_score: float  # probability, by the model's own next-token choice, that reasoning pays; NaN without a gate
+    threshold: float | None  # that the score was held against; None where something else decided
     rationale: str | None
     rationale_ids: tuple[int, ...]  # without the markers around them
     rationale_source: str | None  # "caller", "bundle", or the model and the address of a reasoner
     truncated: bool  # the token limit closed the rationale
     fallback: str | None  # why an input that was to reason got its direct embedding, where the reasoner may fail
+    degraded_by: str | None  # what took reasoning away from an input that was to reason: "load", "deadline" or "memory"
+    prompt_tokens: int
     timings: Timings
 
     @property

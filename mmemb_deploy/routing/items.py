@@ -34,6 +34,8 @@ class Item:
     chat: Callable[[], Any] | None = None  # builds what a server is asked, where one writes the rationales
     embedding_D: Floats | None = None
     score: float = 0.0
+    threshold: float | None = None  # that the score was held against, where one was
+    degraded_by: str | None = None  # what took its reasoning away
     reasoned: Reasoned | None = None
     source: str | None = None  # who wrote the rationale
     fallback: str | None = None  # why there is none, where its writer may fail
