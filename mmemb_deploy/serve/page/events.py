@@ -5,7 +5,7 @@ Axes: D embedding size.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,11 +45,11 @@ class Ended:
 Event = Scored | Wrote | Ended
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ask:
-    """One input for `encode`, and its options."""
+    """What one try wants: its one input, and the options of `encode`. The server's own Ask takes its place."""
 
-    content: dict[str, Any]
+    inputs: Sequence[Any]
     options: EncodeOptions
 
 
@@ -61,6 +61,9 @@ class Watched(Protocol):
         """Return the embedder, for what it says of its bundle."""
         ...
 
-    def watch(self, ask: Ask) -> AsyncIterator[Event]:
-        """Embed an input and yield one Scored, any number of Wrote, one Ended. Raises MmembError, before or between."""
+    def watch(self, ask: Ask) -> AsyncGenerator[Event]:
+        """Embed one input and yield one Scored, any number of Wrote, one Ended; closing it gives the work up.
+
+        Raises MmembError, before the first of them or between.
+        """
         ...

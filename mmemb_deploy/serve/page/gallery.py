@@ -28,6 +28,7 @@ from mmemb_deploy.inputs.preprocess import Floats
 DIGITS = "nano"  # the model whose world is digits
 DRAWINGS = 3  # pictures of every digit
 SEED = 3
+MISREAD = 235  # a three that one look takes for an eight, and the gate for easy
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MOST_PICTURES = 400
 THUMBNAIL = 112  # pixels of its longer side
@@ -95,13 +96,14 @@ def _of_folder(embedder: Embedder, folder: Path) -> Gallery:
 
 def _of_digits(embedder: Embedder) -> Gallery:
     """Every digit's name and, where scikit-learn brings them, some drawings of each that training never saw."""
-    documents, contents = [Document(name) for name in NAMES], [{"text": name} for name in NAMES]
+    documents = [Document(name) for name in NAMES]
+    contents: list[dict[str, Any]] = [{"text": name} for name in NAMES]
     words = [Sample(text, text) for text in ("seven", "three plus four", "eight minus five plus six times two")]
     if find_spec("sklearn") is None:
         note = "Pictures of digits are missing: they come with scikit-learn (pip install scikit-learn)."
         return Gallery(documents, embedder.encode_document(contents), words, note)
     digits = DigitChain("test", SEED)
-    shown = [(value, int(drawing)) for value in range(10) for drawing in digits.drawings.of_value(value)[:DRAWINGS]]
+    shown = [(value, int(digits.drawings.of_value(value)[nth])) for nth in range(DRAWINGS) for value in range(10)]
     for value, drawing in shown:
         pixels = digits.render(drawing)
         documents.append(Document(f"a drawn {NAMES[value]}", _png(pixels)))
@@ -113,9 +115,10 @@ def _of_digits(embedder: Embedder) -> Gallery:
 def _drawn_samples(digits: DigitChain, shown: Sequence[tuple[int, int]]) -> list[Sample]:
     chains = [digits.examples(family, 1)[0].content for family in ("chain-2", "chain-3")]
     (name,) = (example.content for example in digits.examples("name", 1))
-    again = {"image": digits.render(shown[2 * DRAWINGS][1])}
+    again = {"image": digits.render(shown[2][1])}
     return [
         _drawn("a drawn digit", name),
+        _drawn("a drawing that is easily misread", {"image": DigitChain("test", SEED).render(MISREAD)}),
         *[_drawn(f"drawn digits: {chain['text']}", chain) for chain in chains],
         _drawn("the same drawing", again, MATCH_INSTRUCTION),
     ]

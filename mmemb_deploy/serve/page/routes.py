@@ -8,7 +8,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ from mmemb_deploy.serve.page.events import Ask, Ended, Event, Scored, Watched, W
 from mmemb_deploy.serve.page.gallery import Gallery
 
 PAGE = Path(__file__).with_name("index.html")
-NEAREST = 8  # documents that a try shows
+NEAREST = 6  # documents that a try shows
 
 _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
 
@@ -56,7 +57,7 @@ class Trial(BaseModel):
         if self.text or not self.images:
             content["text"] = self.text
         options: EncodeOptions = {"instruction": self.instruction, "reasoning": "always" if reasons else "never"}
-        return Ask(content, options)
+        return Ask(inputs=[content], options=options)
 
 
 def page_routes(service: Watched, gallery: Gallery) -> list[BaseRoute]:
@@ -100,19 +101,20 @@ def page_routes(service: Watched, gallery: Gallery) -> list[BaseRoute]:
     ]
 
 
-async def _told(events: AsyncIterator[Event], gallery: Gallery) -> AsyncIterator[str]:
+async def _told(events: AsyncGenerator[Event], gallery: Gallery) -> AsyncGenerator[str]:
     """Yield server-sent events; an error of this package ends them as one, so that the page can show it."""
     scored: Scored | None = None
     try:
-        async for event in events:
-            match event:
-                case Scored():
-                    scored = event
-                    yield _sent("gate", _gate(event, gallery))
-                case Wrote():
-                    yield _sent("token", {"text": event.text})
-                case Ended():
-                    yield _sent("done", _done(event, scored, gallery))
+        async with aclosing(events):  # a client that leaves ends the work
+            async for event in events:
+                match event:
+                    case Scored():
+                        scored = event
+                        yield _sent("gate", _gate(event, gallery))
+                    case Wrote():
+                        yield _sent("token", {"text": event.text})
+                    case Ended():
+                        yield _sent("done", _done(event, scored, gallery))
     except MmembError as error:
         yield _sent("error", {"message": str(error)})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from mmemb_deploy.embedder import Embedder
@@ -23,7 +23,7 @@ class Watcher:
         self.embedder = embedder
         self._thread = ThreadPoolExecutor(1)
 
-    async def watch(self, ask: Ask) -> AsyncIterator[Event]:
+    async def watch(self, ask: Ask) -> AsyncGenerator[Event]:
         """Yield what happens; see `Watched`."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event | None] = asyncio.Queue()
@@ -40,7 +40,7 @@ class Watcher:
     def _run(self, ask: Ask, emit: Emit) -> None:
         began = time.perf_counter()
         embedder = self.embedder
-        prepared = embedder.prepare([ask.content], **ask.options)
+        prepared = embedder.prepare(ask.inputs, **ask.options)
         item, gate = prepared.items[0], embedder.manifest.gate
         started = time.perf_counter()
         fast = embedder.pipeline.fast_path.run([item.row], keep=embedder.reasons)
