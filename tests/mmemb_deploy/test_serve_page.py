@@ -8,7 +8,8 @@ import math
 import re
 import shutil
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ pytest.importorskip("starlette", reason="the page is served by starlette")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 from starlette.applications import Starlette
+from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 
 from mmemb_deploy import Embedder, InputError, OptionError
@@ -260,9 +262,9 @@ def test_the_page_asks_nothing_of_others_and_runs_only_its_own_script(client: Te
 # ---- in a browser
 
 
-@pytest.fixture(scope="module")
-def address(app: Starlette) -> Iterator[str]:
-    """The address of a running server."""
+@contextmanager
+def serving(app: Any) -> Generator[str]:
+    """Yield the address of a running server."""
     uvicorn = pytest.importorskip("uvicorn", reason="serves the page to a browser")
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
     socket = server.config.bind_socket()
@@ -272,6 +274,12 @@ def address(app: Starlette) -> Iterator[str]:
     server.should_exit = True
     thread.join()
     socket.close()
+
+
+@pytest.fixture(scope="module")
+def address(app: Starlette) -> Iterator[str]:
+    with serving(app) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +308,7 @@ def page(browser: Any, address: str) -> Iterator[Any]:
 
     page.on("request", requested)
     page.goto(address)
+    page.locator(".sample").first.wait_for()
     yield page
     context.close()
     assert problems == []
@@ -354,3 +363,52 @@ def test_a_visitor_adds_a_picture_of_their_own_and_is_told_what_is_wrong_with_an
     page.get_by_role("button", name="Embed", exact=True).click()
     page.locator("#error:visible").wait_for()
     assert "no image of a known format" in page.locator("#error").text_content()
+
+
+@pytest.mark.slow
+def test_a_visitor_drags_the_threshold(page: Any) -> None:
+    gauge = page.locator("#gauge").bounding_box()
+    knob = page.locator("#knob").bounding_box()
+    page.mouse.move(knob["x"] + knob["width"] / 2, knob["y"] + knob["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(gauge["x"] + gauge["width"] / 2, gauge["y"], steps=5)
+    page.mouse.up()
+    assert page.locator("#limit").text_content() == "0.50"
+
+
+@pytest.mark.slow
+def test_a_visitor_draws_two_digits_and_asks_for_their_sum(page: Any) -> None:
+    page.get_by_role("button", name="Draw", exact=True).click()
+    paper = page.locator("#canvas").bounding_box()
+    three = ((0.25, 0.15), (0.5, 0.1), (0.7, 0.2), (0.45, 0.48), (0.7, 0.58), (0.72, 0.78), (0.5, 0.9), (0.25, 0.85))
+    four = ((0.6, 0.92), (0.6, 0.1), (0.2, 0.6), (0.8, 0.6))
+    for points in (three, four):
+        for x, y in points:
+            page.mouse.move(paper["x"] + x * paper["width"], paper["y"] + y * paper["height"], steps=4)
+            page.mouse.down()
+        page.mouse.up()
+        page.get_by_role("button", name="Add digit").click()
+        paper = page.locator("#canvas").bounding_box()
+    page.get_by_label("Text to embed").fill("a + b")
+    page.get_by_role("button", name="Embed", exact=True).click()
+    assert "It wrote: 3+4;3+4=7;" in ended(page)
+
+
+@pytest.mark.slow
+def test_a_visitor_is_asked_for_the_key_that_the_server_wants(browser: Any, app: Starlette) -> None:
+    async def locked(scope: Any, receive: Any, send: Any) -> None:
+        wanted = scope["path"].startswith("/page/") and (b"authorization", b"Bearer secret") not in scope["headers"]
+        answer = JSONResponse({"error": {"message": "the key is missing"}}, 401) if wanted else app
+        await answer(scope, receive, send)
+
+    with serving(locked) as address:
+        page = browser.new_page()
+        page.goto(address)
+        key = page.get_by_label("This server wants a key")
+        key.wait_for()
+        assert page.locator("#error").text_content() == "the key is missing"
+        key.fill("secret")
+        page.get_by_label("Text to embed").fill("seven")
+        page.keyboard.press("Enter")
+        assert "Nearest: seven" in ended(page)
+        page.close()

@@ -98,7 +98,7 @@ def _of_digits(embedder: Embedder) -> Gallery:
     """Every digit's name and, where scikit-learn brings them, some drawings of each that training never saw."""
     documents = [Document(name) for name in NAMES]
     contents: list[dict[str, Any]] = [{"text": name} for name in NAMES]
-    words = [Sample(text, text) for text in ("seven", "three plus four", "eight minus five plus six times two")]
+    words = [Sample(text, text) for text in ("seven", "three plus four", "five plus six times two")]
     if find_spec("sklearn") is None:
         note = "Pictures of digits are missing: they come with scikit-learn (pip install scikit-learn)."
         return Gallery(documents, embedder.encode_document(contents), words, note)
