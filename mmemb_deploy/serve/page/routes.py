@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from mmemb_deploy.errors import MmembError
+from mmemb_deploy.errors import InputError, MmembError
 from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.routing import router
@@ -115,6 +115,8 @@ async def _told(events: AsyncGenerator[Event], gallery: Gallery) -> AsyncGenerat
                         yield _sent("token", {"text": event.text})
                     case Ended():
                         yield _sent("done", _done(event, scored, gallery))
+    except InputError as error:
+        yield _sent("error", {"message": error.message})  # a try has one input: which one it was says nothing
     except MmembError as error:
         yield _sent("error", {"message": str(error)})
 
