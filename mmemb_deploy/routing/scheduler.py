@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heappop, heappush
-from itertools import count
+from itertools import chain, count
 from logging import getLogger
 from typing import Protocol
 
@@ -64,11 +64,10 @@ class Pace:
 
 @dataclass(eq=False)
 class Call:
-    """Jobs that came together, of which a quota reasons where one is given: those of the highest scores."""
+    """What jobs that came together share: a quota, None or how many of them reason, those of the highest scores."""
 
     quota: int | None = None
     scoring: int = 0  # jobs whose score is to be known first
-    held: set[Job] = field(default_factory=set)  # the best of those whose score is
 
     def chooses(self, job: Job) -> bool:
         """Return whether a job's score alone does not decide."""
@@ -130,12 +129,16 @@ class Scheduler:
     def __init__(self, paths: Paths, pace: Pace, clock: Callable[[], float], *, load: LoadGate | None = None) -> None:
         """`clock` returns seconds; `load` raises the threshold of jobs that yield."""
         self.costs = Costs()
+        self.seconds = {"prefill": 0.0, "decode": 0.0}  # that runs took
         self.load = load
         self.most = min(pace.rationales, paths.generator.most_rows)
         self._paths, self._pace, self._clock = paths, pace, clock
         self._writer: RationaleWriter | None = paths.writer
         self._caller = CallersWriter(paths.generator)
         self._prompts = Prompts()
+        self._held: dict[
+            Call, set[Job]
+        ] = {}  # the best so far of calls with a quota, not all of whose scores are known
         self._ready: list[Job] = []  # to be decoded, the first due first
         self._elsewhere: list[Job] = []  # whose rationales another writes
         self._decoding = paths.generator.decoding()
@@ -181,6 +184,11 @@ class Scheduler:
             job.cancelled = True
         self._cancelled = True
 
+    def abandon(self, error: MmembError) -> None:
+        """End all jobs with an error."""
+        for job in [*self._prompts, *self._holding()]:
+            self._end(job, error)
+
     def advance(self) -> bool:
         """Run the engine once; return False where there is nothing to run.
 
@@ -206,7 +214,7 @@ class Scheduler:
             ("tokens", queue.tokens, sum(job.item.row.length for job in jobs), bounds.tokens),
             ("media bytes", queue.media_bytes, sum(job.media_bytes for job in jobs), bounds.media_bytes),
         ):
-            if held + more > most and (held or more > most):
+            if held + more > most:
                 raise OverloadError(
                     f"{held} {reason} wait and {more} more came, above the limit of {most}: ask again later"
                     + ("" if held else ", in smaller parts"),
@@ -227,6 +235,7 @@ class Scheduler:
         return self._prompts.tokens * self.costs.token.value
 
     def _holding(self) -> Iterator[Job]:
+        yield from chain.from_iterable(self._held.values())
         yield from self._ready
         yield from self._elsewhere
         yield from self._live.values()
@@ -295,6 +304,7 @@ class Scheduler:
             return
         seconds = self._clock() - began
         self.costs.prefilled(len(rows), len(rows) * max(row.length for row in rows), seconds)
+        self.seconds["prefill"] += seconds
         self._owed = max(min(seconds * (1 - PROMPTS) / PROMPTS, STALL), 1e-9)
         for place, job in enumerate(jobs):
             item = job.item
@@ -335,14 +345,15 @@ class Scheduler:
         if call.quota is None:
             return
         call.scoring -= len(scored)
-        found = call.held | scored
+        found = self._held.pop(call, set()) | scored
         best = set(highest(((job.item.index, job.item.score) for job in found), call.quota))
-        call.held = {job for job in found if job.item.index in best}
-        for job in sorted(found - call.held, key=lambda job: job.item.index):
+        chosen = sorted((job for job in found if job.item.index in best), key=lambda job: job.item.index)
+        if call.scoring:
+            self._held[call] = set(chosen)
+        for job in sorted(found.difference(chosen), key=lambda job: job.item.index):
             self._end(job)
         if not call.scoring:
-            chosen, call.held = call.held, set()
-            for job in sorted(chosen, key=lambda job: job.item.index):
+            for job in chosen:
                 self._reason(job)
 
     def _reason(self, job: Job) -> None:
@@ -389,6 +400,7 @@ class Scheduler:
             return
         now = self._clock()
         self.costs.steps.add(rows, now - began)
+        self.seconds["decode"] += now - began
         self._owed -= now - began
         self._since_join += 1
         for job in self._live.values():
@@ -444,7 +456,8 @@ class Scheduler:
         for queue in (self._ready, self._elsewhere):
             if job in queue:
                 queue.remove(job)
-        call.held.discard(job)
+        if call in self._held:
+            self._held[call].discard(job)
         if error is None and (late := self._clock() - job.deadline) > 0:
             error = DeadlineError(f"it was done {late:.3f} s after its deadline: allow more, or ask again later")
         job.cache, job.writing, job.error = None, None, error

@@ -95,7 +95,7 @@ class Traffic(RuleBasedStateMachine):
         super().__init__()
         self.jobs: list[Job] = []
         self.doomed: set[int] = set()
-        self.hiccups = 0
+        self.hiccups = self.stumbles = 0
 
     @initialize(rows=st.integers(1, 6), cache_tokens=st.sampled_from([90.0, 300.0, math.inf]), loaded=st.booleans())
     def begin(self, rows: int, cache_tokens: float, loaded: bool) -> None:
@@ -109,6 +109,7 @@ class Traffic(RuleBasedStateMachine):
             raise BackendError("this input breaks the engine")
         if self.hiccups:
             self.hiccups -= 1
+            self.stumbles += 1
             raise BackendError("the engine stumbles")
 
     @rule(
@@ -186,8 +187,8 @@ class Traffic(RuleBasedStateMachine):
                 assert not job.exact
             elif job.policy.reasoning == "always":
                 assert item.reasoned is not None
-        errors = [job for job in self.jobs if isinstance(job.error, BackendError)]
-        assert not self.doomed or all(job.item.index in self.doomed for job in errors) or self.hiccups == 0
+        failed = {job.item.index for job in self.jobs if isinstance(job.error, BackendError)}
+        assert len(failed - self.doomed) <= self.stumbles
         self.served.check_left_nothing()
 
 

@@ -9,7 +9,7 @@ import re
 import shutil
 import threading
 from collections.abc import AsyncGenerator, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ from starlette.testclient import TestClient
 
 from mmemb_deploy import Embedder, InputError, OptionError
 from mmemb_deploy.evaluation.digitchain import NAMES
-from mmemb_deploy.serve.page.events import Ask, Ended, Event, Scored, Wrote
+from mmemb_deploy.serve.ask import Ask, Ended, Event, Scored, Wrote
 from mmemb_deploy.serve.page.gallery import MOST_PICTURES, Gallery, Sample, open_gallery
 from mmemb_deploy.serve.page.routes import NEAREST, page_routes
-from mmemb_deploy.serve.page.watcher import Watcher
+from mmemb_deploy.serve.service import Service
 
 Told = list[tuple[str, dict[str, Any]]]
 
@@ -46,7 +46,15 @@ def gallery(embedder: Embedder) -> Gallery:
 
 @pytest.fixture(scope="module")
 def app(embedder: Embedder, gallery: Gallery) -> Starlette:
-    return Starlette(routes=page_routes(Watcher(embedder), gallery))
+    service = Service(embedder)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncGenerator[None]:
+        await service.start()
+        yield
+        await service.drain(5)
+
+    return Starlette(routes=page_routes(service, gallery), lifespan=lifespan)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +182,7 @@ class Scripted:
                 yield event
             while self._forever:
                 await asyncio.sleep(0)
-                yield Wrote("more ", 1)
+                yield Wrote("more ")
         finally:
             self.closed = True
 

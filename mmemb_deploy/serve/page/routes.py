@@ -12,18 +12,19 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
+from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import InputError, MmembError
 from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.routing import router
-from mmemb_deploy.serve.page.events import Ask, Ended, Event, Scored, Watched, Wrote
+from mmemb_deploy.serve.ask import Ask, Ended, Event, Scored, Wrote
 from mmemb_deploy.serve.page.gallery import Gallery
 
 PAGE = Path(__file__).with_name("index.html")
@@ -58,6 +59,22 @@ class Trial(BaseModel):
             content["text"] = self.text
         options: EncodeOptions = {"instruction": self.instruction, "reasoning": "always" if reasons else "never"}
         return Ask(inputs=[content], options=options)
+
+
+class Watched(Protocol):
+    """What the page needs of the engine that serves it."""
+
+    @property
+    def embedder(self) -> Embedder:
+        """Return the embedder, for what it says of its bundle."""
+        ...
+
+    def watch(self, ask: Ask) -> AsyncGenerator[Event]:
+        """Embed one input and yield one Scored, any number of Wrote, one Ended; closing it gives the work up.
+
+        Raises MmembError, before the first of them or between.
+        """
+        ...
 
 
 def page_routes(service: Watched, gallery: Gallery) -> list[BaseRoute]:
