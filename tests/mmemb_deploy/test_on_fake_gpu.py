@@ -117,6 +117,21 @@ def test_engines_for_fewer_inputs_than_the_reference_has_are_verified(
     assert gpu.counts["runs"] > 0
 
 
+def test_a_check_loads_every_engine_once_and_writes_its_layers_down(
+    gpu: Any, built: Path, traffic: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(built, tmp_path / "bundle"))
+    (listing,) = folder.glob("engines/*/engines.json")
+    listing.write_text(json.dumps(json.loads(listing.read_text()) | {"certificate": None}))
+    engines = list(listing.parent.glob("*.engine"))
+    for engine in engines:
+        engine.with_suffix(".json").unlink()
+    build(folder, 4, "--traffic", str(traffic))
+    assert json.loads(listing.read_text())["certificate"] is not None
+    assert gpu.counts["deserialized"] == len(engines)
+    assert all(json.loads(engine.with_suffix(".json").read_text())["Layers"] for engine in engines)
+
+
 def test_engines_fitted_to_texts_alone_are_verified_and_say_what_they_do_not_take(
     gpu: Any, tiny_bundle: Path, tmp_path: Path, tiny_embedder: Embedder, mixed_inputs: list[Any]
 ) -> None:

@@ -17,6 +17,7 @@ from mmemb_deploy.backends.tensorrt.api import (
     TENSORRT_RTX,
     Library,
     can_record,
+    describe_layers,
     load_engine,
     refit_engine,
     runtime_config,
@@ -27,6 +28,7 @@ from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import GraphFacts, TensorFacts
 from mmemb_deploy.errors import BackendError
+from mmemb_deploy.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,10 @@ class LoadedEngine:
                 raise self._library.failure(f"failed in the engine of {self.facts.file}")
 
         return start
+
+    def write_layers(self, path: Path) -> None:
+        """Write what the inspector tells of its layers, in JSON."""
+        write_whole(path, describe_layers(self._library, self._engine))
 
     def keep_kernels(self) -> None:
         """Write the kernels that TensorRT for RTX compiled, so that the next process need not."""

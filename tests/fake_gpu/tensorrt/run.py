@@ -44,6 +44,7 @@ class Runtime(Strict):
             return self._refuse(f"the plan is of TensorRT {header['version']} on {header['device']}")
         if gpu.fails("deserialize") or not gpu.memory.take(len(content)):
             return self._refuse("out of memory")
+        gpu.count(deserialized=1)
         return ICudaEngine(gpu, self._logger, header, content)
 
     def _refuse(self, why: str) -> ICudaEngine | None:
