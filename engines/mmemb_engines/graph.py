@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmemb_deploy.backends.tensorrt.files import WINDOW
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.errors import BackendError, MissingExtraError, OptionError
 from mmemb_deploy.files import write_whole
@@ -91,7 +92,7 @@ def _rewritten(graph: GraphProto, ends: str, *, lengths: bool) -> Iterator[NodeP
     from onnx.helper import make_node, make_tensor_value_info
     from onnx.numpy_helper import from_array
 
-    graph.input.append(make_tensor_value_info(abi.WINDOW, TensorProto.INT64, [abi.WINDOW]))
+    graph.input.append(make_tensor_value_info(WINDOW.name, TensorProto.INT64, WINDOW.shape))
     for what, value in {"zero": [0], "first": [1], "third": [2], "around": [1, 3], "one": 1}.items():
         graph.initializer.append(from_array(np.array(value, np.int64), PREFIX + what))
     before: Iterator[NodeProto] | None = _shared(ends, lengths=lengths)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mmemb_deploy.backends.kv_cache.pool import BUCKET
 from mmemb_deploy.backends.kv_cache.slots import windows
-from mmemb_deploy.backends.tensorrt.files import ProfileShapes
+from mmemb_deploy.backends.tensorrt.files import WINDOW, ProfileShapes
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import GraphFacts, Manifest
@@ -244,12 +244,10 @@ def most_patches(spec: VisionSpec) -> int:
 
 def _shapes(graph: GraphFacts, axes: Axes) -> ProfileShapes:
     shapes: ProfileShapes = {}
-    inputs = {tensor.name: tensor.shape for tensor in graph.inputs}
-    if any(SLOTS in shape for shape in inputs.values()):
-        inputs[abi.WINDOW] = (abi.WINDOW,)  # which the build adds to the graph
-    for name, shape in inputs.items():
-        sizes = [Range(size, size, size) if isinstance(size, int) else axes[size] for size in shape]
-        shapes[name] = (
+    added = (WINDOW,) if any(SLOTS in tensor.shape for tensor in graph.inputs) else ()
+    for tensor in (*graph.inputs, *added):
+        sizes = [Range(size, size, size) if isinstance(size, int) else axes[size] for size in tensor.shape]
+        shapes[tensor.name] = (
             tuple(size.min for size in sizes),
             tuple(size.opt for size in sizes),
             tuple(size.max for size in sizes),

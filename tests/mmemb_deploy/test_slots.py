@@ -22,9 +22,9 @@ from mmemb_deploy.backends.kv_cache.pool import BUCKET, Layout, Pool
 from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder, windows
 from mmemb_deploy.backends.onnxruntime import OnnxRuntime, OrtGraph
 from mmemb_deploy.backends.protocol import Decoder, Engine
-from mmemb_deploy.bundle import abi
+from mmemb_deploy.backends.tensorrt.files import WINDOW
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.bundle.manifest import GraphFacts, TensorFacts
+from mmemb_deploy.bundle.manifest import GraphFacts
 from mmemb_deploy.embedder import row_encoder
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.inputs.parse import parse
@@ -100,8 +100,7 @@ class Setting:
         path, target = copied / facts.file, parent / "windowed"
         weights = [file for file in self.bundle.manifest.files if file.endswith(".onnx.data")]
         written = write_prepared(path, prepared(path, places.slots, lengths=False), weights, target)
-        window = TensorFacts(name=abi.WINDOW, dtype="int64", shape=(abi.WINDOW,))
-        return written, facts.model_copy(update={"inputs": (*facts.inputs, window)})
+        return written, facts.model_copy(update={"inputs": (*facts.inputs, WINDOW)})
 
     def prompts(self, inputs: Sequence[Any]) -> tuple[Batch, Any]:
         manifest = self.bundle.manifest

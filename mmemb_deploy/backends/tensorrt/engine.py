@@ -23,10 +23,17 @@ from mmemb_deploy.backends.tensorrt.api import (
     runtime_config,
     save_runtime_cache,
 )
-from mmemb_deploy.backends.tensorrt.files import Built, EngineSet, ProfileShapes, kernels_path, read_engine, read_model
-from mmemb_deploy.bundle import abi
+from mmemb_deploy.backends.tensorrt.files import (
+    WINDOW,
+    Built,
+    EngineSet,
+    ProfileShapes,
+    kernels_path,
+    read_engine,
+    read_model,
+)
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.bundle.manifest import GraphFacts, TensorFacts
+from mmemb_deploy.bundle.manifest import GraphFacts
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.files import write_whole
 
@@ -168,10 +175,9 @@ class LoadedEngine:
 
 def _as_built(stored: Stored) -> GraphFacts:
     """Return a graph's tensors with what the build has added to them."""
-    if abi.WINDOW not in stored.built.profiles[0]:
+    if WINDOW.name not in stored.built.profiles[0]:
         return stored.facts
-    window = TensorFacts(name=abi.WINDOW, dtype="int64", shape=(abi.WINDOW,))
-    return stored.facts.model_copy(update={"inputs": (*stored.facts.inputs, window)})
+    return stored.facts.model_copy(update={"inputs": (*stored.facts.inputs, WINDOW)})
 
 
 def choose_profile(name: str, profiles: Sequence[ProfileShapes], shapes: Mapping[str, Shape]) -> int:

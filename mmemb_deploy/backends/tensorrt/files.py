@@ -24,6 +24,7 @@ from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.certificate import Certificate, Part
 from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.bundle.manifest import TensorFacts
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.files import write_whole
 
@@ -31,6 +32,7 @@ ENGINES = "engines"
 LISTING = "engines.json"
 TIMINGS = "timings"
 RECIPE = 3  # counts up when the same graph, library, options and profiles would give another engine
+WINDOW = TensorFacts(name=abi.WINDOW, dtype="int64", shape=(abi.WINDOW,))  # that a build adds to a graph with slots
 AMPERE_PLUS = "ampere+"  # a device: every GPU of compute capability 8.0 and above
 
 ProfileShapes = dict[str, tuple[Shape, Shape, Shape]]  # input -> min, opt and max shape
