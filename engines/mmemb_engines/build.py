@@ -28,7 +28,7 @@ from mmemb_deploy.bundle.folder import Bundle, file_hash
 from mmemb_deploy.bundle.manifest import GraphFacts
 from mmemb_deploy.errors import BackendError, OptionError, check_known
 from mmemb_deploy.files import write_whole
-from mmemb_engines.graph import SLOTS, Prepared, prepared
+from mmemb_engines.graph import SLOTS, PreparedGraph, prepared
 from mmemb_engines.profiles import Demand, profiles
 
 Watch = Callable[[str], Watcher]  # a graph's name to what hears of its build
@@ -121,7 +121,7 @@ def build_engines(
 
 def parse(
     bundle: Bundle, library: Library, engine: str, boxes: Sequence[ProfileShapes], options: BuildOptions
-) -> tuple[Network, Prepared | None]:
+) -> tuple[Network, PreparedGraph | None]:
     """Parse the graph of an engine (a key of `Manifest.engines`); return how it was prepared, if it was, too.
 
     Raises BackendError.

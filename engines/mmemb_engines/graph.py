@@ -34,7 +34,7 @@ MASK = f"{PREFIX}mask"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedGraph:
     """A graph without its weights, which it names beside the original.
 
     `lengths` is the tensor (B,) that says how many slots of a row hold tokens, where no mask took its place.
@@ -44,7 +44,7 @@ class Prepared:
     lengths: str | None
 
 
-def prepared(path: Path, slots: int | None, *, lengths: bool) -> Prepared:
+def prepared(path: Path, slots: int | None, *, lengths: bool) -> PreparedGraph:
     """Return a graph with so many slots in a row of its cache; unless `lengths`, attention to them is by a mask.
 
     All layers share one mask, bool (B, 1, T, S): a token sees the slots of its row up to its own. Raises BackendError
@@ -69,12 +69,12 @@ def prepared(path: Path, slots: int | None, *, lengths: bool) -> Prepared:
             "export the bundle again"
         )
     if not counted or slots is None:
-        return Prepared(model.SerializeToString(), None)
+        return PreparedGraph(model.SerializeToString(), None)
     (ends,) = names
     nodes = list(_rewritten(graph, ends, lengths=lengths))
     del graph.node[:]
     graph.node.extend(nodes)
-    return Prepared(model.SerializeToString(), ends if lengths else None)
+    return PreparedGraph(model.SerializeToString(), ends if lengths else None)
 
 
 def _counted(node: NodeProto) -> bool:
@@ -134,7 +134,7 @@ def _shared(ends: str, *, lengths: bool) -> Iterator[NodeProto]:
         yield make_node("Less", [abi.WINDOW, PREFIX + "seen_B1T1"], [MASK])
 
 
-def write_prepared(path: Path, graph: Prepared, weights: Sequence[str], folder: Path) -> Path:
+def write_prepared(path: Path, graph: PreparedGraph, weights: Sequence[str], folder: Path) -> Path:
     """Write a prepared graph for other tools to read; the weight files beside the original become the same files there.
 
     Raises OptionError for a folder on another file system.

@@ -34,7 +34,7 @@ from mmemb_engines.build import build_engines, check_portable, device_sets
 from mmemb_engines.check import check_graphs
 from mmemb_engines.commands import register
 from mmemb_engines.engines_only import write_engines_only
-from mmemb_engines.graph import Prepared
+from mmemb_engines.graph import PreparedGraph
 from mmemb_engines.profiles import demand_of_limits, profiles
 from mmemb_engines.watch import Silent
 
@@ -283,7 +283,7 @@ def test_a_stripped_engine_keeps_the_graph_that_names_its_weights(
             return Plan(memoryview(b"an engine"), b"", decomposed=False)
 
     monkeypatch.setattr(Library, "check_options", lambda *_: None)
-    monkeypatch.setattr(build_module, "parse", lambda *_: (Stripped(), Prepared(b"a graph", None)))
+    monkeypatch.setattr(build_module, "parse", lambda *_: (Stripped(), PreparedGraph(b"a graph", None)))
     engines = build(bundle, options=BuildOptions(strip=True))
     assert read_model(bundle, engines, "decoder") == b"a graph"
     before = files(bundle)
