@@ -8,11 +8,13 @@ GPU.
 import gc
 import json
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmemb_deploy import Embedder
+from mmemb_deploy.backends import nvtx
 from mmemb_deploy.cli.main import application
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.options import EncodeOptions
@@ -229,6 +232,20 @@ def test_an_engine_that_does_not_fit_is_an_error_that_says_why(
     with pytest.raises(BackendError, match="out of memory"):
         Embedder.load(built, backend="tensorrt").encode(mixed_inputs[:1])
     Embedder.load(built, backend="tensorrt").encode(mixed_inputs[:1])
+
+
+@pytest.mark.parametrize("asked", ["0", "1"])
+def test_layers_are_marked_only_where_nvtx_is_asked_for(
+    asked: str, gpu: Any, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(nvtx.VARIABLE, asked)
+    monkeypatch.setitem(sys.modules, "nvtx", SimpleNamespace(annotate=lambda *_, **__: nullcontext()))
+    nvtx.library.cache_clear()
+    try:
+        Embedder.load(built, backend="tensorrt").encode(["one"], reasoning="always")
+    finally:
+        nvtx.library.cache_clear()
+    assert gpu.counts["marked_enqueues"] == int(asked) * gpu.counts["enqueues"]
 
 
 def test_an_embedder_that_goes_gives_back_all_memory(gpu: Any, built: Path, mixed_inputs: list[Any]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmemb_deploy.backends import nvtx
 from mmemb_deploy.backends.cuda import Allocation, Cuda
 from mmemb_deploy.backends.device import Shape
 from mmemb_deploy.backends.tensorrt.api import (
@@ -160,6 +161,8 @@ class LoadedEngine:
             context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise self._library.failure(f"cannot make a context of {self.facts.file}")
+        if nvtx.library() is None:  # an engine that can tell of its layers marks each in every run, which takes time
+            context.nvtx_verbosity = trt.ProfilingVerbosity.NONE
         context.set_device_memory(arena.address, arena.nbytes)
         if not context.set_optimization_profile_async(index, self._cuda.stream):
             raise self._library.failure(f"cannot use profile {index} of {self.facts.file}")
