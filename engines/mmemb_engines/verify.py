@@ -71,7 +71,7 @@ def fitting(bundle: Bundle, engines: EngineSet, reference: ReferenceSet) -> Refe
 def _largest(bundle: Bundle, engines: EngineSet, axis: str, graphs: Sequence[str]) -> float:
     """Return the largest size of an axis that the engines of all these graphs take; infinity where none has it."""
     found = [math.inf]
-    for name, roles in bundle.manifest.engines.items():
+    for name, roles in engines.roles(bundle.manifest).items():
         if set(roles) & set(graphs):
             inputs = [tensor for tensor in bundle.manifest.graphs[roles[0]].inputs if axis in tensor.shape]
             boxes = engines.engines[name].profiles

@@ -135,6 +135,23 @@ def test_a_check_loads_every_engine_once_and_writes_its_layers_down(
     assert all(json.loads(engine.with_suffix(".json").read_text())["Layers"] for engine in engines)
 
 
+def test_without_an_engine_of_its_own_what_nothing_follows_runs_in_the_decoder_s(
+    gpu: Any, built: Path, traffic: Path, tmp_path: Path, tiny_embedder: Embedder, mixed_inputs: list[Any]
+) -> None:
+    folder, asked = Path(shutil.copytree(built, tmp_path / "bundle")), ("--traffic", str(traffic))
+    (listing,) = folder.glob("engines/*/engines.json")
+    build(folder, 4, *asked, "--no-direct")
+    assert json.loads(listing.read_text())["engines"].keys() == {"vision", "decoder", "gate"}
+    assert list(listing.parent.glob("direct-*")) == []
+    loaded = Embedder.load(folder, backend="tensorrt")
+    for options in ROUTES:
+        assert close(loaded.encode(mixed_inputs, **sized(options, 4)), tiny_embedder.encode(mixed_inputs, **options))
+    assert "runs_direct" not in gpu.counts
+    build(folder, 4, *asked)
+    Embedder.load(folder, backend="tensorrt").encode(mixed_inputs[:1], reasoning="never")
+    assert gpu.counts["runs_direct"] > 0
+
+
 def test_engines_fitted_to_texts_alone_are_verified_and_say_what_they_do_not_take(
     gpu: Any, tiny_bundle: Path, tmp_path: Path, tiny_embedder: Embedder, mixed_inputs: list[Any]
 ) -> None:

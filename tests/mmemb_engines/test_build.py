@@ -30,7 +30,7 @@ from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.errors import BackendError, OptionError
 from mmemb_engines import build as build_module
-from mmemb_engines.build import build_engines, check_portable, device_sets
+from mmemb_engines.build import build_engines, check_portable, device_sets, without_direct
 from mmemb_engines.check import check_graphs
 from mmemb_engines.commands import register
 from mmemb_engines.engines_only import write_engines_only
@@ -304,6 +304,12 @@ def test_a_bundle_that_is_fused_for_onnx_runtime_is_refused(bundle: Bundle) -> N
     with pytest.raises(BackendError, match=r"embedder .* is fused for ONNX Runtime.*--form portable"):
         check_portable(Bundle(bundle.folder, bundle.manifest.model_copy(update={"graphs": graphs})))
     check_portable(bundle)
+
+
+def test_the_only_graph_for_prompts_cannot_be_left_out(bundle: Bundle) -> None:
+    graphs = {name: bundle.manifest.graphs[name] for name in (abi.VISION, abi.DIRECT)}
+    with pytest.raises(OptionError, match=r"--no-direct: .* does not reason, and has no other graph for prompts"):
+        without_direct(Bundle(bundle.folder, bundle.manifest.model_copy(update={"graphs": graphs})))
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(bundle: Bundle, build: Build) -> None:

@@ -45,7 +45,7 @@ class TensorRT:
         cuda = Cuda(gpu.index)
         arena = Arena(cuda)
         engines: dict[str, LoadedEngine] = {}
-        for name, graphs in manifest.engines.items():
+        for name, graphs in found.roles(manifest).items():
             cuda.check_memory(found.engines[name].size, f"the engine of {manifest.graphs[graphs[0]].file}")
             engine = LoadedEngine(cuda, library, Stored.read(bundle, found, name, gpu.name), arena)
             if self._unverified:
