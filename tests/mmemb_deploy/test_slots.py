@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mmemb_deploy import Embedder
-from mmemb_deploy.backends.device import Plane, Wanted
+from mmemb_deploy.backends.device import Plane, RecordError, Wanted
 from mmemb_deploy.backends.host_device import HostDevice, HostMemory
 from mmemb_deploy.backends.kv_cache.pool import BUCKET, Layout, Pool
 from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder, windows
@@ -268,6 +268,21 @@ def test_a_step_moves_ids_alone_and_asks_for_nothing(padded: Setting, mixed_inpu
         assert "recorded" not in counts
         assert "allocated" not in counts
         assert counts["down"] == 2 * (4 * 8 + 4 * model.hidden_size)
+
+
+def test_a_step_that_cannot_be_recorded_once_inputs_come_is_warned_of(
+    tiny_bundle: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ONNX Runtime on a GPU, whose pool grows: nothing is recorded, and noted, when it is loaded."""
+
+    def refused(*_: Any) -> None:
+        raise RecordError("an operation is not permitted")
+
+    setting = Setting(Bundle.open(tiny_bundle), Places(padded=True))
+    monkeypatch.setattr(setting.device, "record", refused)
+    found = setting.embedder().encode(["one"], reasoning="always")
+    assert close(found, Setting(setting.bundle, Places(padded=True)).embedder().encode(["one"], reasoning="always"))
+    assert "rows run without a CUDA graph: an operation is not permitted" in caplog.text
 
 
 class Idle:
