@@ -17,6 +17,7 @@ def test_the_committed_results_are_read() -> None:
     assert {result.kind for result in results} == KINDS.keys()
     assert {path.name.split("-", 3)[3] for path in passed_over} == {
         "ablation-cpu.json",
+        "builds-qwen3-vl-2b-float16-rtx.json",
         "builds-qwen3-vl-2b-rtx.json",
         "digitchain-cpu.json",
         "peers-cpu.json",
