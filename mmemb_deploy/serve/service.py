@@ -147,8 +147,9 @@ class Service:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), seconds)
         self._readers.shutdown(wait=False, cancel_futures=True)
-        late = OverloadError("the server stops: ask another one", reason="draining", retry_after=1.0)
-        self._engine.call(lambda: self.scheduler.abandon(late))
+        if self.alive:
+            late = OverloadError("the server stops: ask another one", reason="draining", retry_after=1.0)
+            self._engine.call(lambda: self.scheduler.abandon(late))
         await asyncio.to_thread(self._engine.stop)
 
     def figures(self) -> Mapping[str, float]:
