@@ -129,8 +129,9 @@ class Front:
                     asked = contract.request.model_validate_json(body)
                 except ValidationError as error:
                     raise schema_refusal(error, contract.request) from error
-                ask = contract.ask(asked, self._served)
                 note = noted(request.scope)
+                note.field = contract.field(asked)
+                ask = contract.ask(asked, self._served)
                 note.request_id = getattr(asked, "request_id", None) or note.request_id
                 note.rows = len(ask.inputs)
                 result = await unless_gone(self._embedded(ask, began), request.receive)
@@ -161,7 +162,7 @@ class Front:
         contract = _contract(request.scope)
         if isinstance(error, OverloadError):
             self._metrics.rejected(error.reason)
-        return self._refused(request.scope, refusal_of(error, contract.field, contract.request))
+        return self._refused(request.scope, refusal_of(error, noted(request.scope).field, contract.request))
 
     def _refused(self, scope: Scope, refusal: Refusal) -> Response:
         """Answer with a refusal in the envelope of the contract that was asked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from mmemb_deploy.errors import DeadlineError, InputError, MmembError, OptionError, OverloadError, check_known
+from mmemb_deploy.errors import DeadlineError, InputError, MmembError, OptionError, OverloadError
 
 SHOWN_ERRORS = 10  # of a schema
 SHOWN_CHARS = 100  # of a value or a name that a client sent
@@ -35,10 +36,10 @@ class ClientGoneError(Exception):
     """The client closed its connection before there was an answer."""
 
 
-def refusal_of(error: Exception, inputs: str = "input", fields: type[BaseModel] | None = None) -> Refusal:
+def refusal_of(error: Exception, inputs: str, fields: type[BaseModel]) -> Refusal:
     """Return what to answer to an error that a request met.
 
-    `inputs` is the field of the contract that holds the inputs, `fields` its model: they name the field that is wrong.
+    `inputs` is the field that holds the request's inputs, `fields` its model: they name the field that is wrong.
     """
     match error:
         case Refusal():
@@ -48,7 +49,7 @@ def refusal_of(error: Exception, inputs: str = "input", fields: type[BaseModel] 
             return Refusal(400, "invalid_input", shortened(str(error)), place)
         case OptionError():
             named = str(error).partition(" ")[0]  # they begin with the option's name
-            known = fields is not None and named in fields.model_fields
+            known = named in fields.model_fields
             return Refusal(400, "invalid_option", shortened(str(error)), named if known else None)
         case OverloadError():
             wait = {
@@ -86,12 +87,9 @@ def shortened(text: str, limit: int = MESSAGE_CHARS) -> str:
 def _said(error: Any, model: type[BaseModel]) -> str:
     where, value = _place(error["loc"]), error["input"]
     if error["type"] == "extra_forbidden":
-        if len(error["loc"]) > 1:
-            return f"{where} is not a field of this object"
-        try:
-            check_known("field", shortened(str(error["loc"][0]), SHOWN_CHARS), model.model_fields)
-        except OptionError as unknown:
-            return str(unknown)
+        known = model.model_fields if len(error["loc"]) == 1 else ()
+        nearest = difflib.get_close_matches(str(where), known, n=1)
+        return f"{where} is not known here{f': did you mean {nearest[0]!r}?' if nearest else ', leave it out'}"
     if error["type"] == "json_invalid":
         return f"the body is not JSON: {error['msg']}"
     shown = f" is {shown_value(value)}" if isinstance(value, str | int | float | bool | None) else ""

@@ -25,9 +25,10 @@ NOTED = "mmemb.noted"  # where a scope holds its Noted
 
 @dataclass
 class Noted:
-    """What the log says of a request."""
+    """What is known of a request, for the log and for errors."""
 
     request_id: str
+    field: str = "input"  # that holds its inputs
     rows: int = 0
     tokens: int = 0
     error: str | None = None  # a Refusal's code

@@ -118,22 +118,27 @@ class ErrorReply(BaseModel):
     message: str
 
 
+def field_of(request: EmbedRequest) -> str:
+    """Return the field that holds the inputs."""
+    return next(name for name in ("texts", "images", "inputs") if getattr(request, name) is not None)
+
+
 def ask(request: EmbedRequest, served: Served) -> Ask:
     """Return what a request asks of the service."""
     served.check_name(request.model)
     served.check_dimensions(request.output_dimension, "output_dimension")
-    field, inputs = _inputs(request)
-    served.check_count(inputs, field)
+    inputs = _inputs(request)
+    served.check_count(inputs, field_of(request))
     document = request.input_type in DOCUMENTS
     return request.ask(inputs, served, document=document, dimensions=request.output_dimension)
 
 
-def _inputs(request: EmbedRequest) -> tuple[str, Sequence[Input]]:
+def _inputs(request: EmbedRequest) -> Sequence[Input]:
     if request.texts is not None:
-        return "texts", request.texts
+        return request.texts
     if request.images is not None:
-        return "images", [{"images": [Link(url)]} for url in request.images]
-    return "inputs", [input_of(each.content) for each in request.inputs or []]
+        return [{"images": [Link(url)]} for url in request.images]
+    return [input_of(each.content) for each in request.inputs or []]
 
 
 def answer(request: EmbedRequest, result: EncodeResult, served: Served) -> JSON:  # noqa: ARG001 - as every contract
@@ -190,10 +195,10 @@ def refuse(refusal: Refusal) -> JSON:
 CONTRACT = Contract(
     name="cohere",
     path="/v2/embed",
-    field="inputs",
     request=EmbedRequest,
     reply=EmbedReply,
     error=ErrorReply,
+    field=field_of,
     ask=ask,
     answer=answer,
     refuse=refuse,

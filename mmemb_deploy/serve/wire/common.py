@@ -208,10 +208,10 @@ class Contract:
 
     name: str
     path: str
-    field: str  # of a request, that holds the inputs
     request: type[BaseModel]
     reply: Any  # the type of the reply
     error: type[BaseModel]  # the envelope of an error
+    field: Callable[[Any], str]  # of a request: the one that holds its inputs
     ask: Callable[[Any, Served], Ask]
     answer: Callable[[Any, EncodeResult, Served], Any]  # JSON, whose rows may be numpy arrays
     refuse: Callable[[Refusal], JSON]

@@ -37,7 +37,10 @@ class Message(Strict):
     """One turn: "system" is the instruction, "user" what is embedded, "assistant" may only close, with no words."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | Parts
+    content: Annotated[
+        Annotated[str, Tag("<words>")] | Annotated[Parts, Tag("<parts>")],
+        Discriminator(lambda content: "<words>" if isinstance(content, str) else "<parts>"),
+    ]
 
 
 Conversation = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
@@ -140,13 +143,17 @@ class ErrorReply(BaseModel):
     error: ErrorBody
 
 
+def field_of(request: EmbeddingRequest) -> str:
+    """Return the field that holds the inputs."""
+    return "input" if request.messages is None else "messages"
+
+
 def ask(request: EmbeddingRequest, served: Served) -> Ask:
     """Return what a request asks of the service."""
     served.check_name(request.model)
     served.check_dimensions(request.dimensions, "dimensions")
-    field = "input" if request.messages is None else "messages"
     given: Any = request.input if request.messages is None else request.messages
-    inputs, instruction = _inputs(given, request.instruction, served, field)
+    inputs, instruction = _inputs(given, request.instruction, served, field_of(request))
     document = request.input_type == "document"
     return request.ask(inputs, served, document=document, dimensions=request.dimensions, instruction=instruction)
 
@@ -233,10 +240,10 @@ def refuse(refusal: Refusal) -> JSON:
 CONTRACT = Contract(
     name="openai",
     path="/v1/embeddings",
-    field="input",
     request=EmbeddingRequest,
     reply=EmbeddingReply,
     error=ErrorReply,
+    field=field_of,
     ask=ask,
     answer=answer,
     refuse=refuse,

@@ -136,10 +136,10 @@ def info(served: Served) -> JSON:
 CONTRACT = Contract(
     name="tei",
     path="/embed",
-    field="inputs",
     request=EmbedRequest,
     reply=list[list[float]],
     error=ErrorReply,
+    field=lambda _: "inputs",
     ask=ask,
     answer=answer,
     refuse=refuse,
