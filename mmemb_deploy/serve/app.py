@@ -150,12 +150,15 @@ class Front:
         """Read the images of a request and embed it, all within its deadline."""
         if ask.deadline is None:
             return await self._service.embed(replace(ask, inputs=await self._reader.read(ask.inputs)))
+        late = DeadlineError(f"the deadline of {1e3 * ask.deadline:g} ms passed while the request was read")
         try:
             async with asyncio.timeout(ask.deadline):
                 inputs = await self._reader.read(ask.inputs)
         except TimeoutError as error:
-            raise DeadlineError(f"the deadline of {ask.deadline:g} s passed while images were read") from error
+            raise late from error
         left = ask.deadline - (time.perf_counter() - began)
+        if left <= 0:
+            raise late
         return await self._service.embed(replace(ask, inputs=inputs, deadline=left))
 
     async def _failed(self, request: Request, error: Exception) -> Response:

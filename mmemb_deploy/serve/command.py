@@ -78,8 +78,8 @@ def serve(
         log_level=log_level,
         otel=otel,
     )
-    log_json(settings.log_level)
     opened = OpenBundle.open(bundle or NANO, digest)
+    log_json(settings.log_level)
     embedder = Embedder.of_bundle(opened, backend=backend, device=device, threads=threads)
     service = Service(embedder, max_waiting_rows=settings.max_waiting_rows)
     name = (settings.model_names or (embedder.manifest.model.name,))[0]

@@ -23,6 +23,7 @@ from mmemb_deploy.serve.failures import Refusal, shown_value
 
 MAX_REDIRECTS = 3
 TOGETHER = 8  # images of one request that are fetched at a time
+CARRIERS = (ipaddress.ip_network("::/96"), ipaddress.ip_network("64:ff9b::/96"))  # of an IPv4 address at their end
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
@@ -169,7 +170,7 @@ def _decoded(url: str, limit: int) -> bytes:
     header, comma, data = url.partition(",")
     if not comma or not header.lower().endswith(";base64"):
         raise InputError(f"{shown_value(url)} is not a data URI of base64: send data:image/png;base64,...")
-    if len(data) // 4 * 3 - 2 > limit:
+    if len(data) // 4 * 3 - data[-2:].count("=") > limit:
         raise _too_large(limit)
     try:
         return base64.b64decode(data, validate=True)
@@ -191,17 +192,15 @@ def _too_large(limit: int) -> Refusal:
 
 
 def _is_global(address: str) -> bool:
-    """Whether an address is one of the public internet; one inside another (IPv4 in IPv6) must be so itself."""
+    """Whether an address is one of the public internet; where one of IPv4 is inside it, that too."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(parsed, ipaddress.IPv6Address):
-        inner = [parsed.ipv4_mapped, parsed.sixtofour, *(parsed.teredo or ())]
-        nat64 = parsed in ipaddress.ip_network("64:ff9b::/96")
-        inner += [ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)] if nat64 else []
-        if any(each is not None and not _plainly_global(each) for each in inner):
-            return False
-        if parsed.ipv4_mapped is not None:
-            return True
-    return _plainly_global(parsed)
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return _plainly_global(parsed)
+    if parsed.ipv4_mapped is not None:
+        return _plainly_global(parsed.ipv4_mapped)
+    inner = [parsed.sixtofour] if parsed.sixtofour is not None else []
+    inner += [ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF) for network in CARRIERS if parsed in network]
+    return _plainly_global(parsed) and all(map(_plainly_global, inner))
 
 
 def _plainly_global(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:

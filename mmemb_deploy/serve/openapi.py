@@ -56,24 +56,21 @@ class Models(BaseModel):
 
 def document(contracts: Sequence[Contract], served: Served, *, locked: bool) -> JSON:
     """Return the description; `locked` where a key is needed."""
-    models: list[type[BaseModel]] = [
-        Status,
-        Models,
-        tei.Info,
-        *(model for each in contracts for model in _models(each)),
-    ]
-    inputs = {each.request for each in contracts}
-    chosen: list[tuple[type[BaseModel], JsonSchemaMode]] = [
-        (model, "validation" if model in inputs else "serialization") for model in dict.fromkeys(models)
-    ]
-    named, definitions = models_json_schema(chosen, ref_template="#/components/schemas/{model}")
+    inputs = [each.request for each in contracts]
+    outputs: list[type[BaseModel]] = [Status, Models, tei.TeiInfo, *(each.error for each in contracts)]
+    outputs += [each.reply for each in contracts if isinstance(each.reply, type) and issubclass(each.reply, BaseModel)]
+    modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in inputs]
+    modes.extend((model, "serialization") for model in outputs)
+    named, definitions = models_json_schema(modes, ref_template="#/components/schemas/{model}")
     refs = {model: schema for (model, _), schema in named.items()}
+    for model in inputs:
+        _narrow(definitions["$defs"][model.__name__]["properties"], served)
     paths: JSON = {each.path: {"post": _post(each, refs)} for each in contracts}
     paths |= {
         "/v1/models": _get("The models that are served.", refs[Models]),
-        "/info": _get("Facts of the model and of the limits.", refs[tei.Info]),
+        "/info": _get("Facts of the model and of the limits.", refs[tei.TeiInfo]),
         "/health": _get("Whether the process lives.", refs[Status]),
-        "/ready": _get("Whether requests are accepted.", refs[Status], refs[openai.ErrorReply]),
+        "/ready": _get("Whether requests are accepted.", refs[Status], refs[openai.OpenAIError]),
         "/metrics": _get("Metrics for Prometheus.", {"type": "string"}, media_type="text/plain"),
         "/openapi.json": _get("This description.", {"type": "object"}),
     }
@@ -92,12 +89,16 @@ def document(contracts: Sequence[Contract], served: Served, *, locked: bool) -> 
         for path, methods in paths.items():
             for operation in methods.values() if path not in OPEN_PATHS else ():
                 operation["security"] = [{"key": []}]
-                operation["responses"]["401"] = _answer(REFUSALS[401], refs[openai.ErrorReply])
+                operation["responses"]["401"] = _answer(REFUSALS[401], refs[openai.OpenAIError])
     return described
 
 
-def _models(contract: Contract) -> list[type[BaseModel]]:
-    return [contract.request, contract.error, *([contract.reply] if isinstance(contract.reply, type) else [])]
+def _narrow(properties: JSON, served: Served) -> None:
+    """List the values that this server's model takes, where a contract alone would take any."""
+    dims = served.embedder.manifest.model.dims
+    for name, values in {"model": served.names, "dimensions": dims, "output_dimension": dims}.items():
+        if name in properties:
+            properties[name]["anyOf"][0]["enum"] = list(values)
 
 
 def _post(contract: Contract, refs: dict[Any, JSON]) -> JSON:

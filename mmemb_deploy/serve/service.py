@@ -35,6 +35,7 @@ class Service:
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._limit, self._rows = max_waiting_rows, 0
         self._draining = False
+        self._works: set[asyncio.Future[EncodeResult]] = set()
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -51,7 +52,7 @@ class Service:
         Cancelling the awaiting task cancels the work, where it has not begun.
         """
         if self._draining:
-            raise OverloadError("the server is stopping: ask another one", reason="draining", retry_after=1.0)
+            raise _stopping()
         if self._rows + len(ask.inputs) > self._limit:
             raise OverloadError(
                 f"{self._rows} inputs wait, and {len(ask.inputs)} more exceed the limit of {self._limit}: ask again "
@@ -65,7 +66,7 @@ class Service:
             async with asyncio.timeout(ask.deadline):
                 return await self._run(ask.inputs, ask.options)
         except TimeoutError as error:
-            raise DeadlineError(f"the deadline of {ask.deadline} s passed before there was an answer") from error
+            raise DeadlineError("the deadline passed before there was an answer") from error
         finally:
             self._rows -= len(ask.inputs)
             if not self._rows:
@@ -76,6 +77,8 @@ class Service:
         self.ready, self._draining = False, True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), seconds)
+        for work in tuple(self._works):
+            work.cancel()
         self._engine.shutdown(wait=False, cancel_futures=True)
 
     def figures(self) -> Mapping[str, float]:
@@ -83,5 +86,18 @@ class Service:
         return {"num_requests_running": float(self._rows)}
 
     async def _run(self, inputs: Sequence[Any], options: EncodeOptions) -> EncodeResult:
-        work = self._engine.submit(self.embedder.encode_detailed, inputs, **options)
-        return await asyncio.wrap_future(work)
+        work = asyncio.wrap_future(self._engine.submit(self.embedder.encode_detailed, inputs, **options))
+        self._works.add(work)
+        try:
+            return await work
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise _stopping() from error  # the work was cancelled, not who awaits it
+        finally:
+            self._works.discard(work)
+
+
+def _stopping() -> OverloadError:
+    return OverloadError("the server is stopping: ask another one", reason="draining", retry_after=1.0)

@@ -27,6 +27,7 @@ from mmemb_deploy.serve.wire.common import (
     Wishes,
     described,
     details_of,
+    exactly_one,
     input_of,
 )
 from mmemb_deploy.serve.wire.openai import Text, base64_of
@@ -41,8 +42,10 @@ class Content(Strict):
     content: Parts
 
 
-class EmbedRequest(Wishes):
+class CohereRequest(Wishes):
     """A body of `POST /v2/embed`; exactly one of `texts`, `images` and `inputs`."""
+
+    model_config = exactly_one("texts", "images", "inputs")
 
     model: str | None = Field(None, description="A name of /v1/models.")
     input_type: Literal["search_document", "search_query", "classification", "clustering", "image"] = Field(
@@ -64,7 +67,7 @@ class EmbedRequest(Wishes):
     )
 
     @model_validator(mode="after")
-    def _one_of_three(self) -> EmbedRequest:
+    def _one_of_three(self) -> CohereRequest:
         if sum(each is not None for each in (self.texts, self.images, self.inputs)) != 1:
             raise PydanticCustomError("one_of", "pass exactly one of 'texts', 'images' and 'inputs'")
         return self
@@ -73,7 +76,7 @@ class EmbedRequest(Wishes):
 class Embeddings(BaseModel):
     """The vectors, in each format that was asked for."""
 
-    float: list[list[float]] | None = None
+    float_: list[list[float]] | None = Field(None, alias="float")
     int8: list[list[int]] | None = None
     uint8: list[list[int]] | None = None
     binary: list[list[int]] | None = None
@@ -101,7 +104,7 @@ class Meta(BaseModel):
     billed_units: BilledUnits
 
 
-class EmbedReply(BaseModel):
+class CohereReply(BaseModel):
     """What `POST /v2/embed` answers."""
 
     id: str
@@ -112,18 +115,18 @@ class EmbedReply(BaseModel):
     mmemb: list[Mmemb]
 
 
-class ErrorReply(BaseModel):
+class CohereError(BaseModel):
     """The envelope of an error."""
 
     message: str
 
 
-def field_of(request: EmbedRequest) -> str:
+def field_of(request: CohereRequest) -> str:
     """Return the field that holds the inputs."""
     return next(name for name in ("texts", "images", "inputs") if getattr(request, name) is not None)
 
 
-def ask(request: EmbedRequest, served: Served) -> Ask:
+def ask(request: CohereRequest, served: Served) -> Ask:
     """Return what a request asks of the service."""
     served.check_name(request.model)
     served.check_dimensions(request.output_dimension, "output_dimension")
@@ -133,7 +136,7 @@ def ask(request: EmbedRequest, served: Served) -> Ask:
     return request.ask(inputs, served, document=document, dimensions=request.output_dimension)
 
 
-def _inputs(request: EmbedRequest) -> Sequence[Input]:
+def _inputs(request: CohereRequest) -> Sequence[Input]:
     if request.texts is not None:
         return request.texts
     if request.images is not None:
@@ -141,7 +144,7 @@ def _inputs(request: EmbedRequest) -> Sequence[Input]:
     return [input_of(each.content) for each in request.inputs or []]
 
 
-def answer(request: EmbedRequest, result: EncodeResult, served: Served) -> JSON:  # noqa: ARG001 - as every contract
+def answer(request: CohereRequest, result: EncodeResult, served: Served) -> JSON:  # noqa: ARG001 - as every contract
     """Return the reply to a request."""
     details = details_of(result)
     reply = {
@@ -182,7 +185,7 @@ def _int8(rows: NDArray[Any]) -> NDArray[np.int8]:
     return rounded.astype(np.int8)
 
 
-def _images(request: EmbedRequest) -> int:
+def _images(request: CohereRequest) -> int:
     parts = [part for each in request.inputs or [] for part in each.content]
     return len(request.images or []) + sum(isinstance(part, ImagePart) for part in parts)
 
@@ -195,9 +198,9 @@ def refuse(refusal: Refusal) -> JSON:
 CONTRACT = Contract(
     name="cohere",
     path="/v2/embed",
-    request=EmbedRequest,
-    reply=EmbedReply,
-    error=ErrorReply,
+    request=CohereRequest,
+    reply=CohereReply,
+    error=CohereError,
     field=field_of,
     ask=ask,
     answer=answer,

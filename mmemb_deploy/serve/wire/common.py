@@ -80,6 +80,16 @@ class Served:
         return text
 
 
+def exactly_one(*fields: str) -> ConfigDict:
+    """Describe in a model's schema that one of these fields is given, and the others are absent or null."""
+    absent: JSON = {"type": "null"}
+    forms: list[Any] = [
+        {"required": [name], "properties": {each: {"not": absent} if each == name else absent for each in fields}}
+        for name in fields
+    ]
+    return ConfigDict(json_schema_extra={"oneOf": forms})
+
+
 class Wishes(Strict):
     """Fields of ours, which every contract takes beside its own."""
 
@@ -94,7 +104,7 @@ class Wishes(Strict):
     instruction: str | None = Field(None, description="What to embed for; the bundle's own by default.")
     priority: int = Field(0, ge=-(2**31), le=2**31, description="Lower is served first.")
     deadline_ms: float | None = Field(
-        None, gt=0, le=3.6e6, allow_inf_nan=False, description="Answer within so many milliseconds, or 504."
+        None, ge=1, le=3.6e6, allow_inf_nan=False, description="Answer within so many milliseconds, or 504."
     )
     on_overload: Literal["direct", "reject", "wait"] = Field(
         "direct", description='Under load: embed without reasoning ("direct"), refuse, or wait.'

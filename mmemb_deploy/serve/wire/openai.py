@@ -26,6 +26,7 @@ from mmemb_deploy.serve.wire.common import (
     Wishes,
     described,
     details_of,
+    exactly_one,
     input_of,
 )
 
@@ -77,8 +78,10 @@ Messages = Annotated[
 ]
 
 
-class EmbeddingRequest(Wishes):
+class OpenAIRequest(Wishes):
     """A body of `POST /v1/embeddings`; exactly one of `input` and `messages`."""
+
+    model_config = exactly_one("input", "messages")
 
     input: Inputs | None = Field(None, description="Texts, token ids of this model, or messages.")
     messages: Messages | None = Field(None, description="One conversation makes one vector; a list of them, a batch.")
@@ -97,7 +100,7 @@ class EmbeddingRequest(Wishes):
     continue_final_message: Literal[True] | None = Field(None, description="The bundle's own layout always does.")
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> EmbeddingRequest:
+    def _one_of_both(self) -> OpenAIRequest:
         if (self.input is None) == (self.messages is None):
             raise PydanticCustomError("one_of", "pass exactly one of 'input' and 'messages'")
         return self
@@ -119,7 +122,7 @@ class Embedding(BaseModel):
     mmemb: Mmemb
 
 
-class EmbeddingReply(BaseModel):
+class OpenAIReply(BaseModel):
     """What `POST /v1/embeddings` answers."""
 
     object: Literal["list"]
@@ -137,18 +140,18 @@ class ErrorBody(BaseModel):
     code: str | None
 
 
-class ErrorReply(BaseModel):
+class OpenAIError(BaseModel):
     """The envelope of an error."""
 
     error: ErrorBody
 
 
-def field_of(request: EmbeddingRequest) -> str:
+def field_of(request: OpenAIRequest) -> str:
     """Return the field that holds the inputs."""
     return "input" if request.messages is None else "messages"
 
 
-def ask(request: EmbeddingRequest, served: Served) -> Ask:
+def ask(request: OpenAIRequest, served: Served) -> Ask:
     """Return what a request asks of the service."""
     served.check_name(request.model)
     served.check_dimensions(request.dimensions, "dimensions")
@@ -205,7 +208,7 @@ def _parts(messages: Sequence[Message]) -> list[TextPart | ImagePart]:
     ]
 
 
-def answer(request: EmbeddingRequest, result: EncodeResult, served: Served) -> JSON:
+def answer(request: OpenAIRequest, result: EncodeResult, served: Served) -> JSON:
     """Return the reply to a request."""
     details = details_of(result)
     packed = request.encoding_format == "base64"
@@ -240,9 +243,9 @@ def refuse(refusal: Refusal) -> JSON:
 CONTRACT = Contract(
     name="openai",
     path="/v1/embeddings",
-    request=EmbeddingRequest,
-    reply=EmbeddingReply,
-    error=ErrorReply,
+    request=OpenAIRequest,
+    reply=OpenAIReply,
+    error=OpenAIError,
     field=field_of,
     ask=ask,
     answer=answer,

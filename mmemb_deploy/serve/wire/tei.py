@@ -24,7 +24,7 @@ STATUS = {400: 422, 500: 424, 503: 429}
 KINDS = {424: "Backend", 429: "Overloaded", 504: "Overloaded"}
 
 
-class EmbedRequest(Wishes):
+class TeiRequest(Wishes):
     """A body of `POST /embed`."""
 
     inputs: Texts
@@ -35,7 +35,7 @@ class EmbedRequest(Wishes):
     dimensions: int | None = Field(None, ge=1, description="A size that the model was trained for.")
 
 
-class ErrorReply(BaseModel):
+class TeiError(BaseModel):
     """The envelope of an error."""
 
     error: str
@@ -54,7 +54,7 @@ class ModelType(BaseModel):
     embedding: Pooling
 
 
-class Info(BaseModel):
+class TeiInfo(BaseModel):
     """What `GET /info` answers."""
 
     model_id: str
@@ -73,7 +73,7 @@ class Info(BaseModel):
     backend: str
 
 
-def ask(request: EmbedRequest, served: Served) -> Ask:
+def ask(request: TeiRequest, served: Served) -> Ask:
     """Return what a request asks of the service."""
     served.check_dimensions(request.dimensions, "dimensions")
     given: Any = request.inputs
@@ -86,7 +86,7 @@ def ask(request: EmbedRequest, served: Served) -> Ask:
     return request.ask(inputs, served, document=document, dimensions=request.dimensions)
 
 
-def answer(request: EmbedRequest, result: EncodeResult, served: Served) -> list[Any]:  # noqa: ARG001 - as every contract
+def answer(request: TeiRequest, result: EncodeResult, served: Served) -> list[Any]:  # noqa: ARG001 - as every contract
     """Return the vectors."""
     return list(result.embeddings)
 
@@ -113,7 +113,7 @@ def refuse(refusal: Refusal) -> JSON:
 
 
 def info(served: Served) -> JSON:
-    """Return an Info."""
+    """Return an TeiInfo."""
     manifest = served.embedder.manifest
     return {
         "model_id": manifest.model.name,
@@ -136,9 +136,9 @@ def info(served: Served) -> JSON:
 CONTRACT = Contract(
     name="tei",
     path="/embed",
-    request=EmbedRequest,
+    request=TeiRequest,
     reply=list[list[float]],
-    error=ErrorReply,
+    error=TeiError,
     field=lambda _: "inputs",
     ask=ask,
     answer=answer,

@@ -22,18 +22,18 @@ from mmemb_deploy.serve.settings import settings_of
 
 
 class Served:
-    """A server that runs."""
+    """A server that runs, and a client for it."""
 
     def __init__(self, server: DrainingServer, service: Service, port: int) -> None:
         self.server, self.service, self.port = server, service, port
         self.url = f"http://127.0.0.1:{port}"
+        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        """Send JSON, with a client that ends with the call."""
-        return httpx.post(f"{self.url}{path}", json=body, timeout=30, **options)
+        return self.client.post(path, json=body, **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=30, **options)
+        return self.client.get(path, **options)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
@@ -65,9 +65,11 @@ def serve(embedder: Embedder) -> MakeServer:
             while not server.started:
                 assert thread.is_alive()
                 time.sleep(0.005)
+            running = Served(server, service, port)
             try:
-                yield Served(server, service, port)
+                yield running
             finally:
+                running.client.close()
                 server.should_exit = True
                 thread.join()
 
@@ -101,7 +103,16 @@ def data_uri(png: bytes) -> str:
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[dict[str, Any]]]:
-    """What was logged of requests since the test began."""
+def lines(caplog: pytest.LogCaptureFixture) -> Callable[[int], list[dict[str, Any]]]:
+    """What was logged of so many requests since the test began; awaited, as an answer may come before its line."""
     caplog.set_level(logging.INFO, logger="mmemb_deploy.serve")
-    return lambda: [record.__dict__["fields"] for record in caplog.records if record.message == "request"]
+
+    def logged(count: int) -> list[dict[str, Any]]:
+        until = time.monotonic() + 20
+        while True:
+            found = [record.__dict__["fields"] for record in caplog.records if record.getMessage() == "request"]
+            if len(found) >= count or time.monotonic() > until:
+                return found
+            time.sleep(0.005)
+
+    return logged
