@@ -103,8 +103,8 @@ class Front:
             get["/"] = self._page
         starlette = Starlette(
             routes=[
-                *(Route(path, handler, methods=["GET"]) for path, handler in get.items()),
                 *(Route(each.path, self._endpoint(each), methods=["POST"]) for each in CONTRACTS),
+                *(Route(path, handler, methods=["GET"]) for path, handler in get.items()),
             ],
             exception_handlers=dict.fromkeys((Exception, Refusal, MmembError, HTTPException), self._failed)
             | {ClientGoneError: _gone},
