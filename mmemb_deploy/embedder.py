@@ -28,8 +28,9 @@ from mmemb_deploy.results import Detail, EncodeResult, Timings
 from mmemb_deploy.routing.fast_path import FastPath
 from mmemb_deploy.routing.generation import Generator
 from mmemb_deploy.routing.items import Item
-from mmemb_deploy.routing.pipeline import Pipeline
+from mmemb_deploy.routing.paths import Paths
 from mmemb_deploy.routing.router import MODES, Policy, Route
+from mmemb_deploy.routing.scheduler import Call, Job, Pace, Scheduler
 from mmemb_deploy.routing.vision import VisionEncoder
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Embedder:
         if reasoner is not None and manifest.gate is None:
             raise OptionError(f"reasoner is {reasoner.name}: this bundle does not reason, so pass none")
         self._remote = None if reasoner is None else reasoner.writer(encoder.prompt, generator, manifest.limits)
-        self.pipeline = Pipeline(fast_path, generator, manifest.batch, manifest.cache_token_bytes, self._remote)
+        self.paths = Paths(fast_path, generator, manifest.batch, manifest.cache_token_bytes, self._remote)
 
     @classmethod
     def load(
@@ -190,20 +191,40 @@ class Embedder:
 
     def run(self, prepared: Prepared) -> EncodeResult:
         """Embed what `prepare` returned, once."""
-        items, settings = prepared.items, prepared.options
+        settings = prepared.options
+        pace = Pace(prompts=settings.batch_size, rationales=settings.batch_size)
+        scheduler = Scheduler(self.paths, pace, time.perf_counter)
+        with counting(len(prepared.items), shown=settings.show_progress_bar) as done:
+            jobs = self.jobs(prepared)
+            for job in jobs:
+                job.scored = lambda _: done(1)
+            scheduler.submit(jobs)
+            while scheduler.advance():
+                pass
+        return self.result(prepared)
+
+    def jobs(self, prepared: Prepared) -> list[Job]:
+        """Return what a scheduler runs of what `prepare` returned.
+
+        Raises OptionError where its rate would hold more KV caches than the bundle's limits allow.
+        """
+        policy, settings = prepared.policy, prepared.options
         limit = self.manifest.model.max_rationale_tokens
         if settings.max_rationale_tokens is not None:
             limit = min(limit, settings.max_rationale_tokens)
-        with counting(len(items), shown=settings.show_progress_bar) as done:
-            self.pipeline.run(
-                items, prepared.policy, batch_size=settings.batch_size, max_rationale_tokens=limit, done=done
-            )
+        call = Call(policy.quota(len(prepared.items)))
+        if call.quota is not None:
+            self._check_quota(prepared.items, call.quota)
+        return [Job(item, policy, limit, call) for item in prepared.items]
+
+    def result(self, prepared: Prepared) -> EncodeResult:
+        """Return the embeddings and details of what a scheduler has run."""
         embeddings = np.full((prepared.inputs, self.dim), np.nan, np.float32)
         details: list[Detail | None] = [None] * prepared.inputs
-        for item in items:
+        for item in prepared.items:
             embeddings[item.index] = item.embedding_D
             details[item.index] = self._detail(item)
-        return EncodeResult(_finish(embeddings, settings), details, prepared.failures)
+        return EncodeResult(_finish(embeddings, prepared.options), details, prepared.failures)
 
     def _formerly(self, moved: set[str], inputs: Sequence[Any], options: dict[str, Any]) -> Any:
         """Answer a call of `encode` in its former form."""
@@ -291,11 +312,20 @@ class Embedder:
                 f"it becomes {row.length} tokens ({row.visual_tokens} of them visual), above the limit of {limit} "
                 f"beside a rationale of {rationale}: shorten the text, or pass fewer or smaller images"
             )
-        if not self.pipeline.fast_path.fits(1, row.length, after=rationale + PATH_MARKERS if keep else None):
+        if not self.paths.fast_path.fits(1, row.length, after=rationale + PATH_MARKERS if keep else None):
             raise InputError(
                 f"it becomes {row.length} tokens, which the engines do not take"
                 f"{f' beside a rationale of {rationale}' if keep else ''}: pass less, or build engines for more with "
                 "`mmemb build --tokens`"
+            )
+
+    def _check_quota(self, items: Sequence[Item], quota: int) -> None:
+        longest = max((item.row.length for item in items), default=0)
+        needed, limit = quota * longest * self.paths.token_bytes, self.paths.limits.cache_bytes
+        if needed > limit:
+            raise OptionError(
+                f"reasoning_rate would hold {needed / 2**20:.0f} MiB of KV caches for {quota} inputs, above the "
+                f"bundle's {limit / 2**20:.0f} MiB: pass fewer inputs, or a threshold"
             )
 
     def _detail(self, item: Item) -> Detail:

@@ -73,6 +73,10 @@ class Cache(Protocol):
         """Return every row as a cache of its own."""
         ...
 
+    def joined(self, others: Sequence[Self]) -> Self:
+        """Return these rows and those of others, in order."""
+        ...
+
 
 C = TypeVar("C", bound=Cache)
 

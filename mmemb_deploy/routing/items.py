@@ -42,6 +42,10 @@ class Item:
     fast_path: float = 0.0
     generation: float = 0.0
 
+    def end(self, reasoned: Reasoned, source: str) -> None:
+        """Take what `source` wrote."""
+        self.reasoned, self.embedding_D, self.source = reasoned, reasoned.embedding_D, source
+
 
 class RationaleWriter(Protocol):
     """Writes rationales: the bundle's own generator, a caller who brought them, a server."""

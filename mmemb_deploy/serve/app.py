@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from logging import getLogger
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -16,19 +15,22 @@ from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope
 
 from mmemb_deploy.errors import DeadlineError, MmembError, OverloadError
 from mmemb_deploy.results import EncodeResult
+from mmemb_deploy.serve.ask import Ask
 from mmemb_deploy.serve.body import read_body
 from mmemb_deploy.serve.failures import CLIENT_GONE, ClientGoneError, Refusal, refusal_of, schema_refusal
 from mmemb_deploy.serve.media import MediaLimits, MediaReader
 from mmemb_deploy.serve.metrics import Metrics
 from mmemb_deploy.serve.middleware import Keys, RequestLog, noted
 from mmemb_deploy.serve.openapi import OPEN_PATHS, document
-from mmemb_deploy.serve.service import Ask, Service
+from mmemb_deploy.serve.page.gallery import Gallery
+from mmemb_deploy.serve.page.routes import page_routes
+from mmemb_deploy.serve.service import Service
 from mmemb_deploy.serve.settings import Settings
 from mmemb_deploy.serve.tracing import Traces
 from mmemb_deploy.serve.wire import cohere, openai, tei
@@ -36,7 +38,6 @@ from mmemb_deploy.serve.wire.common import Contract, Served, details_of
 
 LOGGER = getLogger("mmemb_deploy.serve")
 CONTRACTS = (openai.CONTRACT, cohere.CONTRACT, tei.CONTRACT)
-PAGE = Path(__file__).parent / "page" / "index.html"
 CONFIG = orjson.OPT_SERIALIZE_NUMPY
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -47,13 +48,14 @@ def create_app(
     settings: Settings,
     *,
     digest: str | None = None,
+    gallery: Gallery | None = None,
     reader: MediaReader | None = None,
     traces: Traces | None = None,
 ) -> ASGIApp:
     """Return the application around a service, which it starts and drains with its lifespan.
 
-    `digest` is the bundle's, `reader` reads images in place of the one that the settings describe, and `traces` makes
-    spans.
+    `digest` is the bundle's, `gallery` what the page at `/` searches (None leaves the page out), `reader` reads images
+    in place of the one that the settings describe, and `traces` makes spans.
     """
     embedder = service.embedder
     served = Served(
@@ -63,7 +65,7 @@ def create_app(
         max_waiting_rows=settings.max_waiting_rows,
         digest=digest,
     )
-    return Front(service, settings, served, reader or _reader(settings), traces).app()
+    return Front(service, settings, served, reader or _reader(settings), traces).app(gallery)
 
 
 def _reader(settings: Settings) -> MediaReader:
@@ -89,8 +91,8 @@ class Front:
         self._models = _json(_models(served))
         self._info = _json(tei.info(served))
 
-    def app(self) -> ASGIApp:
-        """Return the application."""
+    def app(self, gallery: Gallery | None) -> ASGIApp:
+        """Return the application, with the page where there is a gallery for it."""
         get: dict[str, Handler] = {
             "/v1/models": self._constant(self._models),
             "/info": self._constant(self._info),
@@ -99,12 +101,11 @@ class Front:
             "/ready": self._ready,
             "/metrics": self._metrics_page,
         }
-        if PAGE.is_file():
-            get["/"] = self._page
         starlette = Starlette(
             routes=[
                 *(Route(each.path, self._endpoint(each), methods=["POST"]) for each in CONTRACTS),
                 *(Route(path, handler, methods=["GET"]) for path, handler in get.items()),
+                *([] if gallery is None else page_routes(self._service, gallery, self._read)),
             ],
             exception_handlers=dict.fromkeys((Exception, Refusal, MmembError, HTTPException), self._failed)
             | {ClientGoneError: _gone},
@@ -124,7 +125,7 @@ class Front:
         async def endpoint(request: Request) -> Response:
             began = time.perf_counter()
             with nullcontext() if self._traces is None else self._traces.request(request.headers) as span:
-                body = await read_body(request, self._settings.max_body_bytes, self._settings.body_seconds)
+                body = await self._read(request)
                 try:
                     asked = contract.request.model_validate_json(body)
                 except ValidationError as error:
@@ -146,11 +147,14 @@ class Front:
 
         return endpoint
 
+    async def _read(self, request: Request) -> bytes:
+        return await read_body(request, self._settings.max_body_bytes, self._settings.body_seconds)
+
     async def _embedded(self, ask: Ask, began: float) -> EncodeResult:
         """Read the images of a request and embed it, all within its deadline."""
         if ask.deadline is None:
             return await self._service.embed(replace(ask, inputs=await self._reader.read(ask.inputs)))
-        late = DeadlineError(f"the deadline of {1e3 * ask.deadline:g} ms passed while the request was read")
+        late = DeadlineError(f"the deadline of {1e3 * ask.deadline:g} ms passed before it was read")
         try:
             async with asyncio.timeout(ask.deadline):
                 inputs = await self._reader.read(ask.inputs)
@@ -183,6 +187,8 @@ class Front:
         return constant
 
     async def _health(self, _: Request) -> Response:
+        if not self._service.alive:
+            raise Refusal(503, "engine_stopped", "the engine has stopped by a defect: start the server again")
         return Response(_json({"status": "ok"}), media_type="application/json")
 
     async def _ready(self, _: Request) -> Response:
@@ -192,9 +198,6 @@ class Front:
 
     async def _metrics_page(self, _: Request) -> Response:
         return Response(self._metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    async def _page(self, _: Request) -> Response:
-        return FileResponse(PAGE)
 
 
 async def unless_gone(work: Awaitable[EncodeResult], receive: Receive) -> EncodeResult:

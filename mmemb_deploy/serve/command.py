@@ -36,13 +36,15 @@ def serve(
     timeout_keep_alive: Annotated[int, typer.Option(help="Seconds that an idle connection stays open.")] = 75,
     drain_seconds: Annotated[float, typer.Option(help="Seconds to answer what was accepted, when stopped.")] = 30.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    gallery: Annotated[Path | None, typer.Option(help="Folder of pictures for the page at / to search.")] = None,
+    page: Annotated[bool, typer.Option(help="Show a page at / to try the model by hand.")] = True,
     otel: Annotated[bool, typer.Option("--otel", help="Send a span for each request by OTLP.")] = False,
     backend: Backend = "auto",
     device: Device = 0,
     threads: Threads = None,
     digest: Digest = None,
 ) -> None:
-    """Serve a bundle by HTTP: OpenAI's /v1/embeddings, Cohere's /v2/embed and TEI's /embed.
+    """Serve a bundle by HTTP: OpenAI's /v1/embeddings, Cohere's /v2/embed, TEI's /embed, and a page to try it.
 
     TLS is left to a proxy in front. SIGTERM answers what was accepted, then ends.
     """
@@ -55,6 +57,7 @@ def serve(
     from mmemb_deploy.embedder import Embedder
     from mmemb_deploy.serve.app import create_app
     from mmemb_deploy.serve.logs import log_json
+    from mmemb_deploy.serve.page.gallery import open_gallery
     from mmemb_deploy.serve.server import run
     from mmemb_deploy.serve.service import Service
     from mmemb_deploy.serve.settings import read_keys, settings_of
@@ -81,7 +84,9 @@ def serve(
     opened = OpenBundle.open(bundle or NANO, digest)
     log_json(settings.log_level)
     embedder = Embedder.of_bundle(opened, backend=backend, device=device, threads=threads)
+    searched = open_gallery(embedder, gallery) if page else None
     service = Service(embedder, max_waiting_rows=settings.max_waiting_rows)
     name = (settings.model_names or (embedder.manifest.model.name,))[0]
     traces = Traces(name, embedder.dim) if settings.otel else None
-    run(create_app(service, settings, digest=manifest_digest(opened.folder), traces=traces), service, settings)
+    app = create_app(service, settings, digest=manifest_digest(opened.folder), gallery=searched, traces=traces)
+    run(app, service, settings)

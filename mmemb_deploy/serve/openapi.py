@@ -69,7 +69,7 @@ def document(contracts: Sequence[Contract], served: Served, *, locked: bool) -> 
     paths |= {
         "/v1/models": _get("The models that are served.", refs[Models]),
         "/info": _get("Facts of the model and of the limits.", refs[tei.TeiInfo]),
-        "/health": _get("Whether the process lives.", refs[Status]),
+        "/health": _get("Whether the engine lives.", refs[Status], refs[openai.OpenAIError]),
         "/ready": _get("Whether requests are accepted.", refs[Status], refs[openai.OpenAIError]),
         "/metrics": _get("Metrics for Prometheus.", {"type": "string"}, media_type="text/plain"),
         "/openapi.json": _get("This description.", {"type": "object"}),
@@ -119,7 +119,7 @@ def _post(contract: Contract, refs: dict[Any, JSON]) -> JSON:
 def _get(says: str, schema: JSON, unready: JSON | None = None, media_type: str = "application/json") -> JSON:
     responses = {"200": _answer(says, schema, media_type)}
     if unready is not None:
-        responses["503"] = _answer("Starting or stopping.", unready)
+        responses["503"] = _answer("It is not so.", unready)
     return {"get": {"summary": says, "responses": responses}}
 
 

@@ -1,103 +1,237 @@
-"""The service that the HTTP contracts call: it takes what was asked, and embeds it away from the event loop."""
+"""The service that the HTTP contracts call: an embedder behind a scheduler, which many requests share."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
 
-from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.errors import DeadlineError, OverloadError
+from mmemb_deploy.embedder import Embedder, Prepared
+from mmemb_deploy.errors import MmembError, OverloadError
+from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.results import EncodeResult
+from mmemb_deploy.routing.costs import Mean
+from mmemb_deploy.routing.load import LoadGate
+from mmemb_deploy.routing.scheduler import Bounds, Job, Pace, Scheduler
+from mmemb_deploy.serve.ask import Ask, Ended, Event, Scored, Wrote
+from mmemb_deploy.serve.engine import EngineThread
 
-
-@dataclass(frozen=True, kw_only=True)
-class Ask:
-    """What one request wants of all of its inputs."""
-
-    inputs: Sequence[Any]  # as `Embedder.encode` takes them
-    options: EncodeOptions
-    priority: int = 0  # lower first
-    deadline: float | None = None  # seconds from now
-    on_overload: str = "direct"  # "direct": embed without reasoning; "reject"; or "wait"
+SHORT = 2048  # characters of a request's texts that are tokenised at once, which takes less than to ask a thread to
+WAITING_TOKENS = 2**20  # of prompts that have not run
+WAITING_BYTES = 2**30  # of decoded pixels in them
+WARM_ROWS = 8  # of the batches from which the costs of full ones are known at first
 
 
 class Service:
-    """Embeds one request after the other, in the one thread that may use the engine."""
+    """Embeds what many requests ask, together; in one event loop, with one engine thread."""
 
-    def __init__(self, embedder: Embedder, *, max_waiting_rows: int = 4096) -> None:
+    def __init__(
+        self, embedder: Embedder, *, max_waiting_rows: int = 4096, batch_size: int = 32, patience: float = 0.5
+    ) -> None:
+        """`batch_size` are the rows that run together; `patience` the seconds that a row may wait before load is high.
+
+        `max_waiting_rows` bounds the inputs that are accepted and not yet answered.
+        """
         self.embedder = embedder
         self.ready = False
-        self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        gate = embedder.manifest.gate
+        self._load = LoadGate(() if gate is None else gate.curve, patience=patience)
+        bounds = Bounds(tokens=WAITING_TOKENS, media_bytes=WAITING_BYTES)
+        pace = Pace(prompts=batch_size, rationales=batch_size, patient=False, bounds=bounds)
+        self.scheduler = Scheduler(embedder.paths, pace, time.monotonic, load=self._load)
+        self._engine = EngineThread(self.scheduler)
+        self._readers = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._limit, self._rows = max_waiting_rows, 0
         self._draining = False
-        self._works: set[asyncio.Future[EncodeResult]] = set()
         self._empty = asyncio.Event()
         self._empty.set()
 
     async def start(self) -> None:
-        """Run each path once, so that no request pays for what an engine does the first time."""
-        for reasoning in ("never", "always") if self.embedder.reasons else ("never",):
-            await self._run(["one"], {"reasoning": reasoning})
+        """Run each path, so that no request pays for what an engine does the first time, and costs are known."""
+        self._engine.start()
+        for rows in (1, min(WARM_ROWS, self._limit)):
+            for reasoning in ("never", "always") if self.embedder.reasons else ("never",):
+                options: EncodeOptions = {"reasoning": reasoning}
+                if reasoning == "always":
+                    options["max_rationale_tokens"] = 2
+                await self.embed(Ask(inputs=["one"] * rows, options=options))
+        self.scheduler.costs.length = Mean()
         self.ready = True
 
     async def embed(self, ask: Ask) -> EncodeResult:
         """Return all rows of a request, or raise.
 
         Raises InputError with the index of a bad input, OptionError, OverloadError, DeadlineError, BackendError.
-        Cancelling the awaiting task cancels the work, where it has not begun.
+        Cancelling the awaiting task ends the work before the engine's next run.
         """
-        if self._draining:
-            raise _stopping()
-        if self._rows + len(ask.inputs) > self._limit:
+        with _Accepted(self, ask):
+            prepared = await self._prepare(ask)
+            loop = asyncio.get_running_loop()
+            done: asyncio.Future[None] = loop.create_future()
+            jobs = self._jobs(prepared, ask)
+            left = len(jobs)
+
+            def ended(job: Job) -> None:
+                nonlocal left
+                left -= 1
+                if job.error is not None or not left:
+                    loop.call_soon_threadsafe(_finish, done, job.error)
+
+            for job in jobs:
+                job.ended = ended
+            if jobs:
+                self._submit(jobs, ask, lambda error: loop.call_soon_threadsafe(_finish, done, error))
+                try:
+                    await done
+                finally:
+                    if left:
+                        self.scheduler.cancel(jobs)
+            return self.embedder.result(prepared)
+
+    async def watch(self, ask: Ask) -> AsyncGenerator[Event]:
+        """Embed one input and yield one Scored, any number of Wrote, one Ended; closing it gives the work up.
+
+        Raises as `embed`, before the first of them or between.
+        """
+        began = time.perf_counter()
+        with _Accepted(self, ask):
+            prepared = await self._prepare(ask)
+            loop = asyncio.get_running_loop()
+            events: asyncio.Queue[list[int] | MmembError | Floats | None] = asyncio.Queue()
+
+            def tell(event: list[int] | MmembError | Floats | None) -> None:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+            (job,) = jobs = self._jobs(prepared, ask)
+            job.scored = lambda job: tell(job.item.embedding_D)
+            job.wrote = lambda job: tell([] if job.writing is None else list(job.writing.token_ids))
+            job.ended = lambda job: tell(job.error)
+            self._submit(jobs, ask, tell)
+            told, decode = "", self.embedder.encoder.prompt.decode
+            try:
+                while (event := await events.get()) is not None:
+                    if isinstance(event, MmembError):
+                        raise event
+                    if isinstance(event, list):
+                        words = decode(event)
+                        if len(words) > len(told) and not words.endswith("\N{REPLACEMENT CHARACTER}"):
+                            yield Wrote(words[len(told) :])
+                            told = words
+                    else:
+                        yield Scored(job.item.score, self.threshold, event, time.perf_counter() - began)
+            finally:
+                self.scheduler.cancel(jobs)
+            result = self.embedder.result(prepared)
+            (detail,) = result.details
+            assert detail is not None
+            yield Ended(detail, result.embeddings[0], time.perf_counter() - began)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine can still be asked; if not, only a restart helps."""
+        return self._engine.defect is None
+
+    @property
+    def threshold(self) -> float | None:
+        """Gate score from which an input reasons now, None without a gate."""
+        gate = self.embedder.manifest.gate
+        return None if gate is None else max(gate.threshold, self._load.threshold)
+
+    async def drain(self, seconds: float) -> None:
+        """Accept nothing more, wait at most so long for what was accepted, and let go of the rest."""
+        self.ready, self._draining = False, True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._empty.wait(), seconds)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        late = OverloadError("the server stops: ask another one", reason="draining", retry_after=1.0)
+        self._engine.call(lambda: self.scheduler.abandon(late))
+        await asyncio.to_thread(self._engine.stop)
+
+    def figures(self) -> Mapping[str, float]:
+        """Return what /metrics shows of the queues now; `mmemb_deploy.serve.metrics.FIGURES` lists the names."""
+        scheduler, paths = self.scheduler, self.embedder.paths
+        figures = {
+            "num_requests_running": float(scheduler.decoded),
+            "num_requests_waiting:prompt": float(scheduler.waiting),
+            "num_requests_waiting:reasoning": float(scheduler.reasoning - scheduler.decoded),
+            "kv_cache_usage_perc": scheduler.cache_tokens * paths.token_bytes / paths.limits.cache_bytes,
+        }
+        if self.threshold is not None:
+            figures["gate_threshold"] = self.threshold
+        figures |= {f"engine_seconds:{run}": seconds for run, seconds in scheduler.seconds.items()}
+        return figures
+
+    async def _prepare(self, ask: Ask) -> Prepared:
+        def prepare() -> Prepared:
+            return self.embedder.prepare(ask.inputs, **ask.options)
+
+        if all(isinstance(each, str) for each in ask.inputs) and sum(map(len, ask.inputs)) <= SHORT:
+            return prepare()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, prepare)
+
+    def _jobs(self, prepared: Prepared, ask: Ask) -> list[Job]:
+        jobs = self.embedder.jobs(prepared)
+        options = prepared.options
+        judged = options.reasoning == "auto" and options.threshold is None and options.reasoning_rate is None
+        for job in jobs:
+            job.priority = ask.priority
+            job.deadline = math.inf if ask.deadline is None else time.monotonic() + ask.deadline
+            job.yields = judged and ask.on_overload == "direct"
+            job.exact = ask.on_overload == "reject"
+        return jobs
+
+    def _submit(self, jobs: Sequence[Job], ask: Ask, failed: Callable[[MmembError], object]) -> None:
+        def submit() -> None:
+            try:
+                self.scheduler.submit(jobs)
+            except OverloadError as error:
+                failed(error)
+
+        gate = self.embedder.manifest.gate
+        if ask.on_overload == "reject" and gate is not None and self._load.threshold > gate.threshold:
             raise OverloadError(
-                f"{self._rows} inputs wait, and {len(ask.inputs)} more exceed the limit of {self._limit}: ask again "
+                f"load lets only inputs of a score from {self._load.threshold:.2f} reason: ask again later, or let "
+                "on_overload be 'direct' or 'wait'",
+                reason="load",
+                retry_after=1.0,
+            )
+        self._engine.call(submit)
+
+
+class _Accepted:
+    """Counts a request's inputs while they are not answered. Raises OverloadError on entering."""
+
+    def __init__(self, service: Service, ask: Ask) -> None:
+        self._service, self._rows = service, len(ask.inputs)
+
+    def __enter__(self) -> None:
+        service = self._service
+        if service._draining:
+            raise OverloadError("the server is stopping: ask another one", reason="draining", retry_after=1.0)
+        if service._rows + self._rows > service._limit:
+            raise OverloadError(
+                f"{service._rows} inputs wait, and {self._rows} more exceed the limit of {service._limit}: ask again "
                 "later, or for fewer",
                 reason="rows",
                 retry_after=1.0,
             )
-        self._rows += len(ask.inputs)
-        self._empty.clear()
-        try:
-            async with asyncio.timeout(ask.deadline):
-                return await self._run(ask.inputs, ask.options)
-        except TimeoutError as error:
-            raise DeadlineError("the deadline passed before there was an answer") from error
-        finally:
-            self._rows -= len(ask.inputs)
-            if not self._rows:
-                self._empty.set()
+        service._rows += self._rows
+        service._empty.clear()
 
-    async def drain(self, seconds: float) -> None:
-        """Accept nothing more, and wait at most so long for what was accepted."""
-        self.ready, self._draining = False, True
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._empty.wait(), seconds)
-        for work in tuple(self._works):
-            work.cancel()
-        self._engine.shutdown(wait=False, cancel_futures=True)
-
-    def figures(self) -> Mapping[str, float]:
-        """Return what /metrics shows of the queues now; `mmemb_deploy.serve.metrics.FIGURES` lists the names."""
-        return {"num_requests_running": float(self._rows)}
-
-    async def _run(self, inputs: Sequence[Any], options: EncodeOptions) -> EncodeResult:
-        work = asyncio.wrap_future(self._engine.submit(self.embedder.encode_detailed, inputs, **options))
-        self._works.add(work)
-        try:
-            return await work
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise _stopping() from error  # the work was cancelled, not who awaits it
-        finally:
-            self._works.discard(work)
+    def __exit__(self, *_: object) -> None:
+        self._service._rows -= self._rows
+        if not self._service._rows:
+            self._service._empty.set()
 
 
-def _stopping() -> OverloadError:
-    return OverloadError("the server is stopping: ask another one", reason="draining", retry_after=1.0)
+def _finish(done: asyncio.Future[None], error: MmembError | None) -> None:
+    if done.done():
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)

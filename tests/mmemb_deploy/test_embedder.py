@@ -58,7 +58,7 @@ class CountingDecoder:
 
 def counted(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> CountingDecoder:
     """Count what both paths feed the decoder."""
-    fast_path, generator = embedder.pipeline.fast_path, embedder.pipeline.generator
+    fast_path, generator = embedder.paths.fast_path, embedder.paths.generator
     counter = CountingDecoder(fast_path._decoder)  # pyright: ignore[reportPrivateUsage]
     monkeypatch.setattr(fast_path, "_decoder", counter)
     monkeypatch.setattr(generator, "_decoder", counter)
@@ -95,7 +95,7 @@ def test_batches_stay_within_the_memory_limits_and_give_the_same(
     inputs = [*mixed_inputs, {"images": [np.full((16, 16), shade, np.uint8) for shade in range(0, 250, 50)]}]
     whole = tiny_embedder.encode(inputs, reasoning="never")
     counter = counted(tiny_embedder, monkeypatch)
-    encoder = tiny_embedder.pipeline.fast_path._vision  # pyright: ignore[reportPrivateUsage]
+    encoder = tiny_embedder.paths.fast_path._vision  # pyright: ignore[reportPrivateUsage]
     vision = encoder._vision  # pyright: ignore[reportPrivateUsage]
     patches: list[int] = []
     run = vision.run
@@ -105,7 +105,7 @@ def test_batches_stay_within_the_memory_limits_and_give_the_same(
         return run(pixels_NFPrc, tables)
 
     limits = tiny_embedder.manifest.batch.model_copy(update={"tokens": 300})
-    monkeypatch.setattr(tiny_embedder.pipeline, "_limits", limits)
+    monkeypatch.setattr(tiny_embedder, "paths", replace(tiny_embedder.paths, limits=limits))
     monkeypatch.setattr(vision, "run", counting)
     monkeypatch.setattr(vision, "_max_patches", 40)
     monkeypatch.setattr(encoder, "_cache", FeatureCache(0))
@@ -203,7 +203,7 @@ def test_a_rate_whose_caches_exceed_the_limit_is_refused_before_anything_runs(
 ) -> None:
     counter = counted(tiny_embedder, monkeypatch)
     limits = tiny_embedder.manifest.batch.model_copy(update={"cache_bytes": 1000})
-    monkeypatch.setattr(tiny_embedder.pipeline, "_limits", limits)
+    monkeypatch.setattr(tiny_embedder, "paths", replace(tiny_embedder.paths, limits=limits))
     with pytest.raises(OptionError, match="pass fewer inputs, or a threshold"):
         tiny_embedder.encode(mixed_inputs, reasoning_rate=1.0)
     assert counter.prompts == []

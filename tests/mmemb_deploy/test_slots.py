@@ -109,7 +109,7 @@ class Setting:
         rows = [encoder.row(parse(each, manifest.limits), "Find it.") for each in inputs]
         batch = collate(rows, manifest.markers[PAD])
         embedder = Embedder(manifest, encoder, self.engine)
-        return batch, embedder.pipeline.fast_path._vision.encode(batch.visuals)  # pyright: ignore[reportPrivateUsage]
+        return batch, embedder.paths.fast_path._vision.encode(batch.visuals)  # pyright: ignore[reportPrivateUsage]
 
     def embedder(self) -> Embedder:
         engine = Engine("slots", self.engine.vision, self.decoder, self.engine.gate)
@@ -137,7 +137,7 @@ def padded(tiny_bundle: Path) -> Setting:
 
 
 def decoder_of(embedder: Embedder) -> Decoder[Any]:
-    return embedder.pipeline.fast_path._decoder  # pyright: ignore[reportPrivateUsage]
+    return embedder.paths.fast_path._decoder  # pyright: ignore[reportPrivateUsage]
 
 
 def close(ours: Any, theirs: Any) -> bool:

@@ -209,7 +209,7 @@ def test_an_image_that_is_forgotten_frees_its_memory_alone(both: Both) -> None:
 def test_an_image_is_encoded_once_however_often_it_is_shown(
     tiny_embedder: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = tiny_embedder.pipeline.fast_path._vision  # pyright: ignore[reportPrivateUsage]
+    encoder = tiny_embedder.paths.fast_path._vision  # pyright: ignore[reportPrivateUsage]
     vision = encoder._vision  # pyright: ignore[reportPrivateUsage]
     images: list[int] = []
     run = vision.run

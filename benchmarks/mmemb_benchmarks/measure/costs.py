@@ -114,7 +114,7 @@ def measure_runtime(
 
 
 def _round(embedder: Embedder, texts: list[str], written: int) -> dict[str, float]:
-    fast_path, generator = embedder.pipeline.fast_path, embedder.pipeline.generator
+    fast_path, generator = embedder.paths.fast_path, embedder.paths.generator
     reasons: EncodeOptions = {"reasoning": "always", "max_rationale_tokens": written}
     row = Maker(embedder.encoder, embedder.manifest).row(texts[0])
     found = {

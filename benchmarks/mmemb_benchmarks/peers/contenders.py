@@ -230,7 +230,7 @@ class OwnBundle:
         del checkpoint
         backend = "onnxruntime" if device == "cpu" else "onnxruntime-cuda"
         embedder = assemble(*load_uncached(Path(folder), backend, threads if device == "cpu" else None))
-        self._fast_path, self._generator = embedder.pipeline.fast_path, embedder.pipeline.generator
+        self._fast_path, self._generator = embedder.paths.fast_path, embedder.paths.generator
         self._markers = list(embedder.manifest.markers.values())
         self._prefix = embedder.encoder.prompt.prefix_length(INSTRUCTION)
         self._batch_tokens = embedder.manifest.batch.tokens

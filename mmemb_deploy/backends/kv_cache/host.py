@@ -53,6 +53,17 @@ class HostCache:
             for row, used in enumerate((self.mask_BK.shape[1] - self.mask_BK[:, ::-1].argmax(axis=1)).tolist())
         ]
 
+    def joined(self, others: Sequence[HostCache]) -> HostCache:
+        """Return a copy of these rows and those of others, padded to the longest."""
+        caches = (self, *others)
+        longest = max(cache.mask_BK.shape[1] for cache in caches)
+        padded = [cache.padded(longest) for cache in caches]
+        return HostCache(
+            tuple(np.concatenate(layer) for layer in zip(*(cache.tensors for cache in padded), strict=True)),
+            np.concatenate([cache.mask_BK for cache in padded]),
+            np.concatenate([cache.next_position_B for cache in padded]),
+        )
+
     def padded(self, length: int) -> HostCache:
         """Return the cache with masked tokens up to `length`."""
         extra = length - self.mask_BK.shape[1]
@@ -93,13 +104,8 @@ class HostDecoder:
     def stack(self, caches: Sequence[HostCache], capacity: int) -> Generator[HostCache]:
         """Give one cache of all rows, padded to the longest; the modules make room themselves."""
         del capacity
-        longest = max(cache.mask_BK.shape[1] for cache in caches)
-        padded = [cache.padded(longest) for cache in caches]
-        yield HostCache(
-            tuple(np.concatenate(layer) for layer in zip(*(cache.tensors for cache in padded), strict=True)),
-            np.concatenate([cache.mask_BK for cache in padded]),
-            np.concatenate([cache.next_position_B for cache in padded]),
-        )
+        first, *others = caches
+        yield first.joined(others)
 
     def extend(
         self, cache: HostCache, token_ids_BT: Ints, lengths_B: Ints, embedded: Sequence[int]

@@ -52,6 +52,10 @@ class SlotCache:
         """Return every row as a cache of its own."""
         return [SlotCache((row,)) for row in self.rows]
 
+    def joined(self, others: Sequence[SlotCache]) -> SlotCache:
+        """Return these rows and those of others."""
+        return SlotCache((*self.rows, *(row for other in others for row in other.rows)))
+
 
 @dataclass(frozen=True)
 class Places:
@@ -175,7 +179,8 @@ class SlotDecoder:
     @contextmanager
     def stack(self, caches: Sequence[SlotCache], capacity: int) -> Generator[SlotCache]:
         """Give one cache of all rows, which are as they were when it ends."""
-        rows = tuple(row for cache in caches for row in cache.rows)
+        first, *others = caches
+        rows = first.joined(others).rows
         assert len(set(map(id, rows))) == len(rows), "a row cannot be extended twice at once"
         before = [(row, row.length, row.position) for row in rows]
         with self._device.lock:

@@ -12,9 +12,9 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from mmemb_deploy.results import EncodeResult
+from mmemb_deploy.serve.ask import Ask
 from mmemb_deploy.serve.failures import Refusal
 from mmemb_deploy.serve.media import Link
-from mmemb_deploy.serve.service import Ask
 from mmemb_deploy.serve.wire.common import (
     JSON,
     Contract,

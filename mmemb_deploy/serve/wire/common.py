@@ -15,9 +15,9 @@ from mmemb_deploy.errors import InputError
 from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.results import Detail, EncodeResult
+from mmemb_deploy.serve.ask import Ask
 from mmemb_deploy.serve.failures import Refusal
 from mmemb_deploy.serve.media import Link
-from mmemb_deploy.serve.service import Ask
 
 Input = str | dict[str, Any]  # a text, or its "text" and its "images" as Links
 JSON = dict[str, Any]

@@ -11,8 +11,8 @@ from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from mmemb_deploy.results import EncodeResult
+from mmemb_deploy.serve.ask import Ask
 from mmemb_deploy.serve.failures import Refusal
-from mmemb_deploy.serve.service import Ask
 from mmemb_deploy.serve.wire.common import (
     JSON,
     Contract,

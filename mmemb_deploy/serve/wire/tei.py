@@ -8,8 +8,8 @@ from pydantic import BaseModel, Discriminator, Field, Tag
 
 import mmemb_deploy
 from mmemb_deploy.results import EncodeResult
+from mmemb_deploy.serve.ask import Ask
 from mmemb_deploy.serve.failures import Refusal
-from mmemb_deploy.serve.service import Ask
 from mmemb_deploy.serve.wire.common import JSON, Contract, Input, Served, Wishes, details_of
 from mmemb_deploy.serve.wire.openai import FORMS, Text, TokenIds, kind_of
 

@@ -49,11 +49,11 @@ def embedder() -> Embedder:
 
 @pytest.fixture(scope="session")
 def serve(embedder: Embedder) -> MakeServer:
-    """Run a server with these settings; `service`, `reader`, `traces` and `digest` go to the application."""
+    """Run a server with these settings; `service`, `reader`, `traces`, `digest` and `gallery` go to the application."""
 
     @contextmanager
     def serving(**options: Any) -> Generator[Served]:
-        parts = {name: options.pop(name) for name in ("reader", "traces", "digest") if name in options}
+        parts = {name: options.pop(name) for name in ("reader", "traces", "digest", "gallery") if name in options}
         service = options.pop("service", None) or Service(embedder)
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))

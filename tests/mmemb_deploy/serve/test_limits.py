@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -14,7 +14,9 @@ import pytest
 
 from mmemb_deploy import BackendError, DeadlineError, Embedder, OverloadError
 from mmemb_deploy.results import EncodeResult
-from mmemb_deploy.serve.service import Ask, Service
+from mmemb_deploy.serve.ask import Ask
+from mmemb_deploy.serve.media import MediaLimits, MediaReader
+from mmemb_deploy.serve.service import Service
 
 JSON = {"Content-Type": "application/json"}
 
@@ -28,6 +30,8 @@ class Held(Service):
         self.begun, self.cancelled, self.go = threading.Event(), threading.Event(), threading.Event()
 
     async def embed(self, ask: Ask) -> EncodeResult:
+        if not self.ready:  # it warms up
+            return await super().embed(ask)
         if self.error is not None:
             raise self.error
         self.begun.set()
@@ -169,10 +173,25 @@ def test_requests_above_what_may_wait_are_refused_and_the_others_answered(serve:
         assert served.post("/v1/embeddings", {"input": ["a"] * 3}).status_code == 200
 
 
-def test_a_deadline_that_passes_is_504(served: Any) -> None:
-    answer = served.post("/v1/embeddings", {"input": ["six minus eight times two"] * 50, "deadline_ms": 1})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (504, "deadline_ms")
-    assert served.post("/v1/embeddings", {"input": "a", "deadline_ms": 60_000}).status_code == 200
+class Slow(MediaReader):
+    """Never has an image."""
+
+    async def read(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        if isinstance(inputs[0], dict):
+            await asyncio.sleep(60)
+        return inputs
+
+
+def test_a_deadline_that_passes_while_images_are_read_is_504(serve: Any, data_uri: str) -> None:
+    limits = MediaLimits(image_bytes=1, total_bytes=1, hosts=frozenset(), seconds=60)
+    with serve(reader=Slow(limits)) as served:
+        body = {"input_type": "image", "images": [data_uri], "deadline_ms": 20}
+        answer = served.post("/v2/embed", body)
+        assert (answer.status_code, answer.json()["message"]) == (
+            504,
+            "the deadline of 20 ms passed before it was read",
+        )
+        assert served.post("/v1/embeddings", {"input": "a", "deadline_ms": 60_000}).status_code == 200
 
 
 def test_a_client_that_leaves_cancels_its_work_and_no_other(serve: Any, embedder: Embedder) -> None:

@@ -14,8 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mmemb_deploy import Embedder, OverloadError
 from mmemb_deploy.results import EncodeResult
+from mmemb_deploy.serve.ask import Ask
 from mmemb_deploy.serve.logs import FIELDS, JsonLines
-from mmemb_deploy.serve.service import Ask, Service
+from mmemb_deploy.serve.service import Service
 from mmemb_deploy.serve.tracing import Traces
 
 TEXTS = ["three plus four", "six minus eight times two"]

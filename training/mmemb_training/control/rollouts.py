@@ -42,8 +42,8 @@ def draw_groups(
 ) -> list[Group]:
     """Return `size` rollouts of every question, sampled at temperature 1 from the checkpoint's weights as they are."""
     rng = np.random.default_rng(seed)
-    pipeline = torch_embedder(checkpoint).pipeline
-    fast = pipeline.fast_path.run([query_row(sample.question, checkpoint.rows) for sample in samples])
+    paths = torch_embedder(checkpoint).paths
+    fast = paths.fast_path.run([query_row(sample.question, checkpoint.rows) for sample in samples])
     reasons_QG, forced_QG = decisions(fast.scores_B, size, rng, paired=paired)
     owners, members = np.nonzero(reasons_QG)
     markers = checkpoint.rows.prompt.ids
@@ -55,7 +55,7 @@ def draw_groups(
     if not len(owners):
         return groups
     assert fast.cache is not None
-    written = pipeline.generator.generate([fast.cache.take(owners.tolist())], max_tokens, sampling(rng, never))
+    written = paths.generator.generate([fast.cache.take(owners.tolist())], max_tokens, sampling(rng, never))
     for owner, member, reasoned in zip(owners, members, written, strict=True):
         forced = bool(forced_QG[owner, member])
         token_ids = tuple(reasoned.token_ids)

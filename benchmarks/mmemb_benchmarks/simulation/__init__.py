@@ -1,0 +1,1 @@
+"""The scheduler on a clock of its own, over an engine that takes the time that a real one was measured to take."""

@@ -1,0 +1,1 @@
+"""The page that a server shows at `/`, to try it by hand."""

@@ -1,0 +1,388 @@
+"""The scheduler on a virtual clock: whatever comes, in whatever order, ends once and in time, and leaves nothing."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from mmemb_benchmarks.simulation import engine as simulation
+from mmemb_benchmarks.simulation.engine import SimulatedCosts, SimulatedEngine, SimulatedInput
+from mmemb_deploy import BackendError, DeadlineError, Embedder, OverloadError
+from mmemb_deploy.routing.items import Item
+from mmemb_deploy.routing.load import LoadGate
+from mmemb_deploy.routing.router import Policy
+from mmemb_deploy.routing.scheduler import PATIENCE, STALL, Bounds, Call, Job, Pace, Scheduler
+
+COSTS = SimulatedCosts(prompts=lambda rows, tokens: 0.002 + 1e-5 * rows * tokens, step=lambda rows: 0.004 + 1e-4 * rows)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_prompt_format() -> None:
+    simulation._prompt = cache(simulation._prompt)  # pyright: ignore[reportPrivateUsage]
+
+
+@dataclass
+class Served:
+    """A scheduler over simulated inputs, and what became of each."""
+
+    inputs: list[SimulatedInput] = field(default_factory=list)
+    pace: Pace = field(default_factory=lambda: Pace(patient=False, prompts=4, rationales=4))
+    cache_tokens: float = math.inf
+    load: LoadGate | None = None
+
+    def __post_init__(self) -> None:
+        self.engine = SimulatedEngine(self.inputs, COSTS, self.cache_tokens)
+        self.scheduler = Scheduler(self.engine.paths, self.pace, self.engine.clock, load=self.load)
+        self.ended: Counter[int] = Counter()
+        self.order: list[int] = []
+        self.when: dict[int, float] = {}
+
+    def job(self, given: SimulatedInput, call: Call, reasoning: str = "auto", **more: Any) -> Job:
+        """Return a job of an input."""
+        self.inputs.append(given)
+        number = len(self.inputs) - 1
+        item = Item(number, given.row(number), 0.0)
+        return Job(item, Policy(reasoning), 20, call, ended=self._end, **more)
+
+    def submit(self, given: SimulatedInput, reasoning: str = "auto", **more: Any) -> Job:
+        """Submit an input alone."""
+        job = self.job(given, Call(), reasoning, **more)
+        self.scheduler.submit([job])
+        return job
+
+    def _end(self, job: Job) -> None:
+        self.ended[job.item.index] += 1
+        self.order.append(job.item.index)
+        self.when[job.item.index] = self.engine.clock.now
+
+    def run(self) -> None:
+        """Run until there is nothing to do."""
+        while self.scheduler.advance():
+            pass
+
+    def check_left_nothing(self) -> None:
+        """Every row has been given back, and nothing is counted."""
+        gc.collect()
+        assert len(self.engine.decoder.rows) == 0
+        queue = self.scheduler
+        assert (queue.waiting, queue.reasoning, queue.cache_tokens) == (0, 0, 0)
+
+
+def value(job: Job) -> float:
+    """Return the one number of an embedding."""
+    assert job.item.embedding_D is not None
+    return float(job.item.embedding_D[0])
+
+
+INPUTS = st.builds(SimulatedInput, st.integers(1, 60), st.floats(0, 1), st.integers(0, 25))
+
+
+class Traffic(RuleBasedStateMachine):
+    """Calls, cancellations, failures and time, in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.jobs: list[Job] = []
+        self.doomed: set[int] = set()
+        self.hiccups = self.stumbles = 0
+
+    @initialize(rows=st.integers(1, 6), cache_tokens=st.sampled_from([90.0, 300.0, math.inf]), loaded=st.booleans())
+    def begin(self, rows: int, cache_tokens: float, loaded: bool) -> None:
+        load = LoadGate([], patience=0.05) if loaded else None
+        pace = Pace(patient=False, prompts=rows, rationales=rows, bounds=Bounds(rows=40, tokens=1200))
+        self.served = Served(pace=pace, cache_tokens=cache_tokens, load=load)
+        self.served.engine.decoder.fails = self.fail
+
+    def fail(self, numbers: list[int]) -> None:
+        if self.doomed & set(numbers):
+            raise BackendError("this input breaks the engine")
+        if self.hiccups:
+            self.hiccups -= 1
+            self.stumbles += 1
+            raise BackendError("the engine stumbles")
+
+    @rule(
+        inputs=st.lists(INPUTS, min_size=1, max_size=5),
+        reasoning=st.sampled_from(["auto", "always", "never"]),
+        quota=st.none() | st.integers(0, 5),
+        priority=st.integers(-2, 2),
+        slack=st.none() | st.floats(0.001, 2),
+        yields=st.booleans(),
+        exact=st.booleans(),
+    )
+    def call(
+        self,
+        inputs: list[SimulatedInput],
+        reasoning: str,
+        quota: int | None,
+        priority: int,
+        slack: float | None,
+        yields: bool,
+        exact: bool,
+    ) -> None:
+        call = Call(quota if reasoning == "auto" else None)
+        deadline = math.inf if slack is None else self.served.engine.clock.now + slack
+        more = {"priority": priority, "deadline": deadline, "yields": yields and reasoning == "auto", "exact": exact}
+        jobs = [self.served.job(each, call, reasoning, **more) for each in inputs]
+        with suppress(OverloadError):
+            self.served.scheduler.submit(jobs)
+            self.jobs += jobs
+
+    @rule(runs=st.integers(1, 12))
+    def advance(self, runs: int) -> None:
+        for _ in range(runs):
+            self.served.scheduler.advance()
+
+    @rule(seconds=st.floats(0, 1))
+    def wait(self, seconds: float) -> None:
+        self.served.engine.clock.now += seconds
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.served.scheduler.cancel([data.draw(st.sampled_from(self.jobs))])
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def doom(self, data: st.DataObject) -> None:
+        self.doomed.add(data.draw(st.sampled_from(self.jobs)).item.index)
+
+    @rule()
+    def stumble(self) -> None:
+        self.hiccups += 1
+
+    @invariant()
+    def the_cache_stays_within_its_bound(self) -> None:
+        scheduler, rows = self.served.scheduler, self.served.pace.rationales
+        alone = max((job.item.row.length + job.after for job in self.jobs), default=0)
+        assert scheduler.cache_tokens <= max(self.served.cache_tokens, 0) + rows * alone
+        assert scheduler.decoded <= rows
+
+    def teardown(self) -> None:
+        if not hasattr(self, "served"):
+            return
+        self.served.run()
+        for job in self.jobs:
+            assert self.served.ended[job.item.index] == 1
+            if job.cancelled or job.error is not None:
+                continue
+            item = job.item
+            assert self.served.when[item.index] <= job.deadline
+            assert value(job) == item.index + (0.5 if item.reasoned else 0)
+            if item.reasoned is not None:
+                assert len(item.reasoned.token_ids) == min(self.served.inputs[item.index].rationale, 20)
+            if item.degraded_by is not None:
+                assert item.reasoned is None
+                assert not job.exact
+            elif job.policy.reasoning == "always":
+                assert item.reasoned is not None
+        failed = {job.item.index for job in self.jobs if isinstance(job.error, BackendError)}
+        assert len(failed - self.doomed) <= self.stumbles
+        self.served.check_left_nothing()
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(
+    max_examples=40,
+    stateful_step_count=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],
+)
+
+
+def test_only_the_input_at_fault_fails() -> None:
+    served = Served()
+
+    def fail(numbers: list[int]) -> None:
+        if 2 in numbers:
+            raise BackendError("this input breaks the engine")
+
+    served.engine.decoder.fails = fail
+    jobs = [served.submit(SimulatedInput(10, 1.0, 5)) for _ in range(4)]
+    served.run()
+    assert [job.error is None for job in jobs] == [True, True, False, True]
+    assert [value(job) for job in jobs if job.error is None] == [0.5, 1.5, 3.5]
+    served.check_left_nothing()
+
+
+def test_where_nobody_waits_for_a_single_row_a_failure_is_raised_at_once() -> None:
+    served = Served(pace=Pace())
+
+    def fail(_: list[int]) -> None:
+        raise BackendError("the engine breaks")
+
+    served.engine.decoder.fails = fail
+    served.submit(SimulatedInput(10))
+    with pytest.raises(BackendError, match="breaks"):
+        served.scheduler.advance()
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_prompts_and_rationales_share_the_time_and_neither_waits_for_long(tokens: int) -> None:
+    served = Served(pace=Pace(patient=False, prompts=1, rationales=4))
+    for _ in range(4):
+        served.submit(SimulatedInput(10, 1.0, 20), "always")
+    served.engine.clock.now += 1e-6
+    for _ in range(200):
+        served.submit(SimulatedInput(tokens, 0.0), "never")
+    runs = Counter[bool]()
+    spent, since, longest = ({True: 0.0, False: 0.0} for _ in range(3))
+    while served.scheduler.waiting and (served.scheduler.reasoning or served.scheduler.waiting > 190):
+        prompts, began = served.scheduler.waiting, served.engine.clock.now
+        served.scheduler.advance()
+        decoding = served.scheduler.waiting == prompts
+        seconds = served.engine.clock.now - began
+        spent[decoding] += seconds
+        runs[decoding] += 1
+        since[decoding], since[not decoding] = since[decoding] + seconds, 0.0
+        longest[decoding] = max(longest[decoding], since[decoding])
+    assert runs[True] > 20
+    assert longest[True] <= STALL + COSTS.step(4)  # decoding alone, while prompts wait
+    assert longest[False] <= 4 * COSTS.prompts(1, 10) + COSTS.prompts(
+        1, tokens
+    )  # the first prompts, which fill the rows
+    if tokens == 5:
+        assert 0.3 < spent[True] / sum(spent.values()) < 0.75
+
+
+def test_the_first_due_runs_first_and_priority_ages() -> None:
+    served = Served(pace=Pace(patient=False, prompts=1))
+    order = [
+        served.submit(SimulatedInput(10), "never", priority=1),
+        served.submit(SimulatedInput(10), "never"),
+        served.submit(SimulatedInput(10), "never", deadline=5.0),
+        served.submit(SimulatedInput(10), "never", priority=-1),
+    ]
+    served.engine.clock.now += 0.5
+    served.submit(SimulatedInput(10), "never")
+    served.run()
+    assert served.order == [3, 2, 1, 4, 0]
+    assert all(job.error is None for job in order)
+
+    late = served.submit(SimulatedInput(10), "never", priority=1)
+    for _ in range(3000):  # a stream of what comes first, as fast as it is served
+        served.submit(SimulatedInput(500), "never")
+        served.scheduler.advance()
+        if served.ended[late.item.index]:
+            break
+    assert served.when[late.item.index] - late.arrived == pytest.approx(PATIENCE, abs=0.1)
+
+
+def test_a_deadline_settles_for_the_direct_embedding_or_says_that_it_passed() -> None:
+    served = Served()
+    served.submit(SimulatedInput(10, 1.0, 20), "always")
+    served.run()  # so that costs are known
+    now = served.engine.clock.now
+    in_time = served.submit(SimulatedInput(10, 1.0, 20), "always", deadline=now + 1.0)
+    settled = served.submit(SimulatedInput(10, 1.0, 20), "always", deadline=now + 0.05)
+    exact = served.submit(SimulatedInput(10, 1.0, 20), "always", deadline=now + 0.05, exact=True)
+    served.run()
+    assert value(in_time) == in_time.item.index + 0.5
+    assert (value(settled), settled.item.degraded_by) == (settled.item.index, "deadline")
+    assert served.when[settled.item.index] <= settled.deadline
+    assert isinstance(exact.error, DeadlineError)
+    with pytest.raises(OverloadError, match="its deadline is in") as refused:
+        served.submit(SimulatedInput(10), deadline=served.engine.clock.now + 1e-4)
+    assert refused.value.reason == "deadline"
+
+
+def test_a_call_that_does_not_fit_is_refused_whole() -> None:
+    served = Served(pace=Pace(patient=False, bounds=Bounds(rows=3, tokens=100)))
+    served.submit(SimulatedInput(10))
+    call = Call()
+    with pytest.raises(OverloadError, match="1 rows wait and 3 more came, above the limit of 3"):
+        served.scheduler.submit([served.job(SimulatedInput(1), call) for _ in range(3)])
+    with pytest.raises(OverloadError, match="10 tokens wait and 95 more came"):
+        served.submit(SimulatedInput(95))
+    served.run()
+    assert served.order == [0]
+
+
+def offer(served: Served, rate: float, seconds: float, rng: np.random.Generator) -> list[Job]:
+    """Submit a Poisson stream of inputs, of which all would like to reason by their threshold of 0.5."""
+    jobs = []
+    clock = served.engine.clock
+    arrivals = clock.now + np.cumsum(rng.exponential(1 / rate, int(rate * seconds)))
+    for arrival in arrivals:
+        while clock.now < arrival:
+            if not served.scheduler.advance():
+                clock.now = arrival
+        jobs.append(served.submit(SimulatedInput(20, float(rng.uniform(0.5, 1)), 20), yields=True))
+    return jobs
+
+
+def test_load_takes_reasoning_from_the_lowest_scores_and_gives_it_back() -> None:
+    served = Served(pace=Pace(patient=False, prompts=16, rationales=16), load=LoadGate([], patience=0.1))
+    for _ in range(16):  # so that the costs of full batches are known
+        served.submit(SimulatedInput(20, 1.0, 20), "always")
+    served.run()
+    rng = np.random.default_rng(0)
+    reasoning = [job.item.reasoned is not None for job in offer(served, 40, 5, rng)]
+    assert np.mean(reasoning) > 0.97
+    overload = offer(served, 400, 10, rng)
+    served.run()
+    settled = overload[2000:]
+    assert all(job.error is None for job in overload)
+    took = [served.when[job.item.index] - job.arrived for job in settled if job.item.degraded_by == "load"]
+    assert 0.3 < len(took) / len(settled) < 0.97
+    assert np.percentile([served.when[job.item.index] - job.arrived for job in settled], 95) < 1.0
+    kept = [job.item.score for job in settled if job.item.reasoned is not None]
+    lost = [job.item.score for job in settled if job.item.degraded_by == "load"]
+    assert np.mean(kept) > np.mean(lost) + 0.1
+    after = offer(served, 40, 10, rng)
+    served.run()
+    assert np.mean([job.item.reasoned is not None for job in after[-200:]]) > 0.97
+
+
+def test_what_does_not_yield_is_untouched_by_load() -> None:
+    load = LoadGate([], patience=0.1)
+    served = Served(pace=Pace(patient=False, prompts=16, rationales=16), load=load)
+    jobs = [served.submit(SimulatedInput(20, 0.6, 20)) for _ in range(500)]
+    served.run()
+    assert all(job.item.reasoned is not None for job in jobs)
+
+
+@given(data=st.data())
+@settings(
+    max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+)
+def test_served_results_are_those_of_encode(
+    tiny_embedder: Embedder, mixed_inputs: list[Any], data: st.DataObject
+) -> None:
+    inputs = [*mixed_inputs, "one", "two words", "a text of some length that comes last"]
+    ended: list[int] = []
+    rows = data.draw(st.integers(1, 5))
+    scheduler = Scheduler(tiny_embedder.paths, Pace(patient=False, prompts=rows, rationales=rows), lambda: 0.0)
+    calls = []
+    for content in data.draw(st.permutations(inputs)):
+        prepared = tiny_embedder.prepare([content], reasoning="always")
+        jobs = tiny_embedder.jobs(prepared)
+        for job in jobs:
+            job.ended = lambda job: ended.append(id(job))
+        scheduler.submit(jobs)
+        calls.append((content, prepared))
+        for _ in range(data.draw(st.integers(0, 6))):
+            scheduler.advance()
+    while scheduler.advance():
+        pass
+    assert len(set(ended)) == len(ended) == len(inputs)
+    for content, prepared in calls:
+        expected = tiny_embedder.encode_detailed([content], reasoning="always")
+        found = tiny_embedder.result(prepared)
+        assert found.details[0] is not None
+        assert expected.details[0] is not None
+        assert found.details[0].rationale_ids == expected.details[0].rationale_ids
+        assert (found.embeddings @ expected.embeddings.T).item() >= 0.99999
