@@ -140,7 +140,7 @@ class Front:
                 note.tokens = sum(detail.prompt_tokens + detail.rationale_tokens for detail in details)
                 answer = _json(contract.answer(asked, result, self._served))
                 seconds = time.perf_counter() - began
-                self._metrics.answered(details, seconds)
+                asyncio.get_running_loop().call_soon(self._metrics.answered, details, seconds)  # once the answer is out
                 if self._traces is not None and span is not None:
                     self._traces.answered(span, details, ask.options.get("truncate_dim"))
                 return Response(answer, media_type="application/json", headers=contract.headers(result, seconds))
@@ -153,7 +153,8 @@ class Front:
     async def _embedded(self, ask: Ask, began: float) -> EncodeResult:
         """Read the images of a request and embed it, all within its deadline."""
         if ask.deadline is None:
-            return await self._service.embed(replace(ask, inputs=await self._reader.read(ask.inputs)))
+            inputs = await self._reader.read(ask.inputs)
+            return await self._service.embed(ask if inputs is ask.inputs else replace(ask, inputs=inputs))
         late = DeadlineError(f"the deadline of {1e3 * ask.deadline:g} ms passed before it was read")
         try:
             async with asyncio.timeout(ask.deadline):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import re
 import secrets
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from logging import getLogger
+from typing import Any
 
 from pydantic import SecretStr
 from starlette.datastructures import Headers, MutableHeaders
@@ -75,7 +77,13 @@ class RequestLog:
                 "rows": note.rows,
                 "tokens": note.tokens,
             }
-            LOGGER.info("request", extra={FIELDS: fields if note.error is None else fields | {"error": note.error}})
+            if note.error is not None:
+                fields["error"] = note.error
+            asyncio.get_running_loop().call_soon(_log, fields)  # once the answer is out
+
+
+def _log(fields: dict[str, Any]) -> None:
+    LOGGER.info("request", extra={FIELDS: fields})
 
 
 class Keys:
