@@ -111,6 +111,7 @@ class Front:
             | {ClientGoneError: _gone},
             lifespan=self._lifespan,
         )
+        starlette.router.redirect_slashes = False  # to the host that the client names
         open_paths = OPEN_PATHS | ({"/metrics"} if self._settings.open_metrics else set[str]())
         return RequestLog(Keys(starlette, self._settings.api_keys, open_paths, self._refused))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from logging import getLogger
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ import typer
 from mmemb_deploy.cli.options import Backend, Bundle, Device, Digest, Threads
 from mmemb_deploy.errors import MissingExtraError
 
+LOGGER = getLogger("mmemb_deploy.serve")
+LOCAL = ("127.0.0.1", "::1", "localhost")
 PACKAGES = ("starlette", "uvicorn", "uvloop", "httptools", "orjson", "httpx", "prometheus_client")  # of the extra
 
 
@@ -83,6 +86,8 @@ def serve(
     )
     opened = OpenBundle.open(bundle or NANO, digest)
     log_json(settings.log_level)
+    if not settings.api_keys and settings.host not in LOCAL:
+        LOGGER.warning("whoever reaches %s is let in, as there are no keys: pass --api-keys", settings.host)
     embedder = Embedder.of_bundle(opened, backend=backend, device=device, threads=threads)
     searched = open_gallery(embedder, gallery) if page else None
     service = Service(embedder, max_waiting_rows=settings.max_waiting_rows)

@@ -98,6 +98,8 @@ def _said(error: Any, model: type[BaseModel]) -> str:
 
 def shown_value(value: object) -> str:
     """Return a short form of a scalar for a message."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a number of {value.bit_length()} bits"  # Python refuses to print the largest
     return shortened(repr(value[: SHOWN_CHARS + 1] if isinstance(value, str) else value), SHOWN_CHARS)
 
 

@@ -21,7 +21,7 @@ from mmemb_deploy.serve.failures import Refusal, shortened
 from mmemb_deploy.serve.logs import FIELDS
 
 LOGGER = getLogger("mmemb_deploy.serve")
-REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+REQUEST_ID = re.compile(r"^[A-Za-z0-9_.:-]{1,128}$")
 NOTED = "mmemb.noted"  # where a scope holds its Noted
 
 

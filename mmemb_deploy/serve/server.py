@@ -14,16 +14,18 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from mmemb_deploy.serve.service import Service
 from mmemb_deploy.serve.settings import Settings
 
+HEAD_BYTES = 2**16  # of a request's headers, beyond which they are not awaited
 FLUSH_SECONDS = 2  # for clients to take the last answers, after the drain
 
 
 def patient(seconds: float) -> type[HttpToolsProtocol]:
-    """Return uvicorn's protocol, which closes connections whose headers take longer than this."""
+    """Return uvicorn's protocol, which ends connections whose headers take longer than this, or too much."""
 
     class PatientProtocol(HttpToolsProtocol):
         """Waits for headers from a connection's first moment, and again from each request's first byte."""
 
         _waiting: asyncio.TimerHandle | None = None
+        _head = 0  # bytes that arrived while headers were awaited
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -32,6 +34,12 @@ def patient(seconds: float) -> type[HttpToolsProtocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._arrived()
             super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._head = self._head + len(data) if self._waiting is not None else 0
+            if self._head > HEAD_BYTES and not self.transport.is_closing():
+                self.send_400_response("The headers are too large.")
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
@@ -48,6 +56,7 @@ def patient(seconds: float) -> type[HttpToolsProtocol]:
         def _arrived(self) -> None:
             if self._waiting is not None:
                 self._waiting.cancel()
+                self._waiting = None
 
     return PatientProtocol
 

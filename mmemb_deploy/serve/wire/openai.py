@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from mmemb_deploy.results import EncodeResult
 from mmemb_deploy.serve.ask import Ask
 from mmemb_deploy.serve.failures import Refusal
+from mmemb_deploy.serve.middleware import REQUEST_ID
 from mmemb_deploy.serve.wire.common import (
     JSON,
     Contract,
@@ -95,7 +96,7 @@ class OpenAIRequest(Wishes):
     truncate_prompt_tokens: Literal[-1] | None = Field(
         None, description="-1 or nothing: inputs are never cut, one that is too long is refused."
     )
-    request_id: str | None = Field(None, pattern=r"^[\w.:-]{1,128}$", description="In place of X-Request-ID.")
+    request_id: str | None = Field(None, pattern=REQUEST_ID.pattern, description="In place of X-Request-ID.")
     add_special_tokens: Literal[True] | None = Field(None, description="The bundle's own layout always has them.")
     continue_final_message: Literal[True] | None = Field(None, description="The bundle's own layout always does.")
 

@@ -1,5 +1,6 @@
 """`mmemb serve` as a process: its options, and that a signal to stop loses nothing that was accepted."""
 
+import http.server
 import json
 import signal
 import subprocess
@@ -27,7 +28,18 @@ class Process:
     """`mmemb serve` on a free port; `lines` are what it logged."""
 
     def __init__(self, *options: str) -> None:
-        command = [sys.executable, "-m", "mmemb_deploy", "serve", "--port", "0", "--threads", "1", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "mmemb_deploy",
+            "serve",
+            "--port",
+            "0",
+            "--threads",
+            "1",
+            "--no-page",
+            *options,
+        ]
         self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         self.lines: list[dict[str, Any]] = []
         self._started = threading.Event()
@@ -80,7 +92,7 @@ def test_sigterm_answers_what_was_accepted_refuses_what_is_new_and_exits_with_0(
     answers: list[httpx.Response] = []
 
     def ask(url: str) -> None:
-        body = {"input": ["six minus eight times two"] * 150, "reasoning": "always"}
+        body = {"input": ["six minus eight times two"] * 120, "reasoning": "always"}
         answers.append(httpx.post(f"{url}/v1/embeddings", json=body, timeout=60))
 
     with serving() as server:
@@ -88,7 +100,7 @@ def test_sigterm_answers_what_was_accepted_refuses_what_is_new_and_exits_with_0(
         for thread in threads:
             thread.start()
         with httpx.Client(base_url=server.url, timeout=60) as client:
-            while accepted(client) <= 2 * 150:  # not yet of all three
+            while accepted(client) <= 2 * 120:  # not yet of all three
                 assert not answers, "the requests are too small for this test"
             server.process.send_signal(signal.SIGTERM)
             while client.get("/ready").status_code == 200:
@@ -101,7 +113,7 @@ def test_sigterm_answers_what_was_accepted_refuses_what_is_new_and_exits_with_0(
             thread.join()
         assert server.ended() == 0
     assert [answer.status_code for answer in answers] == [200] * 3
-    assert all(len(answer.json()["data"]) == 150 for answer in answers)
+    assert all(len(answer.json()["data"]) == 120 for answer in answers)
 
 
 def test_what_takes_longer_than_the_drain_is_given_up() -> None:
@@ -120,6 +132,39 @@ def test_what_takes_longer_than_the_drain_is_given_up() -> None:
         assert server.ended() == 0
     (answer,) = answers
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+
+
+class Collector(http.server.BaseHTTPRequestHandler):
+    """Takes spans by OTLP."""
+
+    taken: list[tuple[str, bytes]] = []  # noqa: RUF012 - of the class: each request has an object of its own
+
+    def do_POST(self) -> None:
+        self.taken.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name that http.server gives it
+        """Say nothing."""
+
+
+def test_spans_have_arrived_where_the_environment_says_when_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        thread = threading.Thread(target=collector.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
+        with serving("--otel") as server:
+            assert httpx.post(f"{server.url}/embed", json={"inputs": "seven"}).status_code == 200
+            server.process.send_signal(signal.SIGTERM)
+            assert server.ended() == 0
+        collector.shutdown()
+        thread.join()
+    ((path, spans),) = Collector.taken
+    assert path == "/v1/traces"
+    assert b"embeddings nano" in spans
+    assert b"gen_ai.usage.input_tokens" in spans
 
 
 def test_it_serves_what_its_options_say(tmp_path: Path) -> None:

@@ -169,6 +169,7 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"input": "a", "threshold": 0.5, "reasoning_rate": 0.5}, "threshold", "pass one of them"),
     ({"input": "a", "reasoning": "never", "reasoning_rate": 0.5}, "reasoning_rate", "only works with"),
     ({"input": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "-1"),
+    ({"input": "a", "request_id": "ü"}, "request_id", "should match pattern"),
     ({"input": "a", "deadline_ms": 0}, "deadline_ms", "greater than or equal to 1"),
     ({"messages": chat(image("data:image/png;base64,!"))}, "messages[0]", "no base64"),
     ({"messages": chat(image("data:image/png;base64,AAAA"))}, "messages[0]", "no image of a known format"),
@@ -236,9 +237,21 @@ def test_errors_echo_little_of_what_was_sent(served: Any) -> None:
     assert "and 41 more" in answers[0].json()["error"]["message"]
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"{", b"null", b"[]", b"1", b'{"input": "\\ud800"}', b'{"input": "\xff"}', b"[" * 100_000]
-)
+BROKEN = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b"1",
+    b'{"input": "\\ud800"}',
+    b'{"input": "\xff"}',
+    b'{"input": ' + b"1" * 5000 + b"}",
+    b'{"input": "a", "priority": ' + b"1" * 5000 + b"}",
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("body", BROKEN)
 def test_a_body_that_is_no_request_is_refused(served: Any, body: bytes) -> None:
     answer = served.client.post("/v1/embeddings", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
