@@ -311,7 +311,7 @@ class Scheduler:
         for place, job in enumerate(jobs):
             item = job.item
             item.embedding_D, item.score = result.embeddings_BD[place], float(result.scores_B[place])
-            item.fast_path = seconds
+            item.queued, item.fast_path = began - job.arrived, seconds
             if result.cache is not None and (job.call.chooses(job) or self._reasons(job)):
                 job.cache = result.cache.take([place])
             job.scored(job)
@@ -431,6 +431,7 @@ class Scheduler:
         self._live |= dict(zip(written, joining, strict=True))
         self._since_join, now = 0, self._clock()
         for writing, job in zip(written, joining, strict=True):
+            job.item.held = now - job.arrived - job.item.queued - job.item.fast_path
             job.writing, job.began = writing, now
 
     def _failed(self, jobs: Sequence[Job], error: BackendError) -> None:

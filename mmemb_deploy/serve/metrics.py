@@ -60,7 +60,7 @@ class Metrics:
         self._latency = histogram(
             "e2e_request_latency_seconds", "Seconds from request to answer, by the longest route in it.", "route"
         )
-        self._queue = histogram("request_queue_time_seconds", "Seconds that a request waited, by queue.", "queue")
+        self._queue = histogram("request_queue_time_seconds", "Seconds that an input waited, by queue.", "queue")
         self._preprocess = histogram("request_preprocess_time_seconds", "Seconds of reading an input.").labels(model)
         self._prefill = histogram("request_prefill_time_seconds", "Seconds of the batch it was read in.").labels(model)
         self._decode = histogram("request_decode_time_seconds", "Seconds in which it reasoned.").labels(model)
@@ -75,20 +75,18 @@ class Metrics:
             self._prompt.inc(detail.prompt_tokens)
             self._preprocess.observe(detail.timings.preprocess)
             self._prefill.observe(detail.timings.fast_path)
+            self._queue.labels(self._model, "prompt").observe(detail.timings.queued)
             if not math.isnan(detail.gate_score):
                 self._score.observe(detail.gate_score)
             if detail.rationale_tokens:
                 self._generation.inc(detail.rationale_tokens)
                 self._decode.observe(detail.timings.generation)
+                self._queue.labels(self._model, "reasoning").observe(detail.timings.held)
                 self._token.observe(detail.timings.generation / detail.rationale_tokens)
             if detail.degraded_by is not None:
                 self._degraded.labels(self._model, detail.degraded_by).inc()
         route = max((detail.route for detail in details), key=lambda route: route.value)  # "reason" after "fast"
         self._latency.labels(self._model, route).observe(seconds)
-
-    def waited(self, queue: str, seconds: float) -> None:
-        """Count how long a request was in a queue."""
-        self._queue.labels(self._model, queue).observe(seconds)
 
     def failed(self, error: str) -> None:
         """Count a request that was not answered as asked."""

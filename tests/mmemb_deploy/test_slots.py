@@ -109,7 +109,7 @@ class Setting:
         rows = [encoder.row(parse(each, manifest.limits), "Find it.") for each in inputs]
         batch = collate(rows, manifest.markers[PAD])
         embedder = Embedder(manifest, encoder, self.engine)
-        return batch, embedder.paths.fast_path._vision.encode(batch.visuals)  # pyright: ignore[reportPrivateUsage]
+        return batch, embedder.paths.fast_path.vision.encode(batch.visuals)
 
     def embedder(self) -> Embedder:
         engine = Engine("slots", self.engine.vision, self.decoder, self.engine.gate)
