@@ -38,6 +38,20 @@ class Memory(Protocol):
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some bytes of other memory."""
+
+    whole: Memory
+    offset: int
+    nbytes: int
+
+    @property
+    def address(self) -> int:
+        """Return the address of the first byte."""
+        return self.whole.address + self.offset
+
+
+@dataclass(frozen=True)
 class DeviceArray:
     """An array in device memory, float32 unless its reader says otherwise."""
 
@@ -123,6 +137,10 @@ class Workspace:
     def __init__(self, device: Device) -> None:
         self.device = device
         self._memory: dict[str, Memory] = {}
+
+    def place(self, name: str, memory: Memory) -> None:
+        """Let a name be this memory, which must be large enough for all that is asked of it."""
+        self._memory[name] = memory
 
     def reserve(self, name: str, nbytes: int) -> Memory:
         """Return at least so many bytes."""

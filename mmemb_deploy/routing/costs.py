@@ -28,7 +28,10 @@ class ByRows:
 
     def add(self, rows: int, seconds: float) -> None:
         """Learn from a run."""
-        run, row = self._seen.setdefault((rows - 1).bit_length(), (Mean(), Mean()))
+        size = (rows - 1).bit_length()
+        if size not in self._seen:
+            self._seen[size] = Mean(), Mean()
+        run, row = self._seen[size]
         run.add(seconds)
         row.add(seconds / rows)
 

@@ -145,6 +145,7 @@ class Scheduler:
         self._live: dict[Writing, Job] = {}
         self._owed = 0.0  # seconds of decoding before prompts run again
         self._since_join = 0
+        self._dated = 0  # jobs with a deadline
         self._cancelled = False
 
     @property
@@ -173,6 +174,7 @@ class Scheduler:
         self._admit(jobs, now)
         for job in jobs:
             job.arrived = now
+            self._dated += job.deadline < math.inf
             job.call.scoring += job.call.chooses(job)
             self._prompts.add(job)
         if self.load is not None:
@@ -250,6 +252,12 @@ class Scheduler:
 
     def _settle(self, now: float) -> None:
         """Answer with what there is where a deadline nears, or where load takes reasoning away."""
+        if self._dated:
+            self._settle_dated(now)
+        if self.load is not None:
+            self._settle_load(self.load, now)
+
+    def _settle_dated(self, now: float) -> None:
         for job in self._prompts.late(now):
             self._end(job, DeadlineError(f"its deadline passed {now - job.deadline:.3f} s ago, before its prompt ran"))
         step = self.costs.steps.run(len(self._live) or 1)
@@ -258,13 +266,13 @@ class Scheduler:
             self._degrade(job, "deadline")
         for job in [job for job in self._live.values() if now + MARGIN * step > job.deadline]:
             self._degrade(job, "deadline")
-        if self.load is None:
-            return
+
+    def _settle_load(self, load: LoadGate, now: float) -> None:
         oldest = min((job.arrived for job in (self._prompts.first(), *self._ready[:1]) if job is not None), default=now)
         reasoning = len(self._ready) + len(self._live) // 2
         backlog = Backlog(len(self._prompts), reasoning, now - oldest)
-        self.load.update(now, backlog, self.costs.prompts.row(self._pace.prompts), self.costs.rationale(self.most))
-        for job in [job for job in self._ready if job.yields and job.item.score < self.load.threshold]:
+        load.update(now, backlog, self.costs.prompts.row(self._pace.prompts), self.costs.rationale(self.most))
+        for job in [job for job in self._ready if job.yields and job.item.score < load.threshold]:
             self._degrade(job, "load")
 
     def _degrade(self, job: Job, reason: str) -> None:
@@ -419,6 +427,8 @@ class Scheduler:
     def _join(self) -> None:
         """Let rows that are ready join those that are decoded: several at once, since each time costs something."""
         free = self.most - len(self._live)
+        if not free or not self._ready:
+            return
         joining = self._ready[:free]
         if alone := [job for job in (*self._live.values(), *self._ready) if job.alone]:
             joining = [] if self._live else alone[:1]
@@ -464,6 +474,7 @@ class Scheduler:
             self._held[call].discard(job)
         if error is None and (late := self._clock() - job.deadline) > 0:
             error = DeadlineError(f"it was done {late:.3f} s after its deadline: allow more, or ask again later")
+        self._dated -= job.deadline < math.inf
         job.cache, job.writing, job.error = None, None, error
         if job.item.embedding_D is None and call.chooses(job):
             call.scoring -= 1
@@ -489,7 +500,6 @@ class Prompts:
         self._alike: list[tuple[Key, Job]] = []  # sorted
         self._keys: dict[Job, Key] = {}
         self._numbers = count()
-        self._dated = 0  # jobs with a deadline
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -519,7 +529,6 @@ class Prompts:
     def _count(self, job: Job, sign: int) -> None:
         self.tokens += sign * job.item.row.length
         self.media_bytes += sign * job.media_bytes
-        self._dated += sign * (job.deadline < math.inf)
 
     def first(self) -> Job | None:
         """Return the job that is due first."""
@@ -529,7 +538,7 @@ class Prompts:
 
     def late(self, now: float) -> list[Job]:
         """Return the jobs whose deadline has passed."""
-        return [job for job in self._keys if job.deadline < now] if self._dated else []
+        return [job for job in self._keys if job.deadline < now]
 
     def batch(self, fits: Fits, *, alike: float) -> list[Job]:
         """Return the job that is due first, and others whose prompts are at most `alike` times as long or short."""

@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mmemb_deploy import Embedder
-from mmemb_deploy.backends.device import Plane, RecordError, Wanted
+from mmemb_deploy.backends.device import ALIGNMENT, Plane, RecordError, Wanted
 from mmemb_deploy.backends.host_device import HostDevice, HostMemory
 from mmemb_deploy.backends.kv_cache.pool import BUCKET, Layout, Pool
 from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder, windows
@@ -260,7 +260,7 @@ def test_a_step_moves_ids_alone_and_asks_for_nothing(padded: Setting, mixed_inpu
             ids_B1 = step.next_token_B[:, None]
             step = padded.decoder.extend(step.cache, ids_B1, np.ones(4, np.int64), [])
         assert counts == {"inside": 3 * 4 * (8 + 24 + 8), "down": 3 * 4 * 8, "waits": 3}
-        assert joined["up"] <= 4 * (8 + 24 + 8 + 8)  # ids, positions, starts and lasts, once
+        assert joined["up"] == 4 * ALIGNMENT  # ids, positions, starts and lasts, once, each where a tensor may begin
         counts.clear()
         left = step.cache.take([0, 1, 3])
         for _ in range(2):

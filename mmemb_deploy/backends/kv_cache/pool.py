@@ -152,7 +152,7 @@ class Pool:
 
     def side_by_side(self, rows: Sequence[Row]) -> None:
         """Let rows follow each other: the last fill the gaps, or all move where there is room for them."""
-        if not rows:
+        if all(row.index == rows[0].index + place for place, row in enumerate(rows)):
             return
         first = min(row.index for row in rows)
         wanted = range(first, first + len(rows))

@@ -22,7 +22,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy.backends.device import Device, DeviceArray, DeviceEngine, Plane, RecordError, Wanted, Workspace
+from mmemb_deploy.backends.device import (
+    Device,
+    DeviceArray,
+    DeviceEngine,
+    Part,
+    Plane,
+    RecordError,
+    Wanted,
+    Workspace,
+    aligned,
+)
 from mmemb_deploy.backends.kv_cache.pool import BUCKET, FEWEST, Layout, Pool, Row
 from mmemb_deploy.backends.nvtx import marked
 from mmemb_deploy.backends.protocol import Extended, Prefilled
@@ -234,8 +244,8 @@ class SlotDecoder:
             return min(row.index for row in rows), len(rows)
         return 0, min(1 << max(row.index for row in rows).bit_length(), self.pool.rows)
 
-    def _starts(self, first: int, count: int) -> Ints:
-        return np.array([self.pool.written(first + row) for row in range(count)], np.int64)
+    def _starts(self, first: int, count: int) -> list[int]:
+        return [self.pool.written(first + row) for row in range(count)]
 
     def _window(self, slots: int) -> int:
         """Return the size of the smallest window that shows so many slots."""
@@ -251,6 +261,7 @@ class SlotDecoder:
         facts = self._generator.facts  # room for all first: memory that grows would move from under what is bound
         self._results.outputs(facts, shapes, without=frozenset(self._present))
         own = Workspace(self._device)
+        inputs = StepInputs(own, count)
         bound = self._bind(self._generator, self._blank(count, 1), first, window, own, self._results)
 
         fed_back = []
@@ -263,9 +274,8 @@ class SlotDecoder:
             for copy in fed_back:
                 self._device.copy(*copy)
 
-        step = self._bound[self.pool.moves, first, count, window] = Step(
-            self._device, bound, start, own, self._fed_back
-        )
+        step = Step(self._device, bound, start, inputs, feeds_back=bool(self._fed_back))
+        self._bound[self.pool.moves, first, count, window] = step
         return step
 
     def warm_up(self) -> None:
@@ -333,8 +343,9 @@ class SlotDecoder:
         first, count = self._span(rows)
         places = np.array([row.index - first for row in rows])
         new = token_ids_BT.shape[1]
-        self.pool.ensure(int(self._starts(first, count).max()) + new)
-        inputs = self._blank(count, new) | {abi.START: self._starts(first, count)}
+        starts = self._starts(first, count)
+        self.pool.ensure(max(starts) + new)
+        inputs = self._blank(count, new) | {abi.START: np.array(starts)}
         inputs[abi.TOKEN_IDS][places] = token_ids_BT
         positions_B = np.array([row.position for row in rows])
         inputs[abi.POSITION_IDS][:, places] = positions_B[:, None] + np.arange(new)
@@ -348,6 +359,8 @@ class SlotDecoder:
         for row, more in zip(rows, new_B.tolist(), strict=True):
             row.length, row.position = row.length + more, row.position + more
         count = len(ends)
+        if not count:
+            return []
         told, *made = (np.array(found[kind * count : (kind + 1) * count]) for kind in range(len(names)))
         return [self._next(told), *made]
 
@@ -379,43 +392,70 @@ class Bound:
     outputs: Mapping[str, Wanted]
 
 
+class StepInputs:
+    """What a step of P rows reads of each, in one piece of memory: a copy on the host, and another on the device.
+
+    The copy is int64, and each of its parts begins where a tensor may.
+    """
+
+    def __init__(self, workspace: Workspace, rows: int) -> None:
+        pitch, three = aligned(8 * rows) // 8, aligned(24 * rows) // 8
+        self._workspace = workspace  # which keeps the other inputs
+        self._rows, self._places = rows, (0, pitch, pitch + three, 2 * pitch + three)
+        self.values: Ints = np.zeros(3 * pitch + three, np.int64)
+        self.lasts(self.values)[:] = -1
+        self.memory = workspace.device.allocate(self.values.nbytes)
+        names = abi.TOKEN_IDS, abi.POSITION_IDS, abi.START, abi.LAST
+        for name, place, lines in zip(names, self._places, (1, 3, 1, 1), strict=True):
+            workspace.place(name, Part(self.memory, 8 * place, 8 * lines * rows))
+
+    def tokens(self, values: Ints) -> Ints:
+        """Return the tokens (P,) in a copy."""
+        return values[: self._rows]
+
+    def positions(self, values: Ints) -> Ints:
+        """Return the positions (3, P) in time, height and width."""
+        return values[self._places[1] : self._places[1] + 3 * self._rows].reshape(3, self._rows)
+
+    def starts(self, values: Ints) -> Ints:
+        """Return how many tokens of each row are in the cache (P,)."""
+        return values[self._places[2] : self._places[2] + self._rows]
+
+    def lasts(self, values: Ints) -> Ints:
+        """Return 0 for a row that gets a token, -1 for one that does not (P,)."""
+        return values[self._places[3] : self._places[3] + self._rows]
+
+
 class Step:
     """A step of one token of some rows, bound to its memory; it knows what the device holds, and sends the rest."""
 
     def __init__(
-        self, device: Device, bound: Bound, start: Callable[[], None], memory: Workspace, fed_back: Mapping[str, str]
+        self, device: Device, bound: Bound, start: Callable[[], None], inputs: StepInputs, *, feeds_back: bool
     ) -> None:
         self.outputs, self.start, self.settled = bound.outputs, start, False
-        self._device, self._inputs, self._memory = device, bound.inputs, memory
-        self._feeds_back = bool(fed_back)
-        count = bound.outputs[abi.EMBEDDING].shape[0]
-        self._held: dict[str, Ints] = {
-            abi.TOKEN_IDS: np.zeros((count, 1), np.int64),
-            abi.POSITION_IDS: np.zeros((3, count, 1), np.int64),
-            abi.START: np.zeros(count, np.int64),
-            abi.LAST: np.full(count, -1, np.int64),
-        }
+        self._device, self._bound, self._inputs, self._feeds_back = device, bound, inputs, feeds_back
 
-    def feed(self, places: Ints, token_ids: Ints, positions: Sequence[int], starts: Ints) -> None:
+    def feed(self, places: Ints, token_ids: Ints, positions: Sequence[int], starts: Sequence[int]) -> None:
         """Put a token in the places of some rows; the others, which begin at `starts` too, get none."""
-        wanted = {name: held.copy() for name, held in self._held.items()}
-        wanted[abi.TOKEN_IDS][places, 0] = token_ids
-        wanted[abi.POSITION_IDS][:, places, 0] = positions
-        wanted[abi.START][:] = starts
-        wanted[abi.LAST][:] = -1
-        wanted[abi.LAST][places] = 0
-        for name, values in wanted.items():
-            if not np.array_equal(values, self._held[name]):
-                self._device.upload(values, self._inputs[name])
-                self._held[name] = values
+        inputs, held = self._inputs, self._inputs.values
+        wanted = held.copy()
+        inputs.tokens(wanted)[places] = token_ids
+        inputs.positions(wanted)[:, places] = positions
+        inputs.starts(wanted)[:] = starts
+        lasts = inputs.lasts(wanted)
+        lasts[:] = -1
+        lasts[places] = 0
+        if not (self._feeds_back and np.array_equal(wanted, held)):
+            self._device.upload(wanted, inputs.memory.address)
+            inputs.values = wanted
 
     def advance(self, next_token_P: Ints) -> None:
         """Note what the step has fed to the next one."""
-        if not self._feeds_back:
-            return
-        self._held[abi.TOKEN_IDS] = next_token_P[:, None]
-        self._held[abi.POSITION_IDS] += 1
-        self._held[abi.START] += self._held[abi.LAST] + 1
+        if self._feeds_back:
+            inputs, held = self._inputs, self._inputs.values
+            inputs.tokens(held)[:] = next_token_P
+            inputs.positions(held)[:] += 1
+            inputs.starts(held)[:] += inputs.lasts(held) + 1
 
 
 def row_of(whole: Wanted, row: int) -> Wanted:
