@@ -15,6 +15,7 @@ OF_A_BUNDLE: tuple[Callable[..., None], ...] = (
     quality.frontier,
     speed.latency,
     load.load,
+    load.overload,
     speed.suite,
     speed.startup,
     speed.runtime,

@@ -130,9 +130,7 @@ class Traffic:
         """Prepare to judge what comes back, by the candidates' embeddings of this embedder."""
         return cls(workload, Judge(embedder, workload.pairs) if workload.judged else None, burst, seed)
 
-    def asks(
-        self, options: EncodeOptions, *, deadline: float | None = None, on_overload: str = "wait"
-    ) -> list[Ask]:
+    def asks(self, options: EncodeOptions, *, deadline: float | None = None, on_overload: str = "wait") -> list[Ask]:
         """Return a request for every pair; `deadline` in seconds."""
         return [
             Ask(
@@ -235,9 +233,7 @@ async def measure_load(
                 continue
             rate = search.next_rate()
             report(f"trial {turn + 1} of {trials}: {name}, {mode} at {rate:.1f} a second")
-            search.add(
-                await run_trial(targets[name], traffic, asks[mode], rate=rate, seconds=seconds, target_ms=limit)
-            )
+            search.add(await run_trial(targets[name], traffic, asks[mode], rate=rate, seconds=seconds, target_ms=limit))
     found = {name: {mode: searches[name, mode].found(idle[mode]) for mode in options} for name in targets}
     first, *others = targets
     return LoadResult(
