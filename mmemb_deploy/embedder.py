@@ -341,7 +341,7 @@ class Embedder:
             fallback=item.fallback,
             degraded_by=item.degraded_by,
             prompt_tokens=item.row.length,
-            timings=Timings(item.preprocess, item.fast_path, item.generation),
+            timings=Timings(item.preprocess, item.fast_path, item.generation, item.queued, item.held),
         )
 
 

@@ -15,16 +15,19 @@ from mmemb_deploy.routing.router import Route
 class Timings:
     """Seconds: an input's own preprocessing, then what its batches took; `generation` includes a reasoner's answers.
 
-    An input on the fast route generates none, unless it waited for a reasoner that failed.
+    An input on the fast route generates none, unless it waited for a reasoner that failed. `queued` passed before its
+    prompt ran, `held` between that and the first token of its rationale.
     """
 
     preprocess: float
     fast_path: float
     generation: float
+    queued: float = 0.0
+    held: float = 0.0
 
     @property
     def total(self) -> float:
-        """Seconds of all stages."""
+        """Seconds of all stages, without waiting."""
         return self.preprocess + self.fast_path + self.generation
 
 

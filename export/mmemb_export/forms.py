@@ -68,9 +68,7 @@ def direct(model: ir.Model) -> ir.Model:
         return (tape.op("Attention", inputs, {"scale": layer.scale, "is_causal": 1}),)
 
     _rewrite(graph, attend)
-    kept = [output for output in graph.outputs if output.name in (abi.EMBEDDING, abi.STATE)]
-    graph.outputs.clear()
-    graph.outputs.extend(kept)
+    _keep_outputs(graph, lambda name: name in (abi.EMBEDDING, abi.STATE))
     for node, _ in list(_input(graph, abi.START).uses()):
         if node.op_type == "Shape":  # the trace reads the number of rows off it
             tape = Tape()
@@ -80,13 +78,18 @@ def direct(model: ir.Model) -> ir.Model:
 
 
 def fused(model: ir.Model, *, heads: int, kv_heads: int) -> ir.Model:
-    """Return a copy of the traced decoder in ONNX Runtime's own operators, over slots."""
+    """Return a copy of the traced decoder in ONNX Runtime's own operators, over slots.
+
+    It runs where the host is the device: that reads the likeliest token off the logits, and feeds nothing back.
+    """
     model = model.clone()
     graph = model.graph
+    _keep_outputs(graph, lambda name: name not in abi.FED_BACK)
     tape = Tape()
     one = constant(graph, "fused.one", ir.DataType.INT64, [1])
     flat = constant(graph, "fused.flat", ir.DataType.INT64, [0, 0, -1])
-    end = _ends(graph, tape)
+    new = tape.op("Shape", [_input(graph, abi.TOKEN_IDS)], {"start": 1, "end": 2})
+    end = tape.op("Add", [_input(graph, abi.START), new])
     last = tape.op("Cast", [tape.op("Sub", [end, one])], {"to": ir.DataType.INT32})
     longest = tape.op("Cast", [tape.op("ReduceMax", [end], {"keepdims": 0})], {"to": ir.DataType.INT32})
     _before_all(graph, tape)
@@ -123,6 +126,12 @@ def _ends(graph: ir.Graph, tape: Tape) -> ir.Value:
 
 def _input(graph: ir.Graph, name: str) -> ir.Value:
     return next(value for value in graph.inputs if value.name == name)
+
+
+def _keep_outputs(graph: ir.Graph, kept: Callable[[str], bool]) -> None:
+    outputs = [output for output in graph.outputs if kept(str(output.name))]
+    graph.outputs.clear()
+    graph.outputs.extend(outputs)
 
 
 def _before_all(graph: ir.Graph, tape: Tape) -> None:

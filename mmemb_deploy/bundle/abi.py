@@ -50,7 +50,7 @@ WINDOW: Final = "window"  # (S,): 0 to S - 1, the slots that attention looks at;
 EMBEDDING: Final = "embedding"  # (B, D), L2-normalised
 STATE: Final = "state"  # (B, D), after the final norm; the gate's input
 LOGITS: Final = "logits"  # (B, W)
-# what the next step of one token reads, so that it need not come from the host
+# in the portable form, what the next step of one token reads, so that it need not come from the host
 NEXT_TOKEN: Final = "next_token"  # (B, 1): the likeliest
 NEXT_POSITION: Final = "next_position"  # (3, B, 1)
 NEXT_START: Final = "next_start"  # (B,)

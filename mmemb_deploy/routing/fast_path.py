@@ -28,7 +28,7 @@ class FastPath:
     """Vision, embedder and gate."""
 
     def __init__(self, vision: VisionEncoder, decoder: Decoder[Any], gate: Session | None, pad_id: int) -> None:
-        self._vision, self._decoder, self._gate = vision, decoder, gate
+        self.vision, self._decoder, self._gate = vision, decoder, gate
         self._pad_id = pad_id
 
     def fits(self, rows: int, tokens: int, *, after: int | None) -> bool:
@@ -38,7 +38,7 @@ class FastPath:
     def run(self, rows: Sequence[Row], *, keep: bool = True) -> FastResult:
         """Prefill the rows' prompts, up to and including `<|disc_emb|>`; without `keep`, nothing can follow them."""
         batch = collate(rows, self._pad_id)
-        result = self._decoder.prefill(batch, self._vision.encode(batch.visuals), keep=keep)
+        result = self._decoder.prefill(batch, self.vision.encode(batch.visuals), keep=keep)
         if self._gate is None:
             scores_B = np.full(len(rows), np.nan, np.float32)
         else:

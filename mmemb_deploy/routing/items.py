@@ -29,7 +29,7 @@ class Item:
 
     index: int  # of the input in the call
     row: Row
-    preprocess: float  # seconds, as the other two
+    preprocess: float  # seconds, as the others below
     given: list[int] | None = None  # a rationale that the caller wrote, as token ids
     chat: Callable[[], Any] | None = None  # builds what a server is asked, where one writes the rationales
     embedding_D: Floats | None = None
@@ -41,6 +41,8 @@ class Item:
     fallback: str | None = None  # why there is none, where its writer may fail
     fast_path: float = 0.0
     generation: float = 0.0
+    queued: float = 0.0  # before its prompt ran
+    held: float = 0.0  # with its cache, before it was decoded
 
     def end(self, reasoned: Reasoned, source: str) -> None:
         """Take what `source` wrote."""

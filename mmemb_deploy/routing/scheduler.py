@@ -300,8 +300,10 @@ class Scheduler:
         try:
             result = self._paths.fast_path.run(rows, keep=jobs[0].keeps)
         except BackendError as error:
+            self._prompts.remove(*jobs)
             self._failed(jobs, error)
             return
+        self._prompts.remove(*jobs)
         seconds = self._clock() - began
         self.costs.prefilled(len(rows), len(rows) * max(row.length for row in rows), seconds)
         self.seconds["prefill"] += seconds
@@ -309,7 +311,7 @@ class Scheduler:
         for place, job in enumerate(jobs):
             item = job.item
             item.embedding_D, item.score = result.embeddings_BD[place], float(result.scores_B[place])
-            item.fast_path = seconds
+            item.queued, item.fast_path = began - job.arrived, seconds
             if result.cache is not None and (job.call.chooses(job) or self._reasons(job)):
                 job.cache = result.cache.take([place])
             job.scored(job)
@@ -369,14 +371,15 @@ class Scheduler:
         jobs, writer = (given, self._caller) if given else (self._elsewhere, self._writer)
         jobs = jobs[: self.most]
         assert writer is not None
-        self._elsewhere = [job for job in self._elsewhere if job not in jobs]
         began = self._clock()
         caches = [job.cache for job in jobs if job.cache is not None]
         try:
             written = writer.write([job.item for job in jobs], caches, jobs[0].max_tokens)
         except BackendError as error:
+            self._elsewhere = [job for job in self._elsewhere if job not in jobs]
             self._failed(jobs, error)
             return
+        self._elsewhere = [job for job in self._elsewhere if job not in jobs]
         seconds = self._clock() - began
         self._owed -= seconds
         for job, one in zip(jobs, written, strict=True):
@@ -424,12 +427,13 @@ class Scheduler:
         few = len(joining) < min(free, self.most // 4) and self._since_join < GATHER
         if not joining or (self._live and few):
             return
-        self._ready = [job for job in self._ready if job not in joining]
         caches = [job.cache for job in joining if job.cache is not None]
         written = self._decoding.join(caches, [job.max_tokens for job in joining])
+        self._ready = [job for job in self._ready if job not in joining]
         self._live |= dict(zip(written, joining, strict=True))
         self._since_join, now = 0, self._clock()
         for writing, job in zip(written, joining, strict=True):
+            job.item.held = now - job.arrived - job.item.queued - job.item.fast_path
             job.writing, job.began = writing, now
 
     def _failed(self, jobs: Sequence[Job], error: BackendError) -> None:
@@ -507,11 +511,12 @@ class Prompts:
         heappush(self._due, (job.due, key, job))
         self._count(job, 1)
 
-    def remove(self, job: Job) -> None:
-        """Let a job go."""
-        key = self._keys.pop(job)
-        del self._alike[bisect_left(self._alike, (key,))]
-        self._count(job, -1)
+    def remove(self, *jobs: Job) -> None:
+        """Let jobs go."""
+        for job in jobs:
+            key = self._keys.pop(job)
+            del self._alike[bisect_left(self._alike, (key,))]
+            self._count(job, -1)
 
     def _count(self, job: Job, sign: int) -> None:
         self.tokens += sign * job.item.row.length
@@ -529,7 +534,7 @@ class Prompts:
         return [job for job in self._keys if job.deadline < now] if self._dated else []
 
     def batch(self, fits: Fits, *, alike: float) -> list[Job]:
-        """Take the job that is due first, and others whose prompts are at most `alike` times as long or short."""
+        """Return the job that is due first, and others whose prompts are at most `alike` times as long or short."""
         first = self.first()
         assert first is not None
         key = self._keys[first]
@@ -548,6 +553,4 @@ class Prompts:
                         break
                     jobs.append(job)
                     longest = tokens
-        for job in jobs:
-            self.remove(job)
         return jobs

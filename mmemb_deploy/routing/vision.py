@@ -25,7 +25,7 @@ class VisionEncoder:
     def __init__(self, vision: Vision[Any], spec: VisionSpec, cache_bytes: int) -> None:
         self._vision = vision
         self._spec = spec
-        self._cache = FeatureCache[Any](cache_bytes)
+        self.cache = FeatureCache[Any](cache_bytes)
 
     def encode(self, visuals: Sequence[Visual]) -> Mapping[str, Any]:
         """Return what `Vision.join` makes of the visuals in order."""
@@ -34,11 +34,11 @@ class VisionEncoder:
 
     def _encode(self, visuals: Sequence[Visual]) -> Mapping[str, Any]:
         keys = [_key(visual) for visual in visuals]
-        found = {key: features for key in keys if (features := self._cache.get(key)) is not None}
+        found = {key: features for key in keys if (features := self.cache.get(key)) is not None}
         unseen = {key: visual for key, visual in zip(keys, visuals, strict=True) if key not in found}
         for key, features in self._run(unseen):
             found[key] = features
-            self._cache.add(key, features)
+            self.cache.add(key, features)
         return self._vision.join([found[key] for key in keys])
 
     def _run(self, visuals: Mapping[bytes, Visual]) -> Iterator[tuple[bytes, Features]]:
@@ -61,13 +61,16 @@ class FeatureCache(Generic[F]):
         self._bound = bound
         self._features: OrderedDict[bytes, F] = OrderedDict()
         self._bytes = 0
+        self.asked = self.found = 0  # images
         self._lock = Lock()  # threads share an embedder
 
     def get(self, key: bytes) -> F | None:
         """Return what is remembered of an image, None if it is nothing."""
         with self._lock:
+            self.asked += 1
             if key not in self._features:
                 return None
+            self.found += 1
             self._features.move_to_end(key)
             return self._features[key]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from mmemb_deploy.embedder import Embedder, Prepared
 from mmemb_deploy.errors import MmembError, OverloadError
@@ -53,7 +53,7 @@ class Service:
     async def start(self) -> None:
         """Run each path, so that no request pays for what an engine does the first time, and costs are known."""
         self._engine.start()
-        for rows in (1, WARM_ROWS):
+        for rows in (1, min(WARM_ROWS, self._limit)):
             for reasoning in ("never", "always") if self.embedder.reasons else ("never",):
                 options: EncodeOptions = {"reasoning": reasoning}
                 if reasoning == "always":
@@ -68,7 +68,7 @@ class Service:
         Raises InputError with the index of a bad input, OptionError, OverloadError, DeadlineError, BackendError.
         Cancelling the awaiting task ends the work before the engine's next run.
         """
-        with _Accepted(self, ask):
+        with self._accepted(len(ask.inputs)):
             prepared = await self._prepare(ask)
             loop = asyncio.get_running_loop()
             done: asyncio.Future[None] = loop.create_future()
@@ -98,7 +98,7 @@ class Service:
         Raises as `embed`, before the first of them or between.
         """
         began = time.perf_counter()
-        with _Accepted(self, ask):
+        with self._accepted(len(ask.inputs)):
             prepared = await self._prepare(ask)
             loop = asyncio.get_running_loop()
             events: asyncio.Queue[list[int] | MmembError | Floats | None] = asyncio.Queue()
@@ -147,23 +147,48 @@ class Service:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), seconds)
         self._readers.shutdown(wait=False, cancel_futures=True)
-        late = OverloadError("the server stops: ask another one", reason="draining", retry_after=1.0)
-        self._engine.call(lambda: self.scheduler.abandon(late))
+        if self.alive:
+            late = OverloadError("the server stops: ask another one", reason="draining", retry_after=1.0)
+            self._engine.call(lambda: self.scheduler.abandon(late))
         await asyncio.to_thread(self._engine.stop)
 
     def figures(self) -> Mapping[str, float]:
         """Return what /metrics shows of the queues now; `mmemb_deploy.serve.metrics.FIGURES` lists the names."""
         scheduler, paths = self.scheduler, self.embedder.paths
+        features = paths.fast_path.vision.cache
         figures = {
             "num_requests_running": float(scheduler.decoded),
             "num_requests_waiting:prompt": float(scheduler.waiting),
             "num_requests_waiting:reasoning": float(scheduler.reasoning - scheduler.decoded),
+            "mm_cache_queries": float(features.asked),
+            "mm_cache_hits": float(features.found),
             "kv_cache_usage_perc": scheduler.cache_tokens * paths.token_bytes / paths.limits.cache_bytes,
         }
         if self.threshold is not None:
             figures["gate_threshold"] = self.threshold
         figures |= {f"engine_seconds:{run}": seconds for run, seconds in scheduler.seconds.items()}
         return figures
+
+    @contextmanager
+    def _accepted(self, rows: int) -> Generator[None]:
+        """Count a request's inputs while they are not answered. Raises OverloadError where there is no room."""
+        if self._draining:
+            raise OverloadError("the server is stopping: ask another one", reason="draining", retry_after=1.0)
+        if self._rows + rows > self._limit:
+            raise OverloadError(
+                f"{self._rows} inputs wait, and {rows} more exceed the limit of {self._limit}: ask again later, or for "
+                "fewer",
+                reason="rows",
+                retry_after=1.0,
+            )
+        self._rows += rows
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self._rows -= rows
+            if not self._rows:
+                self._empty.set()
 
     async def _prepare(self, ask: Ask) -> Prepared:
         def prepare() -> Prepared:
@@ -200,32 +225,6 @@ class Service:
                 retry_after=1.0,
             )
         self._engine.call(submit)
-
-
-class _Accepted:
-    """Counts a request's inputs while they are not answered. Raises OverloadError on entering."""
-
-    def __init__(self, service: Service, ask: Ask) -> None:
-        self._service, self._rows = service, len(ask.inputs)
-
-    def __enter__(self) -> None:
-        service = self._service
-        if service._draining:
-            raise OverloadError("the server is stopping: ask another one", reason="draining", retry_after=1.0)
-        if service._rows + self._rows > service._limit:
-            raise OverloadError(
-                f"{service._rows} inputs wait, and {self._rows} more exceed the limit of {service._limit}: ask again "
-                "later, or for fewer",
-                reason="rows",
-                retry_after=1.0,
-            )
-        service._rows += self._rows
-        service._empty.clear()
-
-    def __exit__(self, *_: object) -> None:
-        self._service._rows -= self._rows
-        if not self._service._rows:
-            self._service._empty.set()
 
 
 def _finish(done: asyncio.Future[None], error: MmembError | None) -> None:

@@ -95,7 +95,7 @@ def test_batches_stay_within_the_memory_limits_and_give_the_same(
     inputs = [*mixed_inputs, {"images": [np.full((16, 16), shade, np.uint8) for shade in range(0, 250, 50)]}]
     whole = tiny_embedder.encode(inputs, reasoning="never")
     counter = counted(tiny_embedder, monkeypatch)
-    encoder = tiny_embedder.paths.fast_path._vision  # pyright: ignore[reportPrivateUsage]
+    encoder = tiny_embedder.paths.fast_path.vision
     vision = encoder._vision  # pyright: ignore[reportPrivateUsage]
     patches: list[int] = []
     run = vision.run
@@ -108,7 +108,7 @@ def test_batches_stay_within_the_memory_limits_and_give_the_same(
     monkeypatch.setattr(tiny_embedder, "paths", replace(tiny_embedder.paths, limits=limits))
     monkeypatch.setattr(vision, "run", counting)
     monkeypatch.setattr(vision, "_max_patches", 40)
-    monkeypatch.setattr(encoder, "_cache", FeatureCache(0))
+    monkeypatch.setattr(encoder, "cache", FeatureCache(0))
     split = tiny_embedder.encode(inputs, reasoning="never")
     assert max(counter.padded) <= 300
     assert max(counter.prompts) > 1

@@ -209,7 +209,7 @@ def test_an_image_that_is_forgotten_frees_its_memory_alone(both: Both) -> None:
 def test_an_image_is_encoded_once_however_often_it_is_shown(
     tiny_embedder: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = tiny_embedder.paths.fast_path._vision  # pyright: ignore[reportPrivateUsage]
+    encoder = tiny_embedder.paths.fast_path.vision
     vision = encoder._vision  # pyright: ignore[reportPrivateUsage]
     images: list[int] = []
     run = vision.run
@@ -219,7 +219,7 @@ def test_an_image_is_encoded_once_however_often_it_is_shown(
         return run(pixels_NFPrc, tables)
 
     monkeypatch.setattr(vision, "run", counting)
-    monkeypatch.setattr(encoder, "_cache", FeatureCache[Any](2**20))
+    monkeypatch.setattr(encoder, "cache", FeatureCache[Any](2**20))
     red, blue = np.zeros((2, 16, 16, 3), np.uint8)
     red[..., 0] = blue[..., 2] = 200
     first = tiny_embedder.encode([{"image": red, "text": "a"}, {"images": [blue, red], "text": "b"}], reasoning="never")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
+from logging import getLogger
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from mmemb_deploy.inputs.preprocess import Floats, Ints
 from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_deploy.inputs.rows import Batch
 
+LOGGER = getLogger("mmemb_deploy")
 Visual = Mapping[str, NDArray[Any] | DeviceArray]  # VISUAL_TOKENS and DEEPSTACK, by name
 
 
@@ -94,6 +96,10 @@ class SlotDecoder:
         self._past, self._present = tuple(abi.past_names(model.layers)), tuple(abi.present_names(model.layers))
         self._prompts, self._results = Workspace(device), Workspace(device)  # results of steps
         self._bound: dict[tuple[int, ...], Step] = {}  # by the pool's moves, first row, rows and window
+        made = () if self._generator is None else self._generator.facts.outputs
+        names = {tensor.name for tensor in made}
+        self._fed_back = {made: fed for made, fed in abi.FED_BACK.items() if made in names}
+        self._tells_next = abi.NEXT_TOKEN if self._fed_back else abi.LOGITS
         self.notes: list[str] = []
         if self._embedder is not None:
             layout = Layout(len(self._past), model.kv_heads, model.head_dim * value_bytes(manifest.compute))
@@ -209,8 +215,9 @@ class SlotDecoder:
         step.feed(places, token_ids_B1[:, 0], [row.position for row in cache.rows], self._starts(first, count))
         self._run_step(step)
         embeddings = [row_of(step.outputs[abi.EMBEDDING], int(places[row])) for row in embedded]
-        next_P1, *found = self._device.download([step.outputs[abi.NEXT_TOKEN], *embeddings])
-        step.advance(next_P1)
+        next_P, *found = self._device.download([step.outputs[self._tells_next], *embeddings])
+        next_P = self._next(next_P)
+        step.advance(next_P)
         for row in cache.rows:
             row.length, row.position = row.length + 1, row.position + 1
 
@@ -218,7 +225,7 @@ class SlotDecoder:
             wanted = [row_of(step.outputs[abi.LOGITS], int(place)) for place in places]
             return np.stack(self._device.download(wanted))
 
-        return Extended(next_P1[places, 0], found, logits, cache)
+        return Extended(next_P[places], found, logits, cache)
 
     def _span(self, rows: Sequence[Row]) -> tuple[int, int]:
         """Return the first row of a step and how many run."""
@@ -247,7 +254,7 @@ class SlotDecoder:
         bound = self._bind(self._generator, self._blank(count, 1), first, window, own, self._results)
 
         fed_back = []
-        for made, fed in abi.FED_BACK.items():
+        for made, fed in self._fed_back.items():
             nbytes = 8 * math.prod(bound.outputs[made].shape)
             fed_back.append((Plane(bound.outputs[made].address, nbytes), Plane(bound.inputs[fed], nbytes), nbytes, 1))
 
@@ -256,7 +263,9 @@ class SlotDecoder:
             for copy in fed_back:
                 self._device.copy(*copy)
 
-        step = self._bound[self.pool.moves, first, count, window] = Step(self._device, bound, start, own)
+        step = self._bound[self.pool.moves, first, count, window] = Step(
+            self._device, bound, start, own, self._fed_back
+        )
         return step
 
     def warm_up(self) -> None:
@@ -269,8 +278,8 @@ class SlotDecoder:
                 step = self._bind_step(0, count, window)
                 step.feed(np.array([], np.int64), np.array([], np.int64), [], self._starts(0, count))
                 self._run_step(step)
-                (next_P1,) = self._device.download([step.outputs[abi.NEXT_TOKEN]])
-                step.advance(next_P1)
+                (next_P,) = self._device.download([step.outputs[self._tells_next]])
+                step.advance(self._next(next_P))
 
     def _run_step(self, step: Step) -> None:
         """Start a step; what ran once, and so has settled, is recorded for the times after."""
@@ -280,8 +289,10 @@ class SlotDecoder:
             try:
                 step.start = self._device.record(step.start)
             except RecordError as error:
-                rows = step.outputs[abi.NEXT_TOKEN].shape[0]
+                rows = step.outputs[abi.EMBEDDING].shape[0]
                 self.notes.append(f"steps of {rows} rows run without a CUDA graph: {error}")
+                if self._places.rows is None:  # it was not warmed up, and its notes were read when it was loaded
+                    LOGGER.warning(self.notes[-1])
 
     def _follow(
         self, cache: SlotCache, token_ids_BT: Ints, lengths_B: Ints, embedded: Sequence[int]
@@ -291,7 +302,7 @@ class SlotDecoder:
             return self._follow_alone(cache, token_ids_BT, lengths_B, embedded)
         total = token_ids_BT.shape[1]
         chunk = min(self._places.chunk or total, total)
-        next_B1: Ints = np.zeros((len(cache), 1), np.int64)
+        next_B: Ints = np.zeros(len(cache), np.int64)
         embeddings_BD: Floats = np.zeros((len(cache), self._model.hidden_size), np.float32)
         logits_BW: Floats = np.zeros((len(cache), self._model.vocabulary_size), np.float32)
         for begin in range(0, total, chunk):
@@ -300,8 +311,8 @@ class SlotDecoder:
             ends = np.flatnonzero((new_B > 0) & (lengths_B <= begin + chunk))
             made = self._follow_chunk(cache.rows, ids_BT, new_B, ends)
             if len(ends):
-                next_B1[ends], embeddings_BD[ends], logits_BW[ends] = made
-        return Extended(next_B1[:, 0], [embeddings_BD[row] for row in embedded], lambda: logits_BW, cache)
+                next_B[ends], embeddings_BD[ends], logits_BW[ends] = made
+        return Extended(next_B, [embeddings_BD[row] for row in embedded], lambda: logits_BW, cache)
 
     def _follow_alone(
         self, cache: SlotCache, token_ids_BT: Ints, lengths_B: Ints, embedded: Sequence[int]
@@ -317,7 +328,7 @@ class SlotDecoder:
         return Extended(np.concatenate(next_tokens), [embeddings[row] for row in embedded], lambda: logits_BW, cache)
 
     def _follow_chunk(self, rows: Sequence[Row], token_ids_BT: Ints, new_B: Ints, ends: Ints) -> list[NDArray[Any]]:
-        """Run a chunk; return next tokens (ends, 1), embeddings and logits of the rows that end in it."""
+        """Run a chunk; return next tokens (ends,), embeddings and logits of the rows that end in it."""
         assert self._generator is not None
         first, count = self._span(rows)
         places = np.array([row.index - first for row in rows])
@@ -331,13 +342,19 @@ class SlotDecoder:
         window = self._window(new + max(row.length for row in rows))
         bound = self._bind(self._generator, inputs, first, window, self._prompts)
         bound.run()
-        names = abi.NEXT_TOKEN, abi.EMBEDDING, abi.LOGITS
+        names = self._tells_next, abi.EMBEDDING, abi.LOGITS
         wanted = [row_of(bound.outputs[name], place) for name in names for place in places[ends].tolist()]
         found = self._device.download(wanted)
         for row, more in zip(rows, new_B.tolist(), strict=True):
             row.length, row.position = row.length + more, row.position + more
         count = len(ends)
-        return [np.array(found[kind * count : (kind + 1) * count]) for kind in range(len(names))]
+        told, *made = (np.array(found[kind * count : (kind + 1) * count]) for kind in range(len(names)))
+        return [self._next(told), *made]
+
+    def _next(self, told: NDArray[Any]) -> Ints:
+        """Return the likeliest next tokens, of what tells them."""
+        likeliest: Ints = told[:, 0] if self._fed_back else told.argmax(axis=-1)
+        return likeliest
 
     def _blank(self, rows: int, new: int) -> dict[str, NDArray[Any]]:
         """Return the inputs of tokens that show nothing, of rows that have no new one."""
@@ -365,10 +382,13 @@ class Bound:
 class Step:
     """A step of one token of some rows, bound to its memory; it knows what the device holds, and sends the rest."""
 
-    def __init__(self, device: Device, bound: Bound, start: Callable[[], None], memory: Workspace) -> None:
+    def __init__(
+        self, device: Device, bound: Bound, start: Callable[[], None], memory: Workspace, fed_back: Mapping[str, str]
+    ) -> None:
         self.outputs, self.start, self.settled = bound.outputs, start, False
         self._device, self._inputs, self._memory = device, bound.inputs, memory
-        count = bound.outputs[abi.NEXT_TOKEN].shape[0]
+        self._feeds_back = bool(fed_back)
+        count = bound.outputs[abi.EMBEDDING].shape[0]
         self._held: dict[str, Ints] = {
             abi.TOKEN_IDS: np.zeros((count, 1), np.int64),
             abi.POSITION_IDS: np.zeros((3, count, 1), np.int64),
@@ -389,9 +409,11 @@ class Step:
                 self._device.upload(values, self._inputs[name])
                 self._held[name] = values
 
-    def advance(self, next_token_P1: Ints) -> None:
+    def advance(self, next_token_P: Ints) -> None:
         """Note what the step has fed to the next one."""
-        self._held[abi.TOKEN_IDS] = next_token_P1
+        if not self._feeds_back:
+            return
+        self._held[abi.TOKEN_IDS] = next_token_P[:, None]
         self._held[abi.POSITION_IDS] += 1
         self._held[abi.START] += self._held[abi.LAST] + 1
 
