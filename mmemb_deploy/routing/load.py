@@ -1,12 +1,14 @@
 """The gate's threshold under load: reasoning is what gives way when more is asked for than can be done.
 
-The share of inputs that may reason is set so that the work at hand, and that which is expected, fit into what a device
-does in a second (feed-forward, as CascadeServe plans gears); where inputs wait too long all the same, less is expected
-of the device (feedback, by the time spent waiting, as DAGOR does). It falls at once and rises slowly.
+The share of inputs that may reason is what a device has left: of its time, beside the prompts that come and the
+rationales that must be written (feed-forward, as CascadeServe plans gears), and beside the work that waits, which is to
+be gone in a while (feedback, by what queues, as DAGOR does). Costs that are predicted too low make work wait, and so
+correct themselves.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,20 +16,24 @@ from dataclasses import dataclass
 from mmemb_deploy.bundle.manifest import CurvePoint
 
 UTILISATION = 0.85  # of a device's time, to be planned for
-HORIZON = 1.0  # seconds, in which what waits is to be done
-WINDOW = 4.0  # seconds, over which arrivals are counted
-RECOVERY = 0.25  # of all inputs more that may reason, after a second
+DRAIN = 10  # times the patience, in which what waits is to be done beside what comes
+WINDOW = 4.0  # seconds over which arrivals are counted,
+RECENT = 256  # or the calls, whichever is shorter
+JUDGED = 512  # scores that are remembered
 ENOUGH = 32  # scores, from which on they tell more than the bundle's curve
 NEVER = 2.0  # a threshold above every score
 
 
 @dataclass(frozen=True)
-class Backlog:
-    """What waits: prompts, rows that are to reason or do, and for how long the first of them has waited, in seconds."""
+class Work:
+    """Prompts, rationales that must be written whatever the load, and those that may be."""
 
-    prompts: int
-    reasoning: int
-    waited: float
+    prompts: float = 0
+    must: float = 0
+    may: float = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.prompts + other.prompts, self.must + other.must, self.may + other.may)
 
 
 class LoadGate:
@@ -38,50 +44,46 @@ class LoadGate:
         self.threshold = 0.0  # the lowest score that may reason
         self.share = 1.0  # of the inputs that it judges
         self._curve = sorted(curve, key=lambda point: point.threshold)
-        self._patience = patience
-        self._arrived: deque[tuple[float, int, int]] = deque()  # when, prompts, and those of them that must reason
-        self._scores: deque[float] = deque(maxlen=512)
-        self._utilisation = UTILISATION
-        self._patient_at = self._updated = 0.0
+        self._drain = DRAIN * patience
+        self._come = Work()  # since the beginning
+        self._calls: deque[tuple[float, Work]] = deque(maxlen=RECENT)  # when, and what had come before
+        self._scores: deque[float] = deque(maxlen=JUDGED)
+        self._sorted: list[float] = []  # the same
 
-    def arrived(self, now: float, prompts: int, *, must_reason: int) -> None:
-        """Note inputs that came."""
-        self._arrived.append((now, prompts, must_reason))
+    def arrived(self, now: float, work: Work) -> None:
+        """Note a call."""
+        self._calls.append((now, self._come))
+        self._come += work
 
     def scored(self, score: float) -> None:
         """Note the score of an input that it judges."""
+        if len(self._scores) == JUDGED:
+            del self._sorted[bisect_left(self._sorted, self._scores[0])]
         self._scores.append(score)
+        insort(self._sorted, score)
 
-    def update(self, now: float, backlog: Backlog, prompt: float, reasoning: float) -> None:
-        """Set the threshold by what is known now: seconds of a prompt and of a rationale, in full batches."""
-        elapsed, self._updated = now - self._updated, now
+    def update(self, now: float, waiting: Work, prompt: float, reasoning: float) -> None:
+        """Set the threshold by what waits and what comes, and the seconds of a prompt and of a rationale."""
         if not reasoning:
             return
-        self._learn(now, elapsed, backlog.waited)
-        while self._arrived and self._arrived[0][0] < now - WINDOW:
-            self._arrived.popleft()
-        prompts, must = (sum(entry[part] for entry in self._arrived) / WINDOW for part in (1, 2))
-        certain = (prompts * HORIZON + backlog.prompts) * prompt
-        certain += (must * HORIZON + backlog.reasoning) * reasoning
-        judged = max(prompts - must, 1 / WINDOW) * HORIZON * reasoning
-        room = (self._utilisation * HORIZON - certain) / judged
-        self.share = min(max(room, 0.0), self.share + RECOVERY * elapsed, 1.0)
+        while self._calls and self._calls[0][0] < now - WINDOW:
+            self._calls.popleft()
+        full = len(self._calls) == RECENT
+        since, before = self._calls[0] if self._calls else (now, self._come)
+        seconds = max(now - since, 1e-9) if full else WINDOW
+        prompts, must, may = (
+            (getattr(self._come, kind) - getattr(before, kind)) / seconds for kind in ("prompts", "must", "may")
+        )
+        certain = prompts * prompt + must * reasoning
+        certain += (waiting.prompts * prompt + waiting.must * reasoning) / self._drain
+        self.share = min(max((UTILISATION - certain) / max(may * reasoning, 1e-9), 0.0), 1.0)
         self.threshold = self._threshold_of(self.share)
-
-    def _learn(self, now: float, elapsed: float, waited: float) -> None:
-        """Expect less of the device for every second of too long a wait, and more again while there is none."""
-        if waited <= self._patience:
-            self._patient_at = now
-            self._utilisation = min(UTILISATION, self._utilisation * 1.05 ** min(elapsed, 1.0))
-        elif now - self._patient_at > 1:
-            self._utilisation *= 0.8 ** min(elapsed, 1.0)
 
     def _threshold_of(self, share: float) -> float:
         if share >= 1:
             return 0.0
         if share <= 0:
             return NEVER
-        if len(self._scores) >= ENOUGH:
-            scores = sorted(self._scores)
-            return scores[min(int((1 - share) * len(scores)), len(scores) - 1)]
+        if len(self._sorted) >= ENOUGH:
+            return self._sorted[min(int((1 - share) * len(self._sorted)), len(self._sorted) - 1)]
         return next((point.threshold for point in self._curve if point.reasoning_rate <= share), NEVER)

@@ -25,7 +25,7 @@ from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_deploy.routing.costs import Costs
 from mmemb_deploy.routing.generation import CallersWriter, Writing
 from mmemb_deploy.routing.items import Item, RationaleWriter
-from mmemb_deploy.routing.load import Backlog, LoadGate
+from mmemb_deploy.routing.load import LoadGate, Work
 from mmemb_deploy.routing.paths import Paths
 from mmemb_deploy.routing.router import Policy, highest
 
@@ -178,7 +178,8 @@ class Scheduler:
             job.call.scoring += job.call.chooses(job)
             self._prompts.add(job)
         if self.load is not None:
-            self.load.arrived(now, len(jobs), must_reason=sum(job.keeps and not job.yields for job in jobs))
+            may = sum(job.yields for job in jobs)
+            self.load.arrived(now, Work(len(jobs), sum(job.keeps for job in jobs) - may, may))
 
     def cancel(self, jobs: Sequence[Job]) -> None:
         """Let go of jobs that nobody waits for, before the next run; any thread may call this."""
@@ -268,11 +269,10 @@ class Scheduler:
             self._degrade(job, "deadline")
 
     def _settle_load(self, load: LoadGate, now: float) -> None:
-        oldest = min((job.arrived for job in (self._prompts.first(), *self._ready[:1]) if job is not None), default=now)
-        reasoning = len(self._ready) + len(self._live) // 2
-        backlog = Backlog(len(self._prompts), reasoning, now - oldest)
-        load.update(now, backlog, self.costs.prompts.row(self._pace.prompts), self.costs.rationale(self.most))
+        waiting = Work(len(self._prompts), len(self._ready))
+        load.update(now, waiting, self.costs.prompts.row(self._pace.prompts), self.costs.rationale(self.most))
         for job in [job for job in self._ready if job.yields and job.item.score < load.threshold]:
+            job.item.threshold = load.threshold
             self._degrade(job, "load")
 
     def _degrade(self, job: Job, reason: str) -> None:
@@ -345,10 +345,11 @@ class Scheduler:
         item.threshold = policy.threshold
         if self.load is not None and job.yields:
             self.load.scored(item.score)
-            if policy.wants(item.score) and item.score < self.load.threshold:
-                item.threshold, item.degraded_by = self.load.threshold, "load"
-                return False
-        return policy.wants(item.score)
+            item.threshold = max(policy.threshold, self.load.threshold)
+        reasons = item.score >= item.threshold
+        if policy.wants(item.score) and not reasons:
+            item.degraded_by = "load"
+        return reasons
 
     def _choose(self, call: Call, scored: set[Job]) -> None:
         """Hold the best of a call with a quota, who reason once all scores are known, and end the others."""
@@ -399,8 +400,9 @@ class Scheduler:
 
     def _step(self) -> None:
         """Write a token of every rationale that is being written."""
+        began = self._clock()
         self._join()
-        began, rows = self._clock(), len(self._live)
+        rows = len(self._live)
         try:
             ended = self._decoding.step()
         except BackendError as error:

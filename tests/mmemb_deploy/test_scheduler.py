@@ -19,8 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from mmemb_benchmarks.simulation import engine as simulation
 from mmemb_benchmarks.simulation.engine import SimulatedCosts, SimulatedEngine, SimulatedInput
 from mmemb_deploy import BackendError, DeadlineError, Embedder, OverloadError
+from mmemb_deploy.bundle.manifest import CurvePoint
 from mmemb_deploy.routing.items import Item
-from mmemb_deploy.routing.load import LoadGate
+from mmemb_deploy.routing.load import UTILISATION, LoadGate, Work
 from mmemb_deploy.routing.router import Policy
 from mmemb_deploy.routing.scheduler import PATIENCE, STALL, Bounds, Call, Job, Pace, Scheduler
 
@@ -345,6 +346,60 @@ def test_load_takes_reasoning_from_the_lowest_scores_and_gives_it_back() -> None
     after = offer(served, 40, 10, rng)
     served.run()
     assert np.mean([job.item.reasoned is not None for job in after[-200:]]) > 0.97
+
+
+def test_a_jump_of_load_is_felt_for_a_moment_and_costs_no_more_reasoning_than_it_must() -> None:
+    served = Served(pace=Pace(patient=False, prompts=16, rationales=16), load=LoadGate([], patience=0.1))
+    for _ in range(16):
+        served.submit(SimulatedInput(20, 1.0, 20), "always")
+    served.run()
+    rng = np.random.default_rng(0)
+    offer(served, 40, 5, rng)
+    jumped = offer(served, 400, 6, rng)
+    served.run()
+    took = [served.when[job.item.index] - job.arrived for job in jumped]
+    assert np.percentile(took[:400], 95) < 0.6  # of which a rationale takes 0.15, and a prompt's batch little
+    assert np.percentile(took[400:], 95) < 0.3
+    reasoned = np.mean([job.item.reasoned is not None for job in jumped[400:]])
+    prompts, rationale = 400 * COSTS.prompts(16, 20) / 16, 22 * COSTS.step(16) / 16
+    assert 0.7 < reasoned * 400 * rationale / (UTILISATION - prompts) < 1
+    assert all((job.item.threshold or 0) > job.item.score for job in jumped[400:] if job.item.degraded_by == "load")
+
+
+def test_the_share_is_of_inputs_that_leave_it_to_the_server() -> None:
+    """Prompts that never reason take their time, and no place among those that may."""
+    shares = []
+    for others in (0, 3):
+        load = LoadGate([], patience=0.1)
+        for call in range(400):
+            load.arrived(call / 100, Work(prompts=1 + others, may=1))
+        load.update(4.0, Work(), 1e-6, 0.02)
+        shares.append(load.share)
+    assert shares == pytest.approx([UTILISATION / 2] * 2, rel=0.02)
+
+
+def test_the_threshold_lets_the_share_of_the_latest_scores_pass() -> None:
+    point = CurvePoint(
+        threshold=0.7,
+        reasoning_rate=0.4,
+        quality=0.9,
+        quality_interval=(0.8, 1.0),
+        worst_group=0.0,
+        rationale_tokens=5.0,
+        latency_ms=1.0,
+    )
+    load = LoadGate([point], patience=0.1)
+    for call in range(200):
+        load.arrived(call / 50, Work(prompts=1, may=1))
+    load.update(4.0, Work(), 0.0, 0.034)
+    assert load.share == pytest.approx(0.5, rel=0.02)
+    assert load.threshold == 0.7  # by the curve
+    for score in (*np.zeros(600), *np.linspace(0, 1, 512)):
+        load.scored(float(score))
+    load.update(4.0, Work(), 0.0, 0.034)
+    assert load.threshold == pytest.approx(0.5, abs=0.02)
+    load.update(4.0, Work(must=50), 0.0, 0.034)
+    assert load.threshold > 1
 
 
 def test_what_does_not_yield_is_untouched_by_load() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from mmemb_benchmarks.commands import outcome, quality, speed
+from mmemb_benchmarks.commands import load, outcome, quality, speed
 from mmemb_benchmarks.commands.peers import peers
 from mmemb_benchmarks.commands.shared import OldNames
 
@@ -14,7 +14,8 @@ OF_A_BUNDLE: tuple[Callable[..., None], ...] = (
     quality.digitchain,
     quality.frontier,
     speed.latency,
-    speed.load,
+    load.load,
+    load.overload,
     speed.suite,
     speed.startup,
     speed.runtime,

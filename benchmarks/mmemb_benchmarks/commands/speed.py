@@ -1,4 +1,4 @@
-"""The commands that measure time: `latency`, `load`, `suite`, `startup` and `runtime`."""
+"""The commands that measure time: `latency`, `suite`, `startup` and `runtime`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,10 @@ from mmemb_benchmarks.commands.shared import (
     finish,
     table,
 )
-from mmemb_benchmarks.measure import FEWEST_REQUESTS, PRECISION, TARGET
 from mmemb_deploy.cli.options import Backend, Bundle, Device, Json, Threads
 
 if TYPE_CHECKING:
     from mmemb_benchmarks.measure.latency import LatencyResult
-    from mmemb_benchmarks.measure.load import LoadResult
 
 
 def latency(
@@ -89,57 +87,6 @@ def latency(
         report=notes.print,
     )
     finish(stamp("latency", found, embedder), output=output, as_json=as_json, show=_show_latency)
-
-
-def load(
-    bundle: Bundle = None,
-    backend: Backend = "auto",
-    requests: Requests = None,
-    kind: Kind = None,
-    queries: Queries = 400,
-    seed: Seed = 0,
-    p95_ms: Annotated[
-        float | None,
-        typer.Option(min=0.001, help=f"What p95 must not exceed; {TARGET} x the slowest mode's idle mean by default."),
-    ] = None,
-    reasoning_rate: Rate = None,
-    max_rationale_tokens: Written = None,
-    seconds: Annotated[
-        float,
-        typer.Option(
-            min=0.1, help=f"Length of a trial; at least {FEWEST_REQUESTS} requests, and {1 / PRECISION:.0f} x --p95-ms."
-        ),
-    ] = 5.0,
-    trials: Annotated[int, typer.Option(min=1, help="Trials of each mode, at most.")] = 12,
-    batch_size: BatchSize = 32,
-    device: Device = 0,
-    threads: Threads = None,
-    output: Out = None,
-    as_json: Json = False,
-) -> None:
-    """Find the rate of random arrivals at which never, auto and always still answer in time."""
-    from rich.console import Console
-
-    from mmemb_benchmarks.measure.latency import mode_options
-    from mmemb_benchmarks.measure.load import measure_load
-    from mmemb_benchmarks.results import stamp
-    from mmemb_benchmarks.workload import Workload, assemble, load_uncached, threshold_of_rate
-
-    check_output(output)
-    embedder = assemble(*load_uncached(bundle, backend, threads, device))
-    drawn = Workload.of(embedder, requests=requests, kind=kind, queries=queries, seed=seed)
-    found = measure_load(
-        embedder,
-        drawn,
-        mode_options(threshold_of_rate(embedder, drawn, reasoning_rate), max_rationale_tokens),
-        target_ms=p95_ms,
-        seconds=seconds,
-        trials=trials,
-        batch_size=batch_size,
-        seed=seed,
-        report=Console(stderr=True).print,
-    )
-    finish(stamp("load", found, embedder), output=output, as_json=as_json, show=_show_load)
 
 
 def suite(
@@ -264,18 +211,3 @@ def _show_latency(result: LatencyResult) -> None:
         f"GFLOP/s ({ceiling.matmul_type}); alone, prefill reaches {ceiling.prefill_share:.0%} of the latter, "
         f"decoding {ceiling.decode_share:.0%} of the former"
     )
-
-
-def _show_load(result: LoadResult) -> None:
-    from rich.console import Console
-
-    from mmemb_benchmarks.results import digits
-
-    shown = table(
-        f"requests a second with p95 below {digits(result.target_p95_ms)} ms; {result.source}",
-        *("mode", "idle mean, ms", "sustained", "broke at", "times always"),
-    )
-    for name, mode in result.modes.items():
-        figures = mode.idle_ms, mode.sustainable_per_s, mode.broke_per_s, result.ratio.get(f"{name} over always")
-        shown.add_row(name, *("-" if figure is None else digits(figure) for figure in figures))
-    Console().print(shown)

@@ -175,7 +175,7 @@ def _done(ended: Ended, scored: Scored | None, gallery: Gallery) -> dict[str, An
 
 def _auto(scored: Scored) -> router.Route:
     """Return the route that the gate chooses."""
-    reasons = scored.threshold is not None and router.Policy(threshold=scored.threshold).wants(scored.score)
+    reasons = scored.threshold is not None and scored.score >= scored.threshold
     return router.Route.REASON if reasons else router.Route.FAST
 
 

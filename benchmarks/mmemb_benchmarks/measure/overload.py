@@ -1,0 +1,301 @@
+"""What a service does with more than it can do: less reasoning, deadlines kept, a fast path that stays fast.
+
+Everything here asks the two-route loop in process. Axes: Q requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from pydantic import BaseModel
+
+from mmemb_benchmarks.measure import FEWEST_REQUESTS, TARGET
+from mmemb_benchmarks.measure.load import Traffic, Trial, idle_ms, measure_load
+from mmemb_benchmarks.measure.open_loop import Reply, offer
+from mmemb_benchmarks.measure.targets import TwoRoutes
+from mmemb_deploy.embedder import Embedder
+from mmemb_deploy.errors import OptionError
+from mmemb_deploy.evaluation.routes import Outcome, Routes, measure_routes
+from mmemb_deploy.options import EncodeOptions
+from mmemb_deploy.serve.ask import Ask
+
+LEVELS = 0.5, 1.0, 1.5, 2.0, 0.5  # times the sustained rate, one after the other
+DEADLINES = 0.5, 1.0, 2.0  # times the mean latency, idle, of always
+DEADLINE_LOAD = 0.5  # of the rate that always sustains
+WINDOW = 0.5  # seconds, of which each has to be in time again after an overload
+MATCHES = 4  # trials that look for the rate of an equal utilisation
+ROUNDS = 3  # of the mixed and the fast traffic, in turns
+
+
+class Level(BaseModel, frozen=True):
+    """One rate, and what the same requests would have come to without load, and by other choices of those to reason."""
+
+    load: float  # times the sustained rate
+    trial: Trial
+    never: float | None  # hit@1, as the others; None where nothing says which embedding is right
+    auto: float | None
+    always: float | None
+    random: float | None  # of as many as reasoned, drawn at random
+    oracle: float | None  # of as many, by what becomes of them
+
+
+class Deadline(BaseModel, frozen=True):
+    """What became of requests that were all to reason, by a deadline; shares of all."""
+
+    deadline_ms: float
+    times_idle: float
+    reasoned: float
+    direct: float
+    refused: float
+    late: float  # and said so
+    unsaid: float  # answered after the deadline
+    worst_unsaid_ms: float  # by how much
+
+
+class Mixed(BaseModel, frozen=True):
+    """p95 of requests that do not reason: while as many others do, and alone at an equal utilisation; medians."""
+
+    rate_per_s: float  # of all
+    alone_per_s: float
+    utilisation: float  # engine seconds a second
+    alone_utilisation: float
+    p95_ms: float
+    alone_p95_ms: float
+    ratio: float
+    rounds: list[tuple[float, float]]  # p95 of each: mixed, alone
+
+
+class OverloadResult(BaseModel, frozen=True):
+    """`mmemb bench overload`."""
+
+    source: str
+    target_p95_ms: float
+    sustained_per_s: dict[str, float]
+    seconds: float
+    batch_size: int
+    levels: list[Level]
+    recovery_s: float | None  # None where p95 was above the target to the end
+    deadlines: list[Deadline]
+    mixed: Mixed
+
+
+async def measure_levels(
+    target: TwoRoutes,
+    traffic: Traffic,
+    routes: Routes | None,
+    options: EncodeOptions,
+    *,
+    threshold: float,
+    sustained: float,
+    levels: Sequence[float] = LEVELS,
+    seconds: float,
+    target_ms: float,
+) -> tuple[list[Level], float | None]:
+    """Offer the levels one after the other, load being free to take reasoning away; return them and the recovery.
+
+    `routes` are those of every pair of the traffic, None where nothing is judged; `threshold` is the bundle's.
+    """
+    asks = traffic.asks(options, on_overload="direct")
+    drawn, due = traffic.draw([(level * sustained, seconds) for level in levels])
+    replies = await offer(target, [asks[index] for index in drawn], due)
+    made: list[Level] = []
+    for place, level in enumerate(levels):
+        there = [reply for reply in replies if place * seconds <= reply.due < (place + 1) * seconds]
+        trial = traffic.summary(level * sustained, drawn, there, count=len(there), target_ms=target_ms)
+        hits: Mapping[str, float] = {}
+        if routes is not None and trial.reasoned is not None:
+            asked = _taken(routes, [drawn[reply.number] for reply in there if reply.answer is not None])
+            chosen = {
+                "never": asked.never,
+                "auto": asked.gate(threshold),
+                "always": asked.always,
+                "random": asked.random(trial.reasoned),
+                "oracle": asked.oracle(trial.reasoned),
+            }
+            hits = {name: float(outcome.hits_Q.mean()) for name, outcome in chosen.items()}
+        choices = ("never", "auto", "always", "random", "oracle")
+        made.append(Level(load=level, trial=trial, **{name: hits.get(name) for name in choices}))
+    return made, recovery_s(replies, (len(levels) - 1) * seconds, target_ms)
+
+
+def _taken(routes: Routes, indices: Sequence[int]) -> Routes:
+    def taken(outcome: Outcome) -> Outcome:
+        return Outcome(*(getattr(outcome, field.name)[indices] for field in fields(outcome)))
+
+    return Routes(taken(routes.never), taken(routes.always))
+
+
+def recovery_s(replies: Sequence[Reply], since: float, target_ms: float) -> float | None:
+    """Return the seconds after `since` from which on p95 of every WINDOW of requests was within the target.
+
+    None where that of the last one was not.
+    """
+    after = [reply for reply in replies if reply.due >= since]
+    windows = [int((reply.due - since) / WINDOW) for reply in after]
+    late = [
+        window
+        for window in sorted(set(windows))
+        if np.percentile([r.seconds for r, at in zip(after, windows, strict=True) if at == window], 95)
+        > target_ms / 1000
+    ]
+    if not late:
+        return 0.0
+    return None if late[-1] == max(windows) else (late[-1] + 1) * WINDOW
+
+
+async def measure_deadlines(
+    target: TwoRoutes, traffic: Traffic, options: EncodeOptions, *, always_ms: float, rate: float, seconds: float
+) -> list[Deadline]:
+    """Ask for reasoning by deadlines around what it takes idle, `always_ms`, at a rate."""
+    made = []
+    for times in DEADLINES:
+        deadline = times * always_ms / 1000
+        asks = traffic.asks(options, deadline=deadline, on_overload="direct")
+        drawn, due = traffic.draw([(rate, max(seconds, FEWEST_REQUESTS / rate))])
+        replies = await offer(target, [asks[index] for index in drawn], due)
+        answered = [(reply, reply.answer) for reply in replies if reply.answer is not None]
+        over = [reply.seconds - deadline for reply, _ in answered if reply.seconds > deadline]
+        in_time = [answer for reply, answer in answered if reply.seconds <= deadline]
+        every = len(replies)
+        made.append(
+            Deadline(
+                deadline_ms=1000 * deadline,
+                times_idle=times,
+                reasoned=sum(answer.reasoned for answer in in_time) / every,
+                direct=sum(not answer.reasoned for answer in in_time) / every,
+                refused=sum(reply.refused for reply in replies) / every,
+                late=sum(reply.answer is None and not reply.refused for reply in replies) / every,
+                unsaid=len(over) / every,
+                worst_unsaid_ms=1000 * max(over, default=0.0),
+            )
+        )
+    return made
+
+
+@dataclass(frozen=True)
+class _Fast:
+    """p95 of requests that do not reason, and the engine's share of the time."""
+
+    p95_ms: float
+    utilisation: float
+
+
+async def measure_mixed(
+    target: TwoRoutes,
+    traffic: Traffic,
+    options: Mapping[str, EncodeOptions],
+    *,
+    rate: float,
+    seconds: float,
+    report: Callable[[str], None],
+) -> Mixed:
+    """Let half of the requests reason and half not, at a rate together; then the latter alone, as busy, in turns."""
+    never, always = (traffic.asks(options[mode]) for mode in ("never", "always"))
+    rng = np.random.default_rng([traffic.seed, 2])
+
+    async def fast(rate: float, share: float) -> _Fast:
+        drawn, due = traffic.draw([(rate, max(seconds, FEWEST_REQUESTS / rate))])
+        reasons = rng.random(len(drawn)) < share
+        asks: list[Ask] = [(always if up else never)[index] for index, up in zip(drawn, reasons, strict=True)]
+        before = target.engine_seconds
+        replies = await offer(target, asks, due)
+        late = [1000 * reply.seconds for reply in replies if not reasons[reply.number]]
+        lasted = max(reply.due + reply.seconds for reply in replies)
+        return _Fast(float(np.percentile(late, 95)), (target.engine_seconds - before) / lasted)
+
+    alone_rate, wanted = rate, (await fast(rate, 0.5)).utilisation
+    for turn in range(MATCHES):
+        found = (await fast(alone_rate, 0.0)).utilisation
+        report(f"trial {turn + 1} of {MATCHES}: without reasoning {alone_rate:.1f} a second use {found:.0%}")
+        alone_rate *= wanted / found
+    rounds = [(await fast(rate, 0.5), await fast(alone_rate, 0.0)) for _ in range(ROUNDS)]
+    mixed, alone = zip(*rounds, strict=True)
+    p95, alone_p95 = (float(np.median([each.p95_ms for each in side])) for side in (mixed, alone))
+    return Mixed(
+        rate_per_s=rate,
+        alone_per_s=alone_rate,
+        utilisation=float(np.median([each.utilisation for each in mixed])),
+        alone_utilisation=float(np.median([each.utilisation for each in alone])),
+        p95_ms=p95,
+        alone_p95_ms=alone_p95,
+        ratio=p95 / alone_p95,
+        rounds=[(one.p95_ms, other.p95_ms) for one, other in rounds],
+    )
+
+
+async def measure_overload(
+    embedder: Embedder,
+    traffic: Traffic,
+    options: Mapping[str, EncodeOptions],
+    *,
+    target_ms: float | None,
+    seconds: float,
+    trials: int,
+    batch_size: int,
+    patience_ms: float | None,
+    report: Callable[[str], None],
+) -> OverloadResult:
+    """Find what auto and always sustain, in at most so many trials each, then go beyond it.
+
+    `options` are those of never, auto and always, `patience_ms` is what an input may wait before load is high, half of
+    the target by default. Raises OptionError for a bundle without a gate.
+    """
+    gate = embedder.manifest.gate
+    if gate is None:
+        raise OptionError(f"{embedder.manifest.model.name} does not reason: load has nothing to take away from it")
+    idle = idle_ms(embedder, traffic.workload, options)
+    limit = TARGET * max(idle.values()) if target_ms is None else target_ms
+    report("both routes of every query")
+    routes = None if traffic.judge is None else measure_routes(embedder, traffic.workload.pairs, judge=traffic.judge)
+    patience = (limit / 2 if patience_ms is None else patience_ms) / 1000
+    async with TwoRoutes(embedder, batch_size, patience=patience) as target:
+        found = await measure_load(
+            {"two-route": target},
+            embedder,
+            traffic,
+            {mode: options[mode] for mode in ("auto", "always")},
+            target_ms=limit,
+            seconds=min(seconds, 5.0),
+            trials=trials,
+            batch_size=batch_size,
+            report=report,
+        )
+        sustained = {mode: load.sustainable_per_s for mode, load in found.modes.items()}
+        if not all(sustained.values()):
+            raise OptionError(f"p95 is never below {limit:.3g} ms: raise --p95-ms, --trials, or let nothing else run")
+        report(f"{', '.join(map(str, LEVELS))} times {sustained['auto']:.1f} a second, {seconds:g} s each")
+        levels, recovery = await measure_levels(
+            target,
+            traffic,
+            routes,
+            options["auto"],
+            threshold=gate.threshold,
+            sustained=sustained["auto"],
+            seconds=seconds,
+            target_ms=limit,
+        )
+        report("deadlines")
+        deadlines = await measure_deadlines(
+            target,
+            traffic,
+            options["always"],
+            always_ms=idle["always"],
+            rate=DEADLINE_LOAD * sustained["always"],
+            seconds=seconds / 3,
+        )
+        mixed = await measure_mixed(
+            target, traffic, options, rate=sustained["always"], seconds=seconds / 6, report=report
+        )
+    return OverloadResult(
+        source=traffic.workload.source,
+        target_p95_ms=limit,
+        sustained_per_s=sustained,
+        seconds=seconds,
+        batch_size=batch_size,
+        levels=levels,
+        recovery_s=recovery,
+        deadlines=deadlines,
+        mixed=mixed,
+    )
