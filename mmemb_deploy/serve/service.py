@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 from mmemb_deploy.embedder import Embedder, Prepared
-from mmemb_deploy.errors import MmembError, OverloadError
+from mmemb_deploy.errors import DeadlineError, MmembError, OverloadError
 from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.results import EncodeResult
@@ -68,11 +68,12 @@ class Service:
         Raises InputError with the index of a bad input, OptionError, OverloadError, DeadlineError, BackendError.
         Cancelling the awaiting task ends the work before the engine's next run.
         """
+        deadline = _deadline(ask)
         with self._accepted(len(ask.inputs)):
             prepared = await self._prepare(ask)
             loop = asyncio.get_running_loop()
             done: asyncio.Future[None] = loop.create_future()
-            jobs = self._jobs(prepared, ask)
+            jobs = self._jobs(prepared, ask, deadline)
             left = len(jobs)
 
             def ended(job: Job) -> None:
@@ -90,6 +91,8 @@ class Service:
                 finally:
                     if left:
                         self.scheduler.cancel(jobs)
+            if (late := time.monotonic() - deadline) > 0:
+                raise DeadlineError(f"it was done {late:.3f} s after its deadline: allow more, or ask again later")
             return self.embedder.result(prepared)
 
     async def watch(self, ask: Ask) -> AsyncGenerator[Event]:
@@ -97,7 +100,7 @@ class Service:
 
         Raises as `embed`, before the first of them or between.
         """
-        began = time.perf_counter()
+        began, deadline = time.perf_counter(), _deadline(ask)
         with self._accepted(len(ask.inputs)):
             prepared = await self._prepare(ask)
             loop = asyncio.get_running_loop()
@@ -106,7 +109,7 @@ class Service:
             def tell(event: list[int] | MmembError | Floats | None) -> None:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-            (job,) = jobs = self._jobs(prepared, ask)
+            (job,) = jobs = self._jobs(prepared, ask, deadline)
             job.scored = lambda job: tell(job.item.embedding_D)
             job.wrote = lambda job: tell([] if job.writing is None else list(job.writing.token_ids))
             job.ended = lambda job: tell(job.error)
@@ -198,13 +201,13 @@ class Service:
             return prepare()
         return await asyncio.get_running_loop().run_in_executor(self._readers, prepare)
 
-    def _jobs(self, prepared: Prepared, ask: Ask) -> list[Job]:
+    def _jobs(self, prepared: Prepared, ask: Ask, deadline: float) -> list[Job]:
         jobs = self.embedder.jobs(prepared)
         options = prepared.options
         judged = options.reasoning == "auto" and options.threshold is None and options.reasoning_rate is None
         for job in jobs:
             job.priority = ask.priority
-            job.deadline = math.inf if ask.deadline is None else time.monotonic() + ask.deadline
+            job.deadline = deadline
             job.yields = judged and ask.on_overload == "direct"
             job.exact = ask.on_overload == "reject"
         return jobs
@@ -225,6 +228,11 @@ class Service:
                 retry_after=1.0,
             )
         self._engine.call(submit)
+
+
+def _deadline(ask: Ask) -> float:
+    """Return it by the scheduler's clock, counted from now: an input may wait for its reader too."""
+    return math.inf if ask.deadline is None else time.monotonic() + ask.deadline
 
 
 def _finish(done: asyncio.Future[None], error: MmembError | None) -> None:

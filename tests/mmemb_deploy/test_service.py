@@ -1,6 +1,7 @@
 """The service: many requests at once through one scheduler, in one engine thread."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from mmemb_deploy import BackendError, DeadlineError, Embedder, InputError, OptionError, OverloadError
 from mmemb_deploy.options import EncodeOptions
+from mmemb_deploy.serve import service as service_module
 from mmemb_deploy.serve.ask import Ask, Ended, Scored, Wrote
 from mmemb_deploy.serve.service import Service
 
@@ -163,5 +165,37 @@ def test_what_the_figures_name_is_what_the_scheduler_has_done(tiny_embedder: Emb
         assert gate is not None
         assert after["gate_threshold"] == pytest.approx(gate.threshold)
         assert np.isfinite(list(after.values())).all()
+
+    serving(tiny_embedder, use)
+
+
+def test_a_deadline_counts_from_the_question_and_holds_to_the_answer(
+    tiny_embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long an input waits for its reader, or its answer for its turn."""
+
+    async def use(service: Service) -> None:
+        prepare = service._prepare  # pyright: ignore[reportPrivateUsage]
+
+        async def read_slowly(each: Ask) -> Any:
+            prepared = await prepare(each)
+            await asyncio.sleep(0.2)
+            return prepared
+
+        monkeypatch.setattr(service, "_prepare", read_slowly)
+        with pytest.raises((DeadlineError, OverloadError)):
+            await service.embed(ask("slow to read", deadline=0.1))
+        monkeypatch.undo()
+
+        finish = service_module._finish  # pyright: ignore[reportPrivateUsage]
+
+        def tell_slowly(*arguments: Any) -> None:
+            time.sleep(2.1)
+            finish(*arguments)
+
+        monkeypatch.setattr(service_module, "_finish", tell_slowly)
+        with pytest.raises(DeadlineError, match="after its deadline"):
+            await service.embed(ask("slow to be told", deadline=2.0))
+        monkeypatch.undo()
 
     serving(tiny_embedder, use)

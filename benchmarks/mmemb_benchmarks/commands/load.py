@@ -87,7 +87,7 @@ def load(
 
     from mmemb_benchmarks.measure.latency import mode_options
     from mmemb_benchmarks.measure.load import Traffic, measure_load
-    from mmemb_benchmarks.measure.targets import Server, StaticBatches, TwoRoutes, opened
+    from mmemb_benchmarks.measure.targets import AnyTarget, Server, StaticBatches, TwoRoutes, opened
     from mmemb_benchmarks.results import stamp
     from mmemb_benchmarks.workload import Workload, assemble, load_uncached, threshold_of_rate
 
@@ -100,10 +100,13 @@ def load(
     embedder = assemble(*load_uncached(bundle, backend, threads, device))
     drawn = Workload.of(embedder, requests=requests, pairs=pairs, kind=kind, queries=queries, seed=seed)
     options = mode_options(threshold_of_rate(embedder, drawn, reasoning_rate), max_rationale_tokens)
-    made = {TWO_ROUTES: lambda: TwoRoutes(embedder, batch_size), STATIC: lambda: StaticBatches(embedder, batch_size)}
 
     async def measure() -> LoadResult:
-        targets = {loop: made[loop]() for loop in chosen} | {url: Server(url) for url in servers or []}
+        targets: dict[str, AnyTarget] = {}
+        for loop in chosen:
+            make = TwoRoutes if loop == TWO_ROUTES else StaticBatches
+            targets[loop] = make(embedder, batch_size)
+        targets |= {url: Server(url) for url in servers or []}
         async with opened(targets):
             return await measure_load(
                 targets,
@@ -138,8 +141,8 @@ def _show_load(result: LoadResult) -> None:
                 mode.sustainable_per_s,
                 mode.broke_per_s,
                 mode.sustainable_per_s / always if always else None,
-                held and held.reasoned,
-                held and held.hit_at_1,
+                None if held is None else held.reasoned,
+                None if held is None else held.hit_at_1,
             )
             shown.add_row(target, name, *("-" if figure is None else digits(figure) for figure in figures))
         shown.add_section()

@@ -49,6 +49,7 @@ class Reply:
     seconds: float  # from when it was due to its end
     answer: Answer | None  # None where there is none
     refused: bool = False  # else, without an answer, it was late and said so
+    lag: float = 0.0  # of the seconds, those before it was sent
 
 
 class _HopelessError(Exception):
@@ -75,7 +76,7 @@ async def offer(target: Target, asks: Sequence[Ask], due: Sequence[float], *, gi
     began = time.perf_counter()
 
     async def send(number: int) -> None:
-        answer, refused = None, False
+        answer, refused, lag = None, False, time.perf_counter() - began - due[number]
         try:
             answer = await target.ask(asks[number])
         except OverloadError:
@@ -83,7 +84,7 @@ async def offer(target: Target, asks: Sequence[Ask], due: Sequence[float], *, gi
         except DeadlineError:
             pass  # which a reply without an answer means
         seconds = time.perf_counter() - began - due[number]
-        replies.append(Reply(number, due[number], seconds, answer, refused))
+        replies.append(Reply(number, due[number], seconds, answer, refused, lag))
         if seconds > give_up:
             raise _HopelessError
 

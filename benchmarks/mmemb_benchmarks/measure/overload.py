@@ -42,7 +42,7 @@ class Level(BaseModel, frozen=True):
 
 
 class Deadline(BaseModel, frozen=True):
-    """What became of requests that were all to reason, by a deadline; shares of all."""
+    """What became of requests that were all to reason, by a deadline from when they were sent; shares of all."""
 
     deadline_ms: float
     times_idle: float
@@ -156,8 +156,9 @@ async def measure_deadlines(
         drawn, due = traffic.draw([(rate, max(seconds, FEWEST_REQUESTS / rate))])
         replies = await offer(target, [asks[index] for index in drawn], due)
         answered = [(reply, reply.answer) for reply in replies if reply.answer is not None]
-        over = [reply.seconds - deadline for reply, _ in answered if reply.seconds > deadline]
-        in_time = [answer for reply, answer in answered if reply.seconds <= deadline]
+        took = [reply.seconds - reply.lag for reply, _ in answered]
+        over = [seconds - deadline for seconds in took if seconds > deadline]
+        in_time = [answer for (_, answer), seconds in zip(answered, took, strict=True) if seconds <= deadline]
         every = len(replies)
         made.append(
             Deadline(

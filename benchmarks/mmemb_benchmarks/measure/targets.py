@@ -20,6 +20,7 @@ from mmemb_benchmarks.measure.open_loop import Answer
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import BackendError, DeadlineError, MissingExtraError, OptionError, OverloadError
 from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.results import EncodeResult
 from mmemb_deploy.routing.router import Route
 from mmemb_deploy.serve.ask import Ask
@@ -86,8 +87,8 @@ class StaticBatches:
                 self._embed(group)
 
     def _embed(self, group: Sequence[Waiting]) -> None:
-        inputs = [ask.inputs[0] for ask, _ in group]
-        result = self._embedder.encode_detailed(inputs, **group[0][0].options, batch_size=self._batch_size)
+        settings: EncodeOptions = {**group[0][0].options, "batch_size": self._batch_size}
+        result = self._embedder.encode_detailed([ask.inputs[0] for ask, _ in group], **settings)
         for row, (_, future) in enumerate(group):
             self._loop.call_soon_threadsafe(_tell, future, _answer(result, row))
 
@@ -192,8 +193,11 @@ def _uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(saved.getvalue()).decode("ascii")
 
 
+AnyTarget = StaticBatches | TwoRoutes | Server
+
+
 @asynccontextmanager
-async def opened(targets: Mapping[str, StaticBatches | TwoRoutes | Server]) -> AsyncGenerator[None]:
+async def opened(targets: Mapping[str, AnyTarget]) -> AsyncGenerator[None]:
     """Start targets, and stop them at the end."""
     async with AsyncExitStack() as stack:
         for target in targets.values():
