@@ -28,9 +28,10 @@ from mmemb_deploy.results import Detail, EncodeResult, Timings
 from mmemb_deploy.routing.fast_path import FastPath
 from mmemb_deploy.routing.generation import Generator
 from mmemb_deploy.routing.items import Item
+from mmemb_deploy.routing.jobs import Call, Job, Pace
 from mmemb_deploy.routing.paths import Paths
 from mmemb_deploy.routing.router import MODES, Policy, Route
-from mmemb_deploy.routing.scheduler import Call, Job, Pace, Scheduler
+from mmemb_deploy.routing.scheduler import Scheduler
 from mmemb_deploy.routing.vision import VisionEncoder
 
 if TYPE_CHECKING:

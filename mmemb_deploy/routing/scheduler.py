@@ -11,113 +11,29 @@ do not stall decoding as Sarathi-Serve (2403.02310), predicted by measured costs
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from heapq import heappop, heappush
-from itertools import chain, count
+from itertools import chain
 from logging import getLogger
-from typing import Protocol
 
-from mmemb_deploy.backends.protocol import Cache
 from mmemb_deploy.errors import BackendError, DeadlineError, MmembError, OverloadError
 from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_deploy.routing.costs import Costs
 from mmemb_deploy.routing.generation import CallersWriter, Writing
-from mmemb_deploy.routing.items import Item, RationaleWriter
+from mmemb_deploy.routing.items import RationaleWriter
+from mmemb_deploy.routing.jobs import Call, Job, Pace
 from mmemb_deploy.routing.load import LoadGate, Work
 from mmemb_deploy.routing.paths import Paths
-from mmemb_deploy.routing.router import Policy, highest
+from mmemb_deploy.routing.prompt_queue import PromptQueue
+from mmemb_deploy.routing.router import highest
 
 LOGGER = getLogger("mmemb_deploy")
 
-PATIENCE = 10.0  # seconds after which a row without a deadline is due; and those that a step in priority is worth
 PROMPTS = 0.6  # share of the time that prompts get while both wait
 STALL = 0.025  # seconds that decoding goes on at most while prompts wait
 GATHER = 4  # steps after which rows join, however few
 ALIKE = 2  # times the shortest prompt of a batch that the longest may have, where somebody waits
 MARGIN = 1.5  # steps; a row whose deadline is nearer than that settles
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """What may wait to be prefilled; a call that exceeds one is refused whole."""
-
-    rows: float = math.inf
-    tokens: float = math.inf
-    media_bytes: float = math.inf  # of decoded pixels
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pace:
-    """How rows are run together.
-
-    `patient` fills every batch before it decodes, for the most rows a second: nobody waits for a single one. Without
-    it, a batch that fails is run again row by row, so that only the row at fault fails.
-    """
-
-    prompts: int = 32  # most rows of a prefill
-    rationales: int = 32  # most rows that are decoded together
-    patient: bool = True
-    bounds: Bounds = Bounds()
-
-
-@dataclass(eq=False)
-class Call:
-    """What jobs that came together share: a quota, None or how many of them reason, those of the highest scores."""
-
-    quota: int | None = None
-    scoring: int = 0  # jobs whose score is to be known first
-
-    def chooses(self, job: Job) -> bool:
-        """Return whether a job's score alone does not decide."""
-        return self.quota is not None and job.item.given is None
-
-
-@dataclass(eq=False)
-class Job:
-    """An item on its way, and what its caller asked for."""
-
-    item: Item
-    policy: Policy
-    max_tokens: int  # of its rationale
-    call: Call
-    priority: int = 0  # the lowest first; it ages, so that nobody starves
-    deadline: float = math.inf  # by the scheduler's clock
-    yields: bool = False  # whether load may take its reasoning away
-    exact: bool = False  # whether it would rather fail than do without the reasoning it is due
-    ended: Callable[[Job], None] = lambda _: None  # hears once that there is a result, or an error
-    scored: Callable[[Job], None] = lambda _: None  # hears that its prompt has run
-    wrote: Callable[[Job], None] | None = None  # hears of every token of its rationale
-    error: MmembError | None = None
-    cancelled: bool = False
-    alone: bool = False  # since a batch that it was in has failed
-    arrived: float = 0.0
-    cache: Cache | None = None
-    writing: Writing | None = None
-    began: float = 0.0  # to be decoded
-
-    @property
-    def keeps(self) -> bool:
-        """Whether its cache may be needed."""
-        return self.policy.reasoning != "never" or self.item.given is not None
-
-    @property
-    def due(self) -> float:
-        """When it should have begun; the scheduler takes the earliest."""
-        return min(self.deadline, self.arrived + PATIENCE) + PATIENCE * self.priority
-
-    @property
-    def after(self) -> int:
-        """Tokens that may follow its prompt."""
-        if not self.keeps:
-            return 0
-        return PATH_MARKERS + max(self.max_tokens, len(self.item.given or ()))
-
-    @property
-    def media_bytes(self) -> int:
-        """Bytes of its pixels."""
-        return sum(visual.pixels_THWC.nbytes for visual in self.item.row.visuals)
 
 
 class Scheduler:
@@ -135,10 +51,8 @@ class Scheduler:
         self._paths, self._pace, self._clock = paths, pace, clock
         self._writer: RationaleWriter | None = paths.writer
         self._caller = CallersWriter(paths.generator)
-        self._prompts = Prompts()
-        self._held: dict[
-            Call, set[Job]
-        ] = {}  # the best so far of calls with a quota, not all of whose scores are known
+        self._prompts = PromptQueue()
+        self._held: dict[Call, set[Job]] = {}  # the best so far of calls with a quota, until all scores are known
         self._ready: list[Job] = []  # to be decoded, the first due first
         self._elsewhere: list[Job] = []  # whose rationales another writes
         self._decoding = paths.generator.decoding()
@@ -482,84 +396,3 @@ class Scheduler:
             call.scoring -= 1
             self._choose(call, set())
         job.ended(job)
-
-
-Key = tuple[bool, bool, int, tuple[tuple[int, int], ...], int]
-
-
-class Fits(Protocol):
-    """Whether so many prompts of so many tokens run together."""
-
-    def __call__(self, jobs: int, tokens: int, *, keeps: bool) -> bool: ...
-
-
-class Prompts:
-    """Jobs whose prompts have not run: by when they are due, and by what can run together."""
-
-    def __init__(self) -> None:
-        self.tokens = self.media_bytes = 0
-        self._due: list[tuple[float, Key, Job]] = []  # a heap, in which those that have left remain for a while
-        self._alike: list[tuple[Key, Job]] = []  # sorted
-        self._keys: dict[Job, Key] = {}
-        self._numbers = count()
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __iter__(self) -> Iterator[Job]:
-        return iter(list(self._keys))
-
-    def __contains__(self, job: Job) -> bool:
-        return job in self._keys
-
-    def add(self, job: Job) -> None:
-        """Take in a job."""
-        row = job.item.row
-        key = (job.alone, job.keeps, row.length, tuple(visual.grid for visual in row.visuals), next(self._numbers))
-        self._keys[job] = key
-        insort(self._alike, (key, job))
-        heappush(self._due, (job.due, key, job))
-        self._count(job, 1)
-
-    def remove(self, *jobs: Job) -> None:
-        """Let jobs go."""
-        for job in jobs:
-            key = self._keys.pop(job)
-            del self._alike[bisect_left(self._alike, (key,))]
-            self._count(job, -1)
-
-    def _count(self, job: Job, sign: int) -> None:
-        self.tokens += sign * job.item.row.length
-        self.media_bytes += sign * job.media_bytes
-
-    def first(self) -> Job | None:
-        """Return the job that is due first."""
-        while self._due and self._keys.get(self._due[0][2]) != self._due[0][1]:
-            heappop(self._due)
-        return self._due[0][2] if self._due else None
-
-    def late(self, now: float) -> list[Job]:
-        """Return the jobs whose deadline has passed."""
-        return [job for job in self._keys if job.deadline < now]
-
-    def batch(self, fits: Fits, *, alike: float) -> list[Job]:
-        """Return the job that is due first, and others whose prompts are at most `alike` times as long or short."""
-        first = self.first()
-        assert first is not None
-        key = self._keys[first]
-        place = bisect_left(self._alike, (key,))
-        jobs, keeps, length = [first], first.keeps, first.item.row.length
-        longest = length
-        if not first.alone:
-            after = range(place + 1, len(self._alike))
-            before = range(place - 1, -1, -1)
-            for where in (after, before):
-                for index in where:
-                    other_key, job = self._alike[index]
-                    tokens = max(longest, job.item.row.length)
-                    near = max(length, job.item.row.length) <= alike * min(length, job.item.row.length)
-                    if other_key[:2] != key[:2] or not near or not fits(len(jobs) + 1, tokens, keeps=keeps):
-                        break
-                    jobs.append(job)
-                    longest = tokens
-        return jobs

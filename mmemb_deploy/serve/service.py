@@ -15,8 +15,9 @@ from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.results import EncodeResult
 from mmemb_deploy.routing.costs import Mean
+from mmemb_deploy.routing.jobs import Bounds, Job, Pace
 from mmemb_deploy.routing.load import LoadGate
-from mmemb_deploy.routing.scheduler import Bounds, Job, Pace, Scheduler
+from mmemb_deploy.routing.scheduler import Scheduler
 from mmemb_deploy.serve.ask import Ask, Ended, Event, Scored, Wrote
 from mmemb_deploy.serve.engine import EngineThread
 

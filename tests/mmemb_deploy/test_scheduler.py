@@ -21,9 +21,10 @@ from mmemb_benchmarks.simulation.engine import SimulatedCosts, SimulatedEngine, 
 from mmemb_deploy import BackendError, DeadlineError, Embedder, OverloadError
 from mmemb_deploy.bundle.manifest import CurvePoint
 from mmemb_deploy.routing.items import Item
+from mmemb_deploy.routing.jobs import PATIENCE, Bounds, Call, Job, Pace
 from mmemb_deploy.routing.load import UTILISATION, LoadGate, Work
 from mmemb_deploy.routing.router import Policy
-from mmemb_deploy.routing.scheduler import PATIENCE, STALL, Bounds, Call, Job, Pace, Scheduler
+from mmemb_deploy.routing.scheduler import STALL, Scheduler
 
 COSTS = SimulatedCosts(prompts=lambda rows, tokens: 0.002 + 1e-5 * rows * tokens, step=lambda rows: 0.004 + 1e-4 * rows)
 
