@@ -19,6 +19,7 @@ from pydantic import AliasPath, BaseModel, Field, ValidationError
 from mmemb_benchmarks.measure.frontier import FrontierResult
 from mmemb_benchmarks.measure.latency import LatencyResult
 from mmemb_benchmarks.measure.load import LoadResult
+from mmemb_benchmarks.measure.overload import OverloadResult
 from mmemb_benchmarks.peers.contest import PeersResult
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import OptionError
@@ -116,6 +117,7 @@ KINDS: dict[str, Any] = {  # of results that are read again
     "latency": Stamped[LatencyResult],
     "frontier": Stamped[FrontierResult],
     "load": Stamped[LoadResult],
+    "overload": Stamped[OverloadResult],
     "peers": Stamped[PeersResult],
     "suite": Stamped[list[Benchmark]],
 }

@@ -72,7 +72,6 @@ TRIAL = {
     "p95_ms": 12,
     "p99_ms": 15,
     "completed_per_s": 89,
-    "mean_batch": 3,
     "held": True,
     "half_held": True,
 }
@@ -84,6 +83,38 @@ LOAD = {
     "source": "DigitChain",
     "ratio": {"auto over always": 2.31},
     "modes": dict.fromkeys(("never", "auto", "always"), SUSTAINED),
+}
+LEVEL = {"load": 2.0, "trial": {**TRIAL, "hit_at_1": 0.8215, "threshold": 0.9987, "reasoned": 0.08}}
+OVERLOAD = {
+    "target_p95_ms": 19.5,
+    "sustained_per_s": {"auto": 432.0, "always": 187.0},
+    "seconds": 60,
+    "batch_size": 32,
+    "source": "DigitChain",
+    "levels": [{**LEVEL, "never": 0.75, "auto": 0.91, "always": 0.9, "random": 0.77, "oracle": 0.8311}],
+    "recovery_s": 1.5,
+    "deadlines": [
+        {
+            "deadline_ms": 3.7,
+            "times_idle": 1.0,
+            "reasoned": 0.6,
+            "direct": 0.3,
+            "refused": 0.06,
+            "late": 0.04,
+            "unsaid": 0.0,
+            "worst_unsaid_ms": 0.0,
+        }
+    ],
+    "mixed": {
+        "rate_per_s": 187,
+        "alone_per_s": 400,
+        "utilisation": 0.51,
+        "alone_utilisation": 0.5,
+        "p95_ms": 3.33,
+        "alone_p95_ms": 2.5,
+        "ratio": 1.332,
+        "rounds": [(3.33, 2.5)],
+    },
 }
 PEERS = {
     "tokens": 256,
@@ -127,7 +158,13 @@ def make_results() -> Callable[[], dict[str, Any]]:
     def make() -> dict[str, Any]:
         stamped: dict[str, Any] = {
             kind: {**STAMP, "kind": kind, "result": result}
-            for kind, result in (("latency", LATENCY), ("frontier", FRONTIER), ("load", LOAD), ("peers", PEERS))
+            for kind, result in (
+                ("latency", LATENCY),
+                ("frontier", FRONTIER),
+                ("load", LOAD),
+                ("overload", OVERLOAD),
+                ("peers", PEERS),
+            )
         }
         stamped["peers"]["bundle"] = None
         return copy.deepcopy({**stamped, "suite": SUITE})

@@ -1,4 +1,4 @@
-"""Latency, frontier and load compare the modes on the same requests and count what they did. No time is asserted."""
+"""Latency and frontier compare the modes on the same requests and count what they did. No time is asserted."""
 
 import sys
 from collections import defaultdict
@@ -10,18 +10,15 @@ import numpy as np
 import pytest
 
 from mmemb_benchmarks.measure import ceiling as ceilings
-from mmemb_benchmarks.measure import load as loads
 from mmemb_benchmarks.measure.ceiling import Ceiling, cpu_ceiling, gpu_ceiling
 from mmemb_benchmarks.measure.frontier import frontier, measure_frontier
 from mmemb_benchmarks.measure.latency import measure_latency, mode_options
-from mmemb_benchmarks.measure.load import Search, Trial, measure_load, run_trial
 from mmemb_benchmarks.timing import STAGES, Spent, timed_engine
 from mmemb_benchmarks.workload import Workload, assemble, load_uncached
 from mmemb_deploy import BackendError, Embedder, OptionError
 from mmemb_deploy.bundle.work import graph_work
 from mmemb_deploy.evaluation.pairs import encode_queries
 from mmemb_deploy.evaluation.routes import Outcome, Routes
-from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.routing.router import Route
 
 MODES = "never", "auto", "always"
@@ -172,79 +169,3 @@ def test_the_frontier_is_that_of_the_embedder(nano: Embedder, traffic: Workload)
     unjudged = Workload(traffic.pairs, False, "requests.jsonl")
     with pytest.raises(OptionError, match=r"requests\.jsonl says nothing about quality"):
         measure_frontier(nano, unjudged)
-
-
-def trial(rate: float, *, held: bool, half_held: bool = True) -> Trial:
-    return Trial(
-        rate_per_s=rate,
-        p50_ms=1,
-        p95_ms=1,
-        p99_ms=1,
-        completed_per_s=rate,
-        mean_batch=1,
-        held=held,
-        half_held=half_held,
-    )
-
-
-def test_a_search_rises_until_a_rate_breaks_twice_and_then_halves() -> None:
-    search = Search(capacity=100)
-    rates = []
-    while not search.done:
-        rates.append(search.next_rate())
-        search.add(trial(rates[-1], held=rates[-1] < 80))
-    assert rates[:5] == pytest.approx([50, 70, 98, 98, 84])
-    assert search.held < 80 <= search.broke < 1.05 * search.held
-
-
-def test_a_rate_that_breaks_once_may_still_hold() -> None:
-    search = Search(capacity=100)
-    search.add(trial(50, held=False))
-    assert search.next_rate() == 50
-    search.add(trial(50, held=True))
-    assert (search.held, search.broke) == (50, float("inf"))
-    assert search.next_rate() == pytest.approx(70)
-
-
-def test_a_rate_at_which_half_the_requests_are_late_is_not_tried_again() -> None:
-    search = Search(capacity=100)
-    search.add(trial(50, held=False, half_held=False))
-    assert search.next_rate() == 25
-
-
-def options(mode: str) -> EncodeOptions:
-    return mode_options(None, 4)[mode]
-
-
-def test_a_request_waits_from_its_arrival(nano: Embedder, traffic: Workload) -> None:
-    """At a rate that nothing can serve, requests queue, batches fill, and the target breaks."""
-    arguments: dict[str, Any] = {"seconds": 1e-4, "batch_size": 16, "seed": 0}
-    flooded = run_trial(nano, traffic, options("never"), rate=1e6, target_ms=1e-3, **arguments)
-    assert not flooded.held
-    assert flooded.p95_ms > 1e-3
-    calm = run_trial(nano, traffic, options("never"), rate=1e6, target_ms=1e6, **arguments)
-    assert calm.held
-    assert calm.mean_batch > 10
-
-
-def test_load_reports_each_mode_and_what_it_sustains(
-    nano: Embedder, traffic: Workload, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loads, "TARGET", 1)  # a trial takes 20 times as long
-    found = measure_load(
-        nano,
-        traffic,
-        mode_options(None, 1),
-        target_ms=None,
-        seconds=0.01,
-        trials=1,
-        batch_size=8,
-        seed=0,
-        report=silent,
-    )
-    assert set(found.modes) == set(MODES)
-    for mode in found.modes.values():
-        (first,) = mode.trials
-        assert mode.sustainable_per_s == (first.rate_per_s if first.held else 0)
-    assert found.seconds == pytest.approx(20 * found.target_p95_ms / 1000)
-    assert set(found.ratio) == {"never over always", "auto over always"}

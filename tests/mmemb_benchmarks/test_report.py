@@ -30,7 +30,7 @@ def whole(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_shows_every_figure_and_refers_to_nothing_outside(whole: Path) -> None:
     html = whole.read_text()
-    figures = "0.653 0.922 92.2% 19.5 2.31 0.617 0.99907 6.85 9.11 401 1f2e3d4c5b6a"
+    figures = "0.653 0.922 92.2% 19.5 2.31 0.617 0.99907 6.85 9.11 401 0.831 1.33 1f2e3d4c5b6a"
     for figure in figures.split():
         assert figure in html, figure
     assert "it needs &lt;a GPU&gt;" in html
@@ -50,7 +50,10 @@ def test_every_chart_is_drawn_for_both_themes_and_told_in_words(whole: Path) -> 
         assert re.search(r'alt="[^"]*\d', picture)
 
 
-@pytest.mark.parametrize(("kind", "title"), [("latency", "Latency"), ("load", "What a server sustains")])
+@pytest.mark.parametrize(
+    ("kind", "title"),
+    [("latency", "Latency"), ("load", "What a server sustains"), ("overload", "Beyond what it sustains")],
+)
 def test_a_section_is_there_with_its_result_alone(results: Path, tmp_path: Path, kind: str, title: str) -> None:
     page, _ = write_report([results / f"{kind}.json"], tmp_path / "with")
     assert f"<h3>{title}</h3>" in page.read_text()
