@@ -75,5 +75,5 @@ $(DOCS): pyproject.toml constraints.txt | $(BIN)/pip
 	touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/pip
-	$(INSTALL) --editable '.[cpu,train,export,bench,dev,docs,rtx]'
+	$(INSTALL) --editable '.[cpu,train,export,bench,serve,otel,dev,docs,rtx]'
 	touch $(DEMO) $(DOCS) $@

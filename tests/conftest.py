@@ -1,4 +1,4 @@
-"""Keeps ONNX Runtime from contacting its vendor, skips GPU tests without a GPU; makes tiny models, a server, a GPU."""
+"""Keeps ONNX Runtime from contacting its vendor, skips GPU tests without a GPU; makes tiny models, servers, a GPU."""
 
 import os
 
@@ -12,14 +12,17 @@ import ctypes
 import gc
 import hashlib
 import json
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 
+import httpx
 import numpy as np
 import pytest
 
@@ -368,3 +371,59 @@ def gpu(plug_in: PlugIn) -> Iterator[Any]:
     """A fake GPU, as a `fakegpu.machine.Machine`."""
     with plug_in() as machine:
         yield machine
+
+
+class Served:
+    """`mmemb serve` in a thread, and a client for it."""
+
+    def __init__(self, service: Any, port: int) -> None:
+        self.service, self.port = service, port
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return self.client.post(path, json=body, **options)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return self.client.get(path, **options)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[..., AbstractContextManager[Served]]:
+    """Serve the embedded bundle with these settings.
+
+    `service`, `reader`, `traces`, `digest` and `gallery` go to the application.
+    """
+    from mmemb_deploy.serve.app import create_app
+    from mmemb_deploy.serve.server import server_of
+    from mmemb_deploy.serve.service import Service
+    from mmemb_deploy.serve.settings import settings_of
+
+    embedder = Embedder.load()
+
+    @contextmanager
+    def serving(**options: Any) -> Generator[Served]:
+        parts = {name: options.pop(name) for name in ("reader", "traces", "digest", "gallery") if name in options}
+        service = options.pop("service", None) or Service(embedder)
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+            settings = settings_of(port=port, drain_seconds=5, **options)
+            server = server_of(create_app(service, settings, **parts), service, settings)
+            thread = threading.Thread(target=server.run, args=([listener],))
+            thread.start()
+            while not server.started:
+                assert thread.is_alive()
+                time.sleep(0.005)
+            running = Served(service, port)
+            try:
+                yield running
+            finally:
+                running.client.close()
+                server.should_exit = True
+                thread.join()
+
+    return serving

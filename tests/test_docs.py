@@ -34,6 +34,7 @@ FOLDER = ROOT / "docs" / "pages"
 PAGES = {path.relative_to(FOLDER).as_posix(): path for path in sorted(FOLDER.rglob("*.md"))}
 README = ROOT / "README.md"
 SERVER = "http://localhost:8000/v1"  # what pages call the server that an Endpoint stands for
+OURS = "http://localhost:8080"  # where they find `mmemb serve`
 
 FENCE = re.compile(r"(?P<info>[^\n]*)\n")
 INFO = re.compile(r'(?P<language>\w+)(?: title="(?P<title>[\w./-]+)")?')
@@ -56,9 +57,12 @@ class Blocks:
     <!-- figures vary: WHY --> the numbers and the widths of the text that follows are not compared
     """
 
-    def __init__(self, server: str, *, runs_commands: bool = True) -> None:
-        """`server` is the address of what stands for SERVER; without `runs_commands`, all bash is only parsed."""
-        self._server = server
+    def __init__(self, server: str, ours: str = OURS, *, runs_commands: bool = True) -> None:
+        """`server` and `ours` are the addresses of what stands for SERVER and OURS.
+
+        Without `runs_commands`, all bash is only parsed.
+        """
+        self._addresses = {SERVER: server, OURS: ours}
         self._command = run if runs_commands else parse
         self._python = PythonEvaluator()
         self._mark: str | None = None
@@ -117,13 +121,13 @@ class Blocks:
 
     def _run_python(self, example: Example) -> None:
         source: Lexeme = example.parsed
-        example.parsed = Lexeme(source.replace(SERVER, self._server), source.offset, source.line_offset)
+        example.parsed = Lexeme(self._there(source), source.offset, source.line_offset)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             self._python(example)
         self._remember_printed(example, printed)
 
     def _run_bash(self, example: Example, run: Callable[[str], int]) -> str | None:
-        lines = example.parsed.replace(SERVER, self._server).replace("\\\n", " ").splitlines()
+        lines = self._there(example.parsed).replace("\\\n", " ").splitlines()
         with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()) as said:
             for line in lines:
                 if shlex.split(line, comments=True) and (status := run(line)) != 0:
@@ -132,7 +136,15 @@ class Blocks:
         return None
 
     def _remember_printed(self, example: Example, printed: io.StringIO) -> None:
-        self._printed, self._end = printed.getvalue().replace(self._server, SERVER), example.end
+        said = printed.getvalue()
+        for name, address in self._addresses.items():
+            said = said.replace(address, name)
+        self._printed, self._end = said, example.end
+
+    def _there(self, source: str) -> str:
+        for name, address in self._addresses.items():
+            source = source.replace(name, address)
+        return source
 
     def _compare(self, example: Example, *, exactly: bool) -> str | None:
         between = COMMENTS.sub("", example.document.text[self._end : example.start])
@@ -204,6 +216,13 @@ def server(nano: Embedder, endpoint: Any) -> Any:
     return endpoint.url
 
 
+@pytest.fixture(scope="module")
+def ours(serve: Any) -> Iterator[str]:
+    """The address of `mmemb serve`."""
+    with serve() as running:
+        yield running.url
+
+
 @pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory, and a terminal of 100 columns."""
@@ -214,8 +233,8 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("scratch")
 @pytest.mark.parametrize("page", PAGES)
-def test_the_blocks_of_a_page_run_and_print_what_it_shows(page: str, server: str) -> None:
-    Blocks(server).run(PAGES[page])
+def test_the_blocks_of_a_page_run_and_print_what_it_shows(page: str, server: str, ours: str) -> None:
+    Blocks(server, ours).run(PAGES[page])
 
 
 @pytest.mark.usefixtures("scratch")

@@ -73,10 +73,10 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected_files() -> set[str]:
-    """The wheel's names for the packages' modules, recipes, templates and settings, and for the embedded bundle."""
+    """The wheel's names for the packages' modules, recipes, templates, settings and pages, and the embedded bundle."""
     names: set[str] = set()
     for package in map(Path, PACKAGES):
-        kinds = "*.py", "*.toml", "*.ini", "*.j2", "py.typed"
+        kinds = "*.py", "*.toml", "*.ini", "*.j2", "*.html", "py.typed"
         files = [file for kind in kinds for file in (ROOT / package).rglob(kind)]
         names |= {file.relative_to(ROOT / package.parent).as_posix() for file in files}
     bundle = ROOT / "mmemb_deploy" / "assets" / "nano"

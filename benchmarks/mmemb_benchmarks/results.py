@@ -207,9 +207,11 @@ def digits(value: float) -> str:
 
 
 def command() -> str:
-    """Return the command line, without the folders of its arguments."""
+    """Return the command line of `mmemb` or of a script of ours, without the folders of its arguments."""
+    program = Path(sys.argv[0]).resolve()
+    is_script = program.suffix == ".py" and program.stem != "__main__"
     arguments = (f"'{word}'" if " " in word else word for word in map(_short, sys.argv[1:]))
-    return " ".join(["mmemb", *arguments])
+    return " ".join(["python " + "/".join(program.parts[-2:]) if is_script else "mmemb", *arguments])
 
 
 def _short(word: str) -> str:

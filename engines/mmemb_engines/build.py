@@ -24,11 +24,12 @@ from mmemb_deploy.backends.tensorrt.files import (
 )
 from mmemb_deploy.backends.tensorrt.network import Network, Watcher
 from mmemb_deploy.backends.tensorrt.options import BuildOptions
+from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle, file_hash
 from mmemb_deploy.bundle.manifest import GraphFacts
 from mmemb_deploy.errors import BackendError, OptionError, check_known
 from mmemb_deploy.files import write_whole
-from mmemb_engines.graph import SLOTS, Prepared, prepared
+from mmemb_engines.graph import SLOTS, PreparedGraph, prepared
 from mmemb_engines.profiles import Demand, profiles
 
 Watch = Callable[[str], Watcher]  # a graph's name to what hears of its build
@@ -42,6 +43,17 @@ def check_portable(bundle: Bundle) -> None:
                 f"the graph {name} of {bundle.folder} is fused for ONNX Runtime, and TensorRT cannot read it: "
                 "export the checkpoint again with `mmemb export --form portable`"
             )
+
+
+def without_direct(bundle: Bundle) -> Bundle:
+    """Return a bundle whose graph for prompts that nothing follows is left out: the decoder's engine runs those too.
+
+    Raises OptionError for one that has no other graph for prompts.
+    """
+    graphs = {name: graph for name, graph in bundle.manifest.graphs.items() if name != abi.DIRECT}
+    if abi.EMBEDDER not in graphs:
+        raise OptionError(f"--no-direct: {bundle.folder} does not reason, and has no other graph for prompts")
+    return Bundle(bundle.folder, bundle.manifest.model_copy(update={"graphs": graphs}))
 
 
 def device_sets(
@@ -102,8 +114,11 @@ def build_engines(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = next((found for found in read_sets(bundle) if found.folder == wanted.folder), wanted)
-        engines = dict(before.engines)
+        engines = {name: built for name, built in before.engines.items() if name in bundle.manifest.engines}
         current = before
+        if engines != before.engines:
+            current = wanted.model_copy(update={"engines": dict(engines)})
+            write_set(bundle, current)
         for name, (graph, *_) in bundle.manifest.engines.items():
             boxes = profiles(name, bundle.manifest, demand)
             graph_sha = graph_hash(bundle, graph)
@@ -121,7 +136,7 @@ def build_engines(
 
 def parse(
     bundle: Bundle, library: Library, engine: str, boxes: Sequence[ProfileShapes], options: BuildOptions
-) -> tuple[Network, Prepared | None]:
+) -> tuple[Network, PreparedGraph | None]:
     """Parse the graph of an engine (a key of `Manifest.engines`); return how it was prepared, if it was, too.
 
     Raises BackendError.

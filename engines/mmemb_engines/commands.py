@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from mmemb_deploy.bundle.folder import Bundle
     from mmemb_engines.check import Checked
 
+Direct = Annotated[
+    bool, typer.Option(help="Whether prompts that nothing follows get an engine of their own: faster, and its weights.")
+]
 DECOMPOSED = "its attention found no kernel of its own in half precision, and was written out, which is slower"
 
 
@@ -42,6 +45,7 @@ def build(
     cache: Annotated[
         float | None, typer.Option(help="GiB of the KV cache, at most; what the bundle says by default.")
     ] = None,
+    direct: Direct = True,
     traffic: Annotated[
         Path | None,
         typer.Option(help="A sample of inputs, as `mmemb embed` reads them, to fit the engines to instead of limits."),
@@ -89,7 +93,7 @@ def build(
     """
     from mmemb_deploy.bundle.folder import Bundle
     from mmemb_deploy.evaluation.parity import reference_of
-    from mmemb_engines.build import build_engines, built_here, check_portable, device_sets
+    from mmemb_engines.build import build_engines, built_here, check_portable, device_sets, without_direct
     from mmemb_engines.by_hand import write_commands
     from mmemb_engines.check import check_graphs
     from mmemb_engines.engines_only import write_engines_only
@@ -100,7 +104,7 @@ def build(
 
     opened = Bundle.open(bundle)
     check_portable(opened)
-    manifest = opened.manifest
+    manifest, chosen = opened.manifest, opened if direct else without_direct(opened)
     options = BuildOptions(
         workspace=workspace,
         optimization_level=optimization_level,
@@ -119,7 +123,7 @@ def build(
     else:
         demand = demand_of_traffic(manifest, batch, read_traffic(opened, traffic), cache_bytes=cache_bytes)
     if commands is not None:
-        print("\n".join(write_commands(opened, demand, options, commands)))
+        print("\n".join(write_commands(chosen, demand, options, commands)))
         raise typer.Exit
     against = None
     if not check and not targets:  # the GPU at hand can run what is built
@@ -130,10 +134,10 @@ def build(
         loaded, devices = device_sets(opened, library, tuple(targets.split(",")) if targets else (), options, device)
         with watching(shown=not as_json) as watch:
             if check:
-                rows = list(check_graphs(opened, loaded, devices, demand, options, watch))
+                rows = list(check_graphs(chosen, loaded, devices, demand, options, watch))
                 _print_checked(rows, f"{library} {loaded.version}", as_json=as_json)
                 raise typer.Exit(0 if all(row.built for row in rows) else 1)
-            sets = [build_engines(opened, loaded, device, demand, options, watch) for device in devices]
+            sets = [build_engines(chosen, loaded, device, demand, options, watch) for device in devices]
     if against is not None:
         sets = [verify_engines(opened, engines, against, device) for engines in sets]
     if engines_only is not None:

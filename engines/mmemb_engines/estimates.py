@@ -21,6 +21,7 @@ from mmemb_deploy.bundle.precision import value_bytes
 from mmemb_deploy.bundle.work import Operations, Work, graph_work
 from mmemb_deploy.devices import BANDWIDTH_USE, Device
 from mmemb_deploy.figures import Figure
+from mmemb_engines.graph import SLOTS
 from mmemb_engines.profiles import Demand, demand_of_limits, profiles
 
 UTILISATION = {"int4": 0.07}
@@ -157,11 +158,11 @@ def peak_bytes(work: Work, facts: GraphFacts, box: ProfileShapes) -> int:
     corner: dict[str, Shape] = {name: largest for name, (_, _, largest) in box.items()}
     sizes = axis_sizes(facts, corner)
     rows, tokens = sizes.get("batch", sizes.get("images", 1)), sizes.get("tokens", sizes.get("patches", 1))
-    seen, width = sizes.get("slots", tokens), value_bytes(facts.compute)
+    seen, width = sizes.get(SLOTS, tokens), value_bytes(facts.compute)
     peak = WIDTHS * work.widest * width * rows * tokens
     if facts.compute == "float32":
         return peak + 2 * width * work.heads * rows * tokens * seen
-    if "slots" in sizes and tokens > 1:
+    if SLOTS in sizes and tokens > 1:
         return peak + rows * seen * (tokens + 2 * work.heads * work.head_size * width)
     return peak
 

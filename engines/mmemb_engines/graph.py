@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmemb_deploy.backends.tensorrt.files import WINDOW
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.errors import BackendError, MissingExtraError, OptionError
 from mmemb_deploy.files import write_whole
@@ -33,7 +34,7 @@ MASK = f"{PREFIX}mask"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedGraph:
     """A graph without its weights, which it names beside the original.
 
     `lengths` is the tensor (B,) that says how many slots of a row hold tokens, where no mask took its place.
@@ -43,7 +44,7 @@ class Prepared:
     lengths: str | None
 
 
-def prepared(path: Path, slots: int | None, *, lengths: bool) -> Prepared:
+def prepared(path: Path, slots: int | None, *, lengths: bool) -> PreparedGraph:
     """Return a graph with so many slots in a row of its cache; unless `lengths`, attention to them is by a mask.
 
     All layers share one mask, bool (B, 1, T, S): a token sees the slots of its row up to its own. Raises BackendError
@@ -68,12 +69,12 @@ def prepared(path: Path, slots: int | None, *, lengths: bool) -> Prepared:
             "export the bundle again"
         )
     if not counted or slots is None:
-        return Prepared(model.SerializeToString(), None)
+        return PreparedGraph(model.SerializeToString(), None)
     (ends,) = names
     nodes = list(_rewritten(graph, ends, lengths=lengths))
     del graph.node[:]
     graph.node.extend(nodes)
-    return Prepared(model.SerializeToString(), ends if lengths else None)
+    return PreparedGraph(model.SerializeToString(), ends if lengths else None)
 
 
 def _counted(node: NodeProto) -> bool:
@@ -91,7 +92,7 @@ def _rewritten(graph: GraphProto, ends: str, *, lengths: bool) -> Iterator[NodeP
     from onnx.helper import make_node, make_tensor_value_info
     from onnx.numpy_helper import from_array
 
-    graph.input.append(make_tensor_value_info(abi.WINDOW, TensorProto.INT64, [abi.WINDOW]))
+    graph.input.append(make_tensor_value_info(WINDOW.name, TensorProto.INT64, WINDOW.shape))
     for what, value in {"zero": [0], "first": [1], "third": [2], "around": [1, 3], "one": 1}.items():
         graph.initializer.append(from_array(np.array(value, np.int64), PREFIX + what))
     before: Iterator[NodeProto] | None = _shared(ends, lengths=lengths)
@@ -133,7 +134,7 @@ def _shared(ends: str, *, lengths: bool) -> Iterator[NodeProto]:
         yield make_node("Less", [abi.WINDOW, PREFIX + "seen_B1T1"], [MASK])
 
 
-def write_prepared(path: Path, graph: Prepared, weights: Sequence[str], folder: Path) -> Path:
+def write_prepared(path: Path, graph: PreparedGraph, weights: Sequence[str], folder: Path) -> Path:
     """Write a prepared graph for other tools to read; the weight files beside the original become the same files there.
 
     Raises OptionError for a folder on another file system.

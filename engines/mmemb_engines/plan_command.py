@@ -10,6 +10,7 @@ import typer
 
 from mmemb_deploy.cli.options import Json
 from mmemb_deploy.devices import DEVICES, find_device
+from mmemb_engines.commands import Direct
 
 
 def register(app: typer.Typer) -> None:
@@ -23,6 +24,7 @@ def plan(
     batch: Annotated[int, typer.Option(help="Most inputs that run together.")] = 32,
     tokens: Annotated[int | None, typer.Option(help="Most tokens of a prompt; the bundle's limit by default.")] = None,
     rationale: Annotated[int | None, typer.Option(help="Tokens of a rationale; the bundle's limit by default.")] = None,
+    direct: Direct = True,
     as_json: Json = False,
 ) -> None:
     """Say what fits a device, how much at once, and how long it takes; all of it estimated, without a GPU."""
@@ -31,11 +33,13 @@ def plan(
     from mmemb_deploy.bundle.folder import Bundle
     from mmemb_deploy.bundle.manifest import read_manifest
     from mmemb_deploy.figures import figure_table
+    from mmemb_engines.build import without_direct
     from mmemb_engines.plan import make_plan
 
     chosen = find_device(device)
     opened = Bundle(bundle, read_manifest(bundle))  # its weights, which the checks would read, may be gigabytes
-    made = make_plan(opened, chosen, rows=batch, tokens=tokens, rationale=rationale)
+    planned = opened if direct else without_direct(opened)
+    made = make_plan(planned, chosen, rows=batch, tokens=tokens, rationale=rationale)
     if as_json:
         print(json.dumps({"bundle": str(bundle)} | made.as_dict()))
         return

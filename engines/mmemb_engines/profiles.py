@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mmemb_deploy.backends.kv_cache.pool import BUCKET
 from mmemb_deploy.backends.kv_cache.slots import windows
-from mmemb_deploy.backends.tensorrt.files import ProfileShapes
+from mmemb_deploy.backends.tensorrt.files import WINDOW, ProfileShapes
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import GraphFacts, Manifest
@@ -25,6 +25,7 @@ from mmemb_deploy.inputs.preprocess import MAX_ASPECT_RATIO, VisionSpec
 from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_deploy.inputs.rows import Row
 from mmemb_deploy.jobs.files import read_source
+from mmemb_engines.graph import SLOTS
 
 OPT_TOKENS, OPT_PATCHES = 256, 1024  # of a prompt and an image, until traffic says otherwise
 CHUNK = 64  # tokens of a given rationale that are embedded in one run; longer ones take several
@@ -189,7 +190,7 @@ def _prompts(manifest: Manifest, demand: Demand, rows: int) -> Iterator[Axes]:
             "batch": Range(1, rows, rows),
             "tokens": Range(1, opt, tokens),
             "visual_tokens": Range(1, min(1 + rows * demand.opt_visual_tokens, visual_tokens), visual_tokens),
-            "slots": _fixed(demand.slots),
+            SLOTS: _fixed(demand.slots),
             abi.WINDOW: _window(demand, opt),
         }
 
@@ -201,7 +202,7 @@ def _gate(_: Manifest, demand: Demand) -> Iterator[Axes]:
 def _steps(_: Manifest, demand: Demand) -> Iterator[Axes]:
     """Yield a profile of a step of every row, one of a step of a single row, and one of a rationale's chunk."""
     rows, one = Range(1, demand.cache_rows, demand.cache_rows), _fixed(1)
-    kept = {"slots": _fixed(demand.slots), abi.WINDOW: _window(demand, demand.opt_tokens + demand.chunk)}
+    kept = {SLOTS: _fixed(demand.slots), abi.WINDOW: _window(demand, demand.opt_tokens + demand.chunk)}
     for batch, tokens in ((rows, one), (one, one), (rows, Range(1, demand.chunk, demand.chunk))):
         yield {"batch": batch, "tokens": tokens, "visual_tokens": one, **kept}
 
@@ -243,12 +244,10 @@ def most_patches(spec: VisionSpec) -> int:
 
 def _shapes(graph: GraphFacts, axes: Axes) -> ProfileShapes:
     shapes: ProfileShapes = {}
-    inputs = {tensor.name: tensor.shape for tensor in graph.inputs}
-    if any("slots" in shape for shape in inputs.values()):
-        inputs[abi.WINDOW] = (abi.WINDOW,)  # which the build adds to the graph
-    for name, shape in inputs.items():
-        sizes = [Range(size, size, size) if isinstance(size, int) else axes[size] for size in shape]
-        shapes[name] = (
+    added = (WINDOW,) if any(SLOTS in tensor.shape for tensor in graph.inputs) else ()
+    for tensor in (*graph.inputs, *added):
+        sizes = [Range(size, size, size) if isinstance(size, int) else axes[size] for size in tensor.shape]
+        shapes[tensor.name] = (
             tuple(size.min for size in sizes),
             tuple(size.opt for size in sizes),
             tuple(size.max for size in sizes),

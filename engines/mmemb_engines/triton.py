@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from mmemb_deploy.backends.choose import CPU, CUDA
 from mmemb_deploy.backends.tensorrt.api import TENSORRT
-from mmemb_deploy.backends.tensorrt.files import ENGINES, Built, EngineSet
+from mmemb_deploy.backends.tensorrt.files import ENGINES, Built, EngineSet, ProfileShapes
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import GraphFacts, Manifest, TensorFacts
@@ -115,9 +115,14 @@ def _embedder(bundle: Bundle, sets: Sequence[EngineSet], backend: str, device: i
 
 def most_rows(manifest: Manifest, sets: Sequence[EngineSet]) -> int:
     """Return the most prompts that every set takes in one batch."""
-    prompts = next((engine for engine, graphs in manifest.engines.items() if abi.DIRECT in graphs), "")
-    rows = [max(profile[abi.TOKEN_IDS][2][0] for profile in each.engines[prompts].profiles) for each in sets]
-    return min(rows, default=ROWS)
+    return min((_prompts(manifest, each)[abi.TOKEN_IDS][2][0] for each in sets), default=ROWS)
+
+
+def _prompts(manifest: Manifest, engines: EngineSet) -> ProfileShapes:
+    """Return the profile of the most prompts, which comes first."""
+    roles = engines.roles(manifest)
+    name = next(name for role in (abi.DIRECT, abi.EMBEDDER) for name, graphs in roles.items() if role in graphs)
+    return engines.engines[name].profiles[0]
 
 
 def _plan(name: str, graph: GraphFacts, built: Built, device: int | None) -> Fields:

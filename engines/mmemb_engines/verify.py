@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mmemb_deploy.backends.tensorrt.api import describe_layers, load_engine, load_library
 from mmemb_deploy.backends.tensorrt.backend import TensorRT
-from mmemb_deploy.backends.tensorrt.files import EngineSet, read_engine, write_set
+from mmemb_deploy.backends.tensorrt.files import EngineSet, write_set
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.embedder import Embedder, row_encoder
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.evaluation.parity import ReferenceSet, bounds_of, measure
-from mmemb_deploy.files import write_whole
 from mmemb_deploy.inputs.parse import parse
 
 PROMPTS = abi.DIRECT, abi.EMBEDDER
@@ -27,14 +25,12 @@ AXES = {  # that bound an input, and the graphs that read it
 def verify_engines(bundle: Bundle, engines: EngineSet, reference: ReferenceSet, device: int = 0) -> EngineSet:
     """Run engines that were built for this machine, unless they were verified before; write down their certificate.
 
-    They run those inputs of the reference that their profiles take, under the bounds of the bundle's certificate; what
-    the inspector tells of their layers is written beside them. Raises BackendError where no input fits or they do not
-    run, CertificateError where they miss a bound.
+    They run those inputs of the reference that their profiles take, under the bounds of the bundle's certificate.
+    Raises BackendError where no input fits or they do not run, CertificateError where they miss a bound.
     """
     if engines.certificate is not None:
         return engines
     probes = fitting(bundle, engines, reference)
-    _write_layers(bundle, engines)
     engine = TensorRT(engines.library, device, unverified=True).load(bundle)
     found = measure(Embedder(bundle.manifest, row_encoder(bundle), engine), probes, bounds_of(bundle))
     found.check()
@@ -75,19 +71,9 @@ def fitting(bundle: Bundle, engines: EngineSet, reference: ReferenceSet) -> Refe
 def _largest(bundle: Bundle, engines: EngineSet, axis: str, graphs: Sequence[str]) -> float:
     """Return the largest size of an axis that the engines of all these graphs take; infinity where none has it."""
     found = [math.inf]
-    for name, roles in bundle.manifest.engines.items():
+    for name, roles in engines.roles(bundle.manifest).items():
         if set(roles) & set(graphs):
             inputs = [tensor for tensor in bundle.manifest.graphs[roles[0]].inputs if axis in tensor.shape]
             boxes = engines.engines[name].profiles
             found += [max(box[each.name][2][each.shape.index(axis)] for box in boxes) for each in inputs]
     return min(found)
-
-
-def _write_layers(bundle: Bundle, engines: EngineSet) -> None:
-    """Write beside every engine what the inspector tells of its layers, in JSON."""
-    library = load_library(engines.library)
-    for name, built in engines.engines.items():
-        plan, options = read_engine(bundle, engines, name), built.options
-        engine, runtime = load_engine(library, name, plan, host_code=options.version_compatible)
-        write_whole(engines.path(bundle, name).with_suffix(".json"), describe_layers(library, engine))
-        del engine, runtime

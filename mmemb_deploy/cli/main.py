@@ -13,6 +13,7 @@ import typer
 import mmemb_deploy
 from mmemb_deploy.cli import bundle, embed
 from mmemb_deploy.errors import MmembError
+from mmemb_deploy.serve import command as serve
 
 COMMANDS = "mmemb.commands"  # each entry is `register(app: typer.Typer) -> None`
 
@@ -26,7 +27,7 @@ def application() -> typer.Typer:
         help="Embed text, images, video and documents, reasoning only where it helps.",
     )
     app.callback(invoke_without_command=True)(version)
-    for group in (embed, bundle):
+    for group in (embed, bundle, serve):
         group.register(app)
     for entry in sorted(entry_points(group=COMMANDS), key=lambda entry: entry.name):
         entry.load()(app)

@@ -53,7 +53,7 @@ class Service:
     async def start(self) -> None:
         """Run each path, so that no request pays for what an engine does the first time, and costs are known."""
         self._engine.start()
-        for rows in (1, WARM_ROWS):
+        for rows in (1, min(WARM_ROWS, self._limit)):
             for reasoning in ("never", "always") if self.embedder.reasons else ("never",):
                 options: EncodeOptions = {"reasoning": reasoning}
                 if reasoning == "always":

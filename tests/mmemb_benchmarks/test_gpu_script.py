@@ -1,6 +1,7 @@
 """`benchmarks/gpu.sh`, whole and as it is, where a fake GPU stands in: its commands exist and do what comes next.
 
-The sections themselves are there already, which the script skips: torch has no fake GPU.
+The sections themselves are there already, which the script skips: peers and latency ask torch, which has no fake GPU,
+and load and the suite take minutes. Some of the suite's stages run after it.
 """
 
 import json
@@ -64,6 +65,13 @@ def test_the_benchmarks_of_a_gpu_go_through(environment: dict[str, str], tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(re.findall("verified .*min cosine", done.stdout)) == len(words("shape"))
     assert (tmp_path / "scratch" / "report" / "index.html").is_file()
+    stages = "(bench_prefill or bench_decode) and not image"
+    quick = ["--backend", "tensorrt", "--seconds", "0", "--passes", "1", "--select", stages]
+    bundle, timed = tmp_path / "scratch" / f"{words('shape')[0]}-bf16", tmp_path / "suite.json"
+    suite = [sys.executable, "-m", "mmemb_deploy", "bench", "suite", str(bundle), "--out", str(timed), *quick]
+    done = subprocess.run(suite, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(timed.read_text())["bundle"]["backend"].startswith("tensorrt ")
     processes = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
     assert [process["misuses"] for process in processes if process["misuses"]] == []
     assert max(process["counts"].get("runs", 0) for process in processes) > 100

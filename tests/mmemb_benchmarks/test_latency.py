@@ -17,7 +17,7 @@ from mmemb_benchmarks.measure.latency import measure_latency, mode_options
 from mmemb_benchmarks.measure.load import Search, Trial, measure_load, run_trial
 from mmemb_benchmarks.timing import STAGES, Spent, timed_engine
 from mmemb_benchmarks.workload import Workload, assemble, load_uncached
-from mmemb_deploy import Embedder, OptionError
+from mmemb_deploy import BackendError, Embedder, OptionError
 from mmemb_deploy.bundle.work import graph_work
 from mmemb_deploy.evaluation.pairs import encode_queries
 from mmemb_deploy.evaluation.routes import Outcome, Routes
@@ -119,11 +119,19 @@ def test_a_gpu_keeps_nothing_of_its_ceiling(monkeypatch: pytest.MonkeyPatch) -> 
         def copy_(self, _: "Tensor") -> "Tensor":
             return self
 
-    cuda = SimpleNamespace(synchronize=lambda _: None, empty_cache=lambda: kept.append(len(alive)))
+    cuda = SimpleNamespace(
+        is_available=lambda: True, synchronize=lambda _: None, empty_cache=lambda: kept.append(len(alive))
+    )
     torch = SimpleNamespace(randn=Tensor, empty=Tensor, bfloat16=None, uint8=None, cuda=cuda)
     monkeypatch.setitem(sys.modules, "torch", torch)
     assert gpu_ceiling().matmul_type == "bfloat16"
     assert kept == [0]
+
+
+@pytest.mark.no_gpu
+def test_a_torch_for_cpus_is_said_before_anything_is_measured() -> None:
+    with pytest.raises(BackendError, match=r"torch .* does not run on a GPU here: install its build for CUDA"):
+        gpu_ceiling()
 
 
 def outcome(hits: list[float], milliseconds: list[float], tokens: list[float]) -> Outcome:

@@ -1,12 +1,13 @@
 """Results are read as they were written, the committed ones too, and their figures are shown in one way."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmemb_benchmarks.results import KINDS, digits, read_result, read_results, stamp, write
+from mmemb_benchmarks.results import KINDS, command, digits, read_result, read_results, stamp, write
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -16,6 +17,7 @@ def test_the_committed_results_are_read() -> None:
     assert {result.kind for result in results} == KINDS.keys()
     assert {path.name.split("-", 3)[3] for path in passed_over} == {
         "ablation-cpu.json",
+        "builds-qwen3-vl-2b-float16-rtx.json",
         "builds-qwen3-vl-2b-rtx.json",
         "digitchain-cpu.json",
         "peers-cpu.json",
@@ -52,3 +54,18 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path, results_by_kind: dic
 )
 def test_a_figure_has_three_digits_or_all_before_the_point_and_no_exponent(value: float, shown: str) -> None:
     assert digits(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("program", "named"),
+    [
+        ("/env/bin/mmemb", "mmemb"),
+        ("/env/mmemb_deploy/__main__.py", "mmemb"),
+        ("/clone/benchmarks/builds.py", "python benchmarks/builds.py"),
+    ],
+)
+def test_a_command_is_named_by_what_was_run_and_shows_no_folders(
+    program: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program, "/runs/2b", "--workload", "long text"])
+    assert command() == f"{named} 2b --workload 'long text'"

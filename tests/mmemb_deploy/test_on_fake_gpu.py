@@ -8,11 +8,13 @@ GPU.
 import gc
 import json
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmemb_deploy import Embedder
+from mmemb_deploy.backends import nvtx
 from mmemb_deploy.cli.main import application
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.options import EncodeOptions
@@ -115,6 +118,38 @@ def test_engines_for_fewer_inputs_than_the_reference_has_are_verified(
     build(folder, batch, "--traffic", str(traffic))
     assert close(Embedder.load(folder, backend="tensorrt").encode(mixed_inputs), tiny_embedder.encode(mixed_inputs))
     assert gpu.counts["runs"] > 0
+
+
+def test_a_check_loads_every_engine_once_and_writes_its_layers_down(
+    gpu: Any, built: Path, traffic: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(built, tmp_path / "bundle"))
+    (listing,) = folder.glob("engines/*/engines.json")
+    listing.write_text(json.dumps(json.loads(listing.read_text()) | {"certificate": None}))
+    engines = list(listing.parent.glob("*.engine"))
+    for engine in engines:
+        engine.with_suffix(".json").unlink()
+    build(folder, 4, "--traffic", str(traffic))
+    assert json.loads(listing.read_text())["certificate"] is not None
+    assert gpu.counts["deserialized"] == len(engines)
+    assert all(json.loads(engine.with_suffix(".json").read_text())["Layers"] for engine in engines)
+
+
+def test_without_an_engine_of_its_own_what_nothing_follows_runs_in_the_decoder_s(
+    gpu: Any, built: Path, traffic: Path, tmp_path: Path, tiny_embedder: Embedder, mixed_inputs: list[Any]
+) -> None:
+    folder, asked = Path(shutil.copytree(built, tmp_path / "bundle")), ("--traffic", str(traffic))
+    (listing,) = folder.glob("engines/*/engines.json")
+    build(folder, 4, *asked, "--no-direct")
+    assert json.loads(listing.read_text())["engines"].keys() == {"vision", "decoder", "gate"}
+    assert list(listing.parent.glob("direct-*")) == []
+    loaded = Embedder.load(folder, backend="tensorrt")
+    for options in ROUTES:
+        assert close(loaded.encode(mixed_inputs, **sized(options, 4)), tiny_embedder.encode(mixed_inputs, **options))
+    assert "runs_direct" not in gpu.counts
+    build(folder, 4, *asked)
+    Embedder.load(folder, backend="tensorrt").encode(mixed_inputs[:1], reasoning="never")
+    assert gpu.counts["runs_direct"] > 0
 
 
 def test_engines_fitted_to_texts_alone_are_verified_and_say_what_they_do_not_take(
@@ -214,6 +249,20 @@ def test_an_engine_that_does_not_fit_is_an_error_that_says_why(
     with pytest.raises(BackendError, match="out of memory"):
         Embedder.load(built, backend="tensorrt").encode(mixed_inputs[:1])
     Embedder.load(built, backend="tensorrt").encode(mixed_inputs[:1])
+
+
+@pytest.mark.parametrize("asked", ["0", "1"])
+def test_layers_are_marked_only_where_nvtx_is_asked_for(
+    asked: str, gpu: Any, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(nvtx.VARIABLE, asked)
+    monkeypatch.setitem(sys.modules, "nvtx", SimpleNamespace(annotate=lambda *_, **__: nullcontext()))
+    nvtx.library.cache_clear()
+    try:
+        Embedder.load(built, backend="tensorrt").encode(["one"], reasoning="always")
+    finally:
+        nvtx.library.cache_clear()
+    assert gpu.counts["marked_enqueues"] == int(asked) * gpu.counts["enqueues"]
 
 
 def test_an_embedder_that_goes_gives_back_all_memory(gpu: Any, built: Path, mixed_inputs: list[Any]) -> None:

@@ -16,12 +16,13 @@ import pytest
 from numpy.typing import NDArray
 
 from mmemb_deploy import Embedder
-from mmemb_deploy.backends.device import Plane, Wanted
+from mmemb_deploy.backends.device import Plane, RecordError, Wanted
 from mmemb_deploy.backends.host_device import HostDevice, HostMemory
 from mmemb_deploy.backends.kv_cache.pool import BUCKET, Layout, Pool
 from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder, windows
 from mmemb_deploy.backends.onnxruntime import OnnxRuntime, OrtGraph
 from mmemb_deploy.backends.protocol import Decoder, Engine
+from mmemb_deploy.backends.tensorrt.files import WINDOW
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import GraphFacts, TensorFacts
@@ -100,8 +101,7 @@ class Setting:
         path, target = copied / facts.file, parent / "windowed"
         weights = [file for file in self.bundle.manifest.files if file.endswith(".onnx.data")]
         written = write_prepared(path, prepared(path, places.slots, lengths=False), weights, target)
-        window = TensorFacts(name=abi.WINDOW, dtype="int64", shape=(abi.WINDOW,))
-        return written, facts.model_copy(update={"inputs": (*facts.inputs, window)})
+        return written, facts.model_copy(update={"inputs": (*facts.inputs, WINDOW)})
 
     def prompts(self, inputs: Sequence[Any]) -> tuple[Batch, Any]:
         manifest = self.bundle.manifest
@@ -268,6 +268,70 @@ def test_a_step_moves_ids_alone_and_asks_for_nothing(padded: Setting, mixed_inpu
         assert "recorded" not in counts
         assert "allocated" not in counts
         assert counts["down"] == 2 * (4 * 8 + 4 * model.hidden_size)
+
+
+def test_a_step_that_cannot_be_recorded_once_inputs_come_is_warned_of(
+    tiny_bundle: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ONNX Runtime on a GPU, whose pool grows: nothing is recorded, and noted, when it is loaded."""
+
+    def refused(*_: Any) -> None:
+        raise RecordError("an operation is not permitted")
+
+    setting = Setting(Bundle.open(tiny_bundle), Places(padded=True))
+    monkeypatch.setattr(setting.device, "record", refused)
+    found = setting.embedder().encode(["one"], reasoning="always")
+    assert close(found, Setting(setting.bundle, Places(padded=True)).embedder().encode(["one"], reasoning="always"))
+    assert "rows run without a CUDA graph: an operation is not permitted" in caplog.text
+
+
+class Idle:
+    """An engine that computes nothing, so that a model of any size runs."""
+
+    def __init__(self, facts: GraphFacts) -> None:
+        self.facts = facts
+
+    def takes(self, shapes: Any) -> bool:
+        return bool(shapes)
+
+    def bind(self, shapes: Any, addresses: Any, *, again: bool = False) -> Callable[[], None]:
+        assert again or shapes.keys() <= addresses.keys()
+        return lambda: None
+
+
+def test_a_step_of_a_2b_model_copies_no_keys_and_brings_8_bytes_a_row_to_the_host(tiny_bundle: Path) -> None:
+    tiny, rows, tokens, slots, hidden, words = Bundle.open(tiny_bundle).manifest, 8, 300, 512, 2048, 151936
+    sizes = {"hidden_size": hidden, "layers": 28, "kv_heads": 8, "head_dim": 128, "vocabulary_size": words}
+    wider: dict[int | str, int] = {tiny.model.hidden_size: hidden, tiny.model.vocabulary_size: words}
+
+    def widened(tensor: TensorFacts) -> TensorFacts:
+        return tensor.model_copy(update={"shape": tuple(wider.get(axis, axis) for axis in tensor.shape)})
+
+    facts = tiny.graphs[abi.GENERATOR]
+    inputs, outputs = ([widened(tensor) for tensor in tensors] for tensors in (facts.inputs, facts.outputs))
+    facts = facts.model_copy(update={"inputs": inputs, "outputs": outputs, "compute": "bfloat16"})
+    model = tiny.model.model_copy(update=sizes)
+    manifest = tiny.model_copy(update={"model": model, "graphs": {abi.EMBEDDER: facts}})
+    graphs: dict[str, Idle] = dict.fromkeys((abi.EMBEDDER, abi.GENERATOR), Idle(facts))
+    places = Places(rows=rows, slots=slots, padded=True, chunk=64, windows=windows(slots))
+    device = Counting()
+    decoder = SlotDecoder(device, graphs, manifest, places)
+    decoder.warm_up()
+    assert device.counts["allocated"] > rows * slots * manifest.cache_token_bytes == 8 * 512 * 112 * 1024
+
+    ids_BT: NDArray[np.int64] = np.zeros((rows, tokens), np.int64)
+    positions_3BT = np.broadcast_to(np.arange(tokens), (3, rows, tokens))
+    batch = Batch(ids_BT, positions_3BT, ids_BT + 1, ids_BT, np.full(rows, tokens), (), 0)
+    shown = {abi.VISUAL_TOKENS: (1, hidden), abi.DEEPSTACK: (model.deepstack_levels, 1, hidden)}
+    cache = decoder.prefill(batch, {name: np.zeros(shape, np.float32) for name, shape in shown.items()}).cache
+    assert cache is not None
+    with decoder.stack([cache], 5) as stacked:
+        step = decoder.extend(stacked, ids_BT[:, :1], np.ones(rows, np.int64), [])
+        device.counts.clear()
+        for _ in range(4):
+            step = decoder.extend(step.cache, step.next_token_B[:, None], np.ones(rows, np.int64), [])
+    fed_back = rows * (8 + 24 + 8)  # ids, positions and starts, from a step to the next
+    assert device.counts == {"inside": 4 * fed_back, "down": 4 * 64, "waits": 4}
 
 
 def test_prompts_with_a_prefix_that_their_rows_still_hold_begin_after_it(padded: Setting) -> None:

@@ -358,8 +358,8 @@ class Recorder:
     def __init__(self, free: int = 1 << 30) -> None:
         self.notes: list[str] = []
         self.stream, self.log, self.errors, self._free = 7, None, list[str](), free
-        self.trt = self.ExecutionContextAllocationStrategy = self
-        self.USER_MANAGED = 2
+        self.trt = self.ExecutionContextAllocationStrategy = self.ProfilingVerbosity = self
+        self.USER_MANAGED, self.NONE, self.nvtx_verbosity = 2, 0, 1
         self.address, self.recording, self.name = 4096, False, "tensorrt"
 
     def Runtime(self, log: Any) -> Any:  # noqa: N802 - the library's own name, as those below

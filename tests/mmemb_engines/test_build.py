@@ -30,11 +30,11 @@ from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.errors import BackendError, OptionError
 from mmemb_engines import build as build_module
-from mmemb_engines.build import build_engines, check_portable, device_sets
+from mmemb_engines.build import build_engines, check_portable, device_sets, without_direct
 from mmemb_engines.check import check_graphs
 from mmemb_engines.commands import register
 from mmemb_engines.engines_only import write_engines_only
-from mmemb_engines.graph import Prepared
+from mmemb_engines.graph import PreparedGraph
 from mmemb_engines.profiles import demand_of_limits, profiles
 from mmemb_engines.watch import Silent
 
@@ -283,7 +283,7 @@ def test_a_stripped_engine_keeps_the_graph_that_names_its_weights(
             return Plan(memoryview(b"an engine"), b"", decomposed=False)
 
     monkeypatch.setattr(Library, "check_options", lambda *_: None)
-    monkeypatch.setattr(build_module, "parse", lambda *_: (Stripped(), Prepared(b"a graph", None)))
+    monkeypatch.setattr(build_module, "parse", lambda *_: (Stripped(), PreparedGraph(b"a graph", None)))
     engines = build(bundle, options=BuildOptions(strip=True))
     assert read_model(bundle, engines, "decoder") == b"a graph"
     before = files(bundle)
@@ -304,6 +304,12 @@ def test_a_bundle_that_is_fused_for_onnx_runtime_is_refused(bundle: Bundle) -> N
     with pytest.raises(BackendError, match=r"embedder .* is fused for ONNX Runtime.*--form portable"):
         check_portable(Bundle(bundle.folder, bundle.manifest.model_copy(update={"graphs": graphs})))
     check_portable(bundle)
+
+
+def test_the_only_graph_for_prompts_cannot_be_left_out(bundle: Bundle) -> None:
+    graphs = {name: bundle.manifest.graphs[name] for name in (abi.VISION, abi.DIRECT)}
+    with pytest.raises(OptionError, match=r"--no-direct: .* does not reason, and has no other graph for prompts"):
+        without_direct(Bundle(bundle.folder, bundle.manifest.model_copy(update={"graphs": graphs})))
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(bundle: Bundle, build: Build) -> None:

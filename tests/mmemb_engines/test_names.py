@@ -45,7 +45,7 @@ CLASSES = {
 ATTENTION = {"attention"}  # of a layer, after it was cast to IAttentionInputLayer
 OURS = {
     *("library", "watcher", "self", "interrupted", "errors", "name", "shapes", "addresses"),
-    *("options", "flags", "facts", "arena", "bundle", "engines", "stored", "abi"),
+    *("options", "flags", "facts", "arena", "bundle", "engines", "stored", "WINDOW", "nvtx"),
 }
 STANDARD = {"graph", "path", "target", "math", "os"}  # paths, a string and modules
 

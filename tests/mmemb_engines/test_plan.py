@@ -23,6 +23,7 @@ from mmemb_deploy.bundle.work import graph_work
 from mmemb_deploy.devices import DEVICES, GIB, find_device
 from mmemb_deploy.errors import BackendError, BundleError, OptionError
 from mmemb_deploy.inputs.prompts import PATH_MARKERS
+from mmemb_engines.build import without_direct
 from mmemb_engines.estimates import peak_bytes
 from mmemb_engines.plan import make_plan
 from mmemb_engines.plan_command import register
@@ -125,6 +126,12 @@ def test_memory_is_weights_by_engine_and_slots_for_two_batches(of_2b: Bundle) ->
     assert 0 <= budget.slots - (1000 + 64 + PATH_MARKERS + 64) < 64  # a chunk may run beyond the rationale
     assert budget.cache == 16 * budget.slots * 114688  # 112 KiB a token
     assert budget.total == sum(budget.weights.values()) + budget.cache + budget.arena + budget.buffers + budget.features
+
+
+def test_a_plan_without_direct_saves_its_weights(of_2b: Bundle) -> None:
+    whole, less = (make_plan(bundle, find_device("h100"), rows=1) for bundle in (of_2b, without_direct(of_2b)))
+    assert whole.budget.weights == {"direct": whole.budget.weights["decoder"], **less.budget.weights}
+    assert less.times.keys() == {"embedder", "step", "image"}
 
 
 def test_paths_of_two_precisions_are_two_engines(of_2b: Bundle) -> None:

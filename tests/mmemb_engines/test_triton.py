@@ -23,7 +23,7 @@ from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.errors import BackendError, OptionError
 from mmemb_engines.profiles import demand_of_limits, profiles
-from mmemb_engines.triton import write_repository
+from mmemb_engines.triton import most_rows, write_repository
 from mmemb_engines.triton_model import TritonPythonModel
 
 ALONE = (abi.VISION, abi.DIRECT, abi.GATE)  # graphs without a cache; each is a file, and so an engine, by itself
@@ -219,6 +219,12 @@ def test_engines_without_a_cache_become_models_of_their_own(bundle: Bundle, tmp_
     assert (model.max_batch_size, model.parameters["backend"].string_value) == (4, TENSORRT)
     copied = tmp_path / "models" / "mmemb" / "1" / "bundle" / ENGINES / made.folder
     assert {path.name for path in copied.iterdir()} >= {"engines.json", "gate.engine"}
+
+
+def test_without_an_engine_for_prompts_alone_batches_are_as_large_as_the_decoder_s(bundle: Bundle) -> None:
+    made = built(bundle, TENSORRT)
+    less = {name: engine for name, engine in made.engines.items() if name != abi.DIRECT}
+    assert most_rows(bundle.manifest, [made.model_copy(update={"engines": less})]) == 4
 
 
 def test_engines_of_tensorrt_for_rtx_are_for_the_python_model_alone(bundle: Bundle, tmp_path: Path) -> None:

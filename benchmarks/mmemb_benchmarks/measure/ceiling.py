@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from mmemb_benchmarks.timing import timed
-from mmemb_deploy.errors import MissingExtraError
+from mmemb_deploy.errors import BackendError, MissingExtraError
 
 SIDE = 2048  # of the matrices
 COPIED = 256 * 2**20  # bytes
@@ -53,11 +53,16 @@ def cpu_ceiling(precision: str, threads: int) -> Ceiling:
 
 
 def gpu_ceiling(device: int = 0) -> Ceiling:
-    """Measure the GPU of an index, by torch, in bfloat16. Raises MissingExtraError without torch."""
+    """Measure the GPU of an index, by torch, in bfloat16.
+
+    Raises MissingExtraError without torch, BackendError where it is one for CPUs.
+    """
     try:
         import torch
     except ModuleNotFoundError as error:
         raise MissingExtraError("torch", "train") from error
+    if not torch.cuda.is_available():
+        raise BackendError(f"torch {torch.__version__} does not run on a GPU here: install its build for CUDA")
     side, copied, place = 4 * SIDE, 16 * COPIED, f"cuda:{device}"
 
     def seconds(make: Callable[[], Any], run: Callable[[Any, Any], Any]) -> float:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
+from logging import getLogger
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from mmemb_deploy.inputs.preprocess import Floats, Ints
 from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_deploy.inputs.rows import Batch
 
+LOGGER = getLogger("mmemb_deploy")
 Visual = Mapping[str, NDArray[Any] | DeviceArray]  # VISUAL_TOKENS and DEEPSTACK, by name
 
 
@@ -282,6 +284,8 @@ class SlotDecoder:
             except RecordError as error:
                 rows = step.outputs[abi.NEXT_TOKEN].shape[0]
                 self.notes.append(f"steps of {rows} rows run without a CUDA graph: {error}")
+                if self._places.rows is None:  # it was not warmed up, and its notes were read when it was loaded
+                    LOGGER.warning(self.notes[-1])
 
     def _follow(
         self, cache: SlotCache, token_ids_BT: Ints, lengths_B: Ints, embedded: Sequence[int]

@@ -26,7 +26,7 @@ LOGGER = getLogger("mmemb_deploy")
 class TensorRT:
     """Loads bundles on the GPU of an index; `library` is a key of `api.LIBRARIES`.
 
-    `unverified` engines are for the build's own check of them.
+    `unverified` engines are for the build's own check of them, and have their layers written down beside them.
     """
 
     def __init__(self, library: str, device: int = 0, *, unverified: bool = False) -> None:
@@ -45,9 +45,11 @@ class TensorRT:
         cuda = Cuda(gpu.index)
         arena = Arena(cuda)
         engines: dict[str, LoadedEngine] = {}
-        for name, graphs in manifest.engines.items():
+        for name, graphs in found.roles(manifest).items():
             cuda.check_memory(found.engines[name].size, f"the engine of {manifest.graphs[graphs[0]].file}")
             engine = LoadedEngine(cuda, library, Stored.read(bundle, found, name, gpu.name), arena)
+            if self._unverified:
+                engine.write_layers(found.path(bundle, name).with_suffix(".json"))
             engines |= dict.fromkeys(graphs, engine)
         decoder = SlotDecoder(cuda, engines, manifest, places_of(engines))
         decoder.warm_up()

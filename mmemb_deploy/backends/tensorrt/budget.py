@@ -61,7 +61,7 @@ def budget_of(manifest: Manifest, engines: EngineSet, arena: int = 0) -> Budget:
     """Return what a set of engines takes; how large their arena is, is known once they are loaded."""
     weights = {name: built.size for name, built in engines.engines.items()}
     features = manifest.batch.vision_bytes
-    for name, graphs in manifest.engines.items():
+    for name, graphs in engines.roles(manifest).items():
         if abi.GENERATOR in graphs:
             rows, slots = engines.engines[name].cache
             token = manifest.cache_token_bytes

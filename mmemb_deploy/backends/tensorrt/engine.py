@@ -11,22 +11,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmemb_deploy.backends import nvtx
 from mmemb_deploy.backends.cuda import Allocation, Cuda
 from mmemb_deploy.backends.device import Shape
 from mmemb_deploy.backends.tensorrt.api import (
     TENSORRT_RTX,
     Library,
     can_record,
+    describe_layers,
     load_engine,
     refit_engine,
     runtime_config,
     save_runtime_cache,
 )
-from mmemb_deploy.backends.tensorrt.files import Built, EngineSet, ProfileShapes, kernels_path, read_engine, read_model
-from mmemb_deploy.bundle import abi
+from mmemb_deploy.backends.tensorrt.files import (
+    WINDOW,
+    Built,
+    EngineSet,
+    ProfileShapes,
+    kernels_path,
+    read_engine,
+    read_model,
+)
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.bundle.manifest import GraphFacts, TensorFacts
+from mmemb_deploy.bundle.manifest import GraphFacts
 from mmemb_deploy.errors import BackendError
+from mmemb_deploy.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,10 @@ class LoadedEngine:
 
         return start
 
+    def write_layers(self, path: Path) -> None:
+        """Write what the inspector tells of its layers, in JSON."""
+        write_whole(path, describe_layers(self._library, self._engine))
+
     def keep_kernels(self) -> None:
         """Write the kernels that TensorRT for RTX compiled, so that the next process need not."""
         for config in list(self._configs.values())[:1]:  # they share one cache
@@ -147,6 +161,8 @@ class LoadedEngine:
             context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise self._library.failure(f"cannot make a context of {self.facts.file}")
+        if nvtx.library() is None:  # an engine that can tell of its layers marks each in every run, which takes time
+            context.nvtx_verbosity = trt.ProfilingVerbosity.NONE
         context.set_device_memory(arena.address, arena.nbytes)
         if not context.set_optimization_profile_async(index, self._cuda.stream):
             raise self._library.failure(f"cannot use profile {index} of {self.facts.file}")
@@ -162,10 +178,9 @@ class LoadedEngine:
 
 def _as_built(stored: Stored) -> GraphFacts:
     """Return a graph's tensors with what the build has added to them."""
-    if abi.WINDOW not in stored.built.profiles[0]:
+    if WINDOW.name not in stored.built.profiles[0]:
         return stored.facts
-    window = TensorFacts(name=abi.WINDOW, dtype="int64", shape=(abi.WINDOW,))
-    return stored.facts.model_copy(update={"inputs": (*stored.facts.inputs, window)})
+    return stored.facts.model_copy(update={"inputs": (*stored.facts.inputs, WINDOW)})
 
 
 def choose_profile(name: str, profiles: Sequence[ProfileShapes], shapes: Mapping[str, Shape]) -> int:

@@ -24,6 +24,7 @@ from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.certificate import Certificate, Part
 from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.bundle.manifest import Manifest, TensorFacts
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.files import write_whole
 
@@ -31,6 +32,7 @@ ENGINES = "engines"
 LISTING = "engines.json"
 TIMINGS = "timings"
 RECIPE = 3  # counts up when the same graph, library, options and profiles would give another engine
+WINDOW = TensorFacts(name=abi.WINDOW, dtype="int64", shape=(abi.WINDOW,))  # that a build adds to a graph with slots
 AMPERE_PLUS = "ampere+"  # a device: every GPU of compute capability 8.0 and above
 
 ProfileShapes = dict[str, tuple[Shape, Shape, Shape]]  # input -> min, opt and max shape
@@ -85,6 +87,10 @@ class EngineSet(Part):
     def decomposed(self) -> list[str]:
         """Return the graphs whose attention was written out, in half precision."""
         return [name for name, built in self.engines.items() if built.decomposed]
+
+    def roles(self, manifest: Manifest) -> dict[str, tuple[str, ...]]:
+        """Return the graphs of each of its engines; that of `direct` may have been left out."""
+        return {name: graphs for name, graphs in manifest.engines.items() if name in self.engines}
 
     def key(self, graph: str, profiles: tuple[ProfileShapes, ...], options: BuildOptions) -> str:
         """Return the key of an engine of this set, of a graph's hash and of what to build it for."""
@@ -194,8 +200,11 @@ def _describe(engines: EngineSet) -> str:
 
 
 def _current(bundle: Bundle, found: EngineSet, build: str) -> EngineSet:
+    spare = abi.EMBEDDER in bundle.manifest.graphs  # which runs what `direct` does, and more
     for name, (graph, *_) in bundle.manifest.engines.items():
         if name not in found.engines:
+            if graph == abi.DIRECT and spare:
+                continue
             raise BackendError(f"{bundle.folder} has no engine of the graph {name} in {found.folder}: {build}")
         if found.engines[name].graph != graph_hash(bundle, graph):
             raise BackendError(f"{bundle.folder}: the graph {name} has changed since its engine was built: {build}")

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
@@ -77,8 +77,10 @@ class Watched(Protocol):
         ...
 
 
-def page_routes(service: Watched, gallery: Gallery) -> list[BaseRoute]:
-    """Return the routes of `/`, `/page/gallery` and `/page/try`.
+def page_routes(
+    service: Watched, gallery: Gallery, read: Callable[[Request], Awaitable[bytes]] = Request.body
+) -> list[BaseRoute]:
+    """Return the routes of `/`, `/page/gallery` and `/page/try`, whose body is what `read` returns.
 
     A try answers 400 where its body is none; what goes wrong after that is its last event. Its events are those of the
     server: "gate", any number of "token", then "done" or "error", each with a JSON object.
@@ -102,7 +104,7 @@ def page_routes(service: Watched, gallery: Gallery) -> list[BaseRoute]:
         if request.headers.get("Content-Type", "").partition(";")[0].strip() != "application/json":
             return _refused(415, "Content-Type is not application/json: send the body as JSON", None)
         try:
-            trial = Trial.model_validate_json(await request.body())
+            trial = Trial.model_validate_json(await read(request))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             param = ".".join(map(str, first["loc"]))

@@ -356,6 +356,7 @@ class Builder(Strict):
                 "version": VERSION,
                 "device": gpu.name,
                 "name": network.name,
+                "verbosity": config.profiling_verbosity.name,
                 "profiles": [profile._shapes for profile in config._profiles],
             }
         ).encode()

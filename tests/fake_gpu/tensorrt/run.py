@@ -18,7 +18,7 @@ from fakegpu.api import VERSION, Strict, enumeration, listed
 from fakegpu.graphs import Graph
 from fakegpu.machine import CudaError, Machine, Run, Work, alive
 from fakegpu.memory import ALIGNMENT, NOTHING, MisuseError, Span, kind_of
-from tensorrt.build import read_plan, type_of
+from tensorrt.build import ProfilingVerbosity, read_plan, type_of
 from tensorrt.log import ILogger, report
 
 ExecutionContextAllocationStrategy = enumeration("ExecutionContextAllocationStrategy")
@@ -44,6 +44,7 @@ class Runtime(Strict):
             return self._refuse(f"the plan is of TensorRT {header['version']} on {header['device']}")
         if gpu.fails("deserialize") or not gpu.memory.take(len(content)):
             return self._refuse("out of memory")
+        gpu.count(deserialized=1)
         return ICudaEngine(gpu, self._logger, header, content)
 
     def _refuse(self, why: str) -> ICudaEngine | None:
@@ -58,6 +59,7 @@ class ICudaEngine(Strict):
     def __init__(self, gpu: Machine, logger: ILogger, header: dict[str, Any], content: bytes) -> None:
         self._gpu, self._logger, self._graph = gpu, logger, Graph.of(content)
         self._name: str = header["name"]
+        self._verbosity = ProfilingVerbosity[header["verbosity"]]
         self._profiles: list[dict[str, list[Shape]]] = [
             {name: [tuple(shape) for shape in shapes] for name, shapes in profile.items()}
             for profile in header["profiles"]
@@ -147,11 +149,9 @@ class EngineInspector(Strict):
 class IExecutionContext(Strict):
     """One way of running an engine: a profile, then shapes, then addresses, then runs; by one thread at a time."""
 
-    nvtx_verbosity: Any = None
-
     def __init__(self, engine: ICudaEngine, strategy: Any) -> None:
         self._engine, self._strategy, self._gpu = engine, strategy, engine._gpu
-        self._profile = 0
+        self._profile, self._verbosity = 0, engine._verbosity
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
         self._arena: tuple[int, int] | None = None
@@ -164,6 +164,16 @@ class IExecutionContext(Strict):
     @property
     def engine(self) -> ICudaEngine:
         return self._engine
+
+    @property
+    def nvtx_verbosity(self) -> Any:
+        return self._verbosity
+
+    @nvtx_verbosity.setter
+    def nvtx_verbosity(self, verbosity: Any) -> None:
+        if not isinstance(verbosity, ProfilingVerbosity):
+            raise TypeError("nvtx_verbosity: incompatible function arguments")
+        self._verbosity = verbosity
 
     @property
     def active_optimization_profile(self) -> int:
@@ -266,7 +276,7 @@ class IExecutionContext(Strict):
         if work is None:
             return False
         gpu.push(stream, work)
-        gpu.count(enqueues=1)
+        gpu.count(enqueues=1, marked_enqueues=int(self._verbosity is not ProfilingVerbosity.NONE))
         self._settled = self._settled or stream.capture is None
         return True
 
