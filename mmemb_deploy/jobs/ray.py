@@ -10,21 +10,19 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
-from logging import WARNING, getLogger
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from mmemb_deploy.backends.choose import BACKENDS, CPU
+from mmemb_deploy.backends.choose import BACKENDS
 from mmemb_deploy.bundle.folder import NANO, Bundle
-from mmemb_deploy.bundle.manifest import Manifest
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.errors import BackendError, MissingExtraError, MmembError, OptionError, check_known
+from mmemb_deploy.errors import BackendError, MmembError, OptionError, check_known
 from mmemb_deploy.jobs.files import Job, Summary, prepare, write_part
+from mmemb_deploy.ray_cluster import connect, takes_gpus
 
 if TYPE_CHECKING:
     from mmemb_deploy.reasoners.remote import RemoteReasoner
@@ -60,7 +58,7 @@ def embed_on_ray(
     from ray.data import ActorPoolStrategy, from_items
     from ray.exceptions import RayError
 
-    gpus = _on_gpus(backend, opened.manifest)
+    gpus = takes_gpus(backend, opened.manifest)
     missing = job.begin(opened.manifest, reasoner)
     for start in missing:
         _tried(job, start).unlink(missing_ok=True)
@@ -118,34 +116,6 @@ def _check(job: Job, chunk: Chunk) -> None:
             f"a worker on {chunk['node']} wrote {part}, which is not there on this machine: the output must lie in a "
             "folder that all nodes share"
         )
-
-
-def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names, or start one on this machine for the life of the process.
-
-    Where Ray is connected already, nothing is done. Its usage statistics are off unless RAY_USAGE_STATS_ENABLED says
-    otherwise. Raises MissingExtraError without Ray.
-    """
-    if find_spec("ray") is None:
-        raise MissingExtraError("ray", "ray")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    getLogger("ray.data").setLevel(WARNING)
-    if not ray.is_initialized():
-        ray.init(logging_level=WARNING, log_to_driver=False, include_dashboard=False)
-
-
-def _on_gpus(backend: str, manifest: Manifest) -> bool:
-    """Return whether workers take GPUs. Raises BackendError where they must and the cluster has none."""
-    import ray
-
-    resources: Callable[[], Mapping[str, float]] = ray.cluster_resources  # which has no annotations
-    there = resources()
-    gpus = there.get("GPU", 0) >= 1
-    if backend not in ("auto", CPU) and not gpus:
-        raise BackendError(f"backend is {backend}, and the Ray cluster has no GPU: it has {dict(there)}")
-    return gpus and backend != CPU and not manifest.fused
 
 
 class Worker:
