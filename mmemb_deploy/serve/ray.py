@@ -6,14 +6,13 @@
 
 import signal
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application, Deployment
-from ray.serve.config import AutoscalingContext, HTTPOptions
+from ray.serve.config import HTTPOptions
 from starlette.types import ASGIApp
 
 from mmemb_deploy.bundle.folder import NANO, Bundle
@@ -23,12 +22,12 @@ from mmemb_deploy.ray_cluster import connect, takes_gpus
 from mmemb_deploy.serve.app import create_app
 from mmemb_deploy.serve.logs import log_json
 from mmemb_deploy.serve.page.gallery import open_gallery
+from mmemb_deploy.serve.scaling import BUSY, QUEUED, ScaleByWork
 from mmemb_deploy.serve.service import Service
 from mmemb_deploy.serve.settings import Settings, read_keys, settings_of
 from mmemb_deploy.serve.tracing import Traces
 
 NAME = "mmemb"
-QUEUED, BUSY = "queued_seconds", "busy"  # what replicas tell the autoscaler
 MARGIN = 5.0  # seconds for the last answers, after the drain
 
 
@@ -57,26 +56,6 @@ class Arguments(BaseModel):
 
     settings: Settings = Settings()
     """The server's settings; its host, port and seconds for headers and idle connections are Ray's to keep."""
-
-
-class ScaleByWork:
-    """Takes as many replicas as finish what is queued in time, and as are busy no more than they should be.
-
-    The second part is needed: under load a replica lets fewer inputs reason, so that its queue stays short while its
-    answers get worse. `busy` lies below the share of time that replicas are planned for then
-    (`mmemb_deploy/routing/load.py`), so more of them come first.
-    """
-
-    def __init__(self, queued_seconds: float = 1.0, busy: float = 0.7) -> None:
-        """`queued_seconds` of work may wait at a replica, whose engine runs for a share of `busy` of the time."""
-        self._most = {QUEUED: queued_seconds, BUSY: busy}
-
-    def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        """Return how many replicas there should be, of which Ray rounds up and minds its bounds and delays."""
-        told: Mapping[str, Mapping[Any, float]] = context.aggregated_metrics or {}
-        if not any(told.get(name) for name in self._most):
-            return context.target_num_replicas, {}
-        return max(sum(told.get(name, {}).values()) / most for name, most in self._most.items()), {}
 
 
 class Replica:
@@ -125,7 +104,7 @@ DEPLOYMENT: Deployment = serve.deployment(
         "look_back_period_s": 20,
         "upscale_delay_s": 5,
         "downscale_delay_s": 120,
-        "policy": {"policy_function": f"{__name__}:{ScaleByWork.__name__}"},
+        "policy": {"policy_function": f"{ScaleByWork.__module__}:{ScaleByWork.__name__}"},
     },
     graceful_shutdown_wait_loop_s=0.5,
 )(serve.ingress()(Replica))

@@ -25,7 +25,8 @@ with warnings.catch_warnings():
     from ray import serve
     from ray.serve.schema import ServeDeploySchema
 
-    from mmemb_deploy.serve.ray import BUSY, NAME, QUEUED, Arguments, ScaleByWork, app
+    from mmemb_deploy.serve.ray import NAME, Arguments, app
+    from mmemb_deploy.serve.scaling import BUSY, QUEUED, ScaleByWork
     from mmemb_deploy.serve.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray warns of itself, and leaves sockets to the collector

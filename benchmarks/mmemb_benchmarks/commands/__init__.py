@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from mmemb_benchmarks.commands import outcome, quality, speed
+from mmemb_benchmarks.commands import outcome, quality, simulation, speed
 from mmemb_benchmarks.commands.peers import peers
 from mmemb_benchmarks.commands.shared import OldNames
 
@@ -15,6 +15,7 @@ OF_A_BUNDLE: tuple[Callable[..., None], ...] = (
     quality.frontier,
     speed.latency,
     speed.load,
+    simulation.simulate,
     speed.suite,
     speed.startup,
     speed.runtime,
