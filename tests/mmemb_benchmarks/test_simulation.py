@@ -1,14 +1,17 @@
 """Simulated fleets: every request ends once, whoever dies; a seed decides everything; replicas come when needed."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from mmemb_benchmarks.simulation import measured, study
 from mmemb_benchmarks.simulation.engine import SimulatedCosts, SimulatedInput
 from mmemb_benchmarks.simulation.fleet import ROUTERS, Fleet, Request, Router, Scaling, Service, Traffic
 from mmemb_benchmarks.simulation.measured import CostTable
+from mmemb_deploy.cli.main import main
 
 COSTS = SimulatedCosts(prompts=lambda rows, tokens: 0.002 + 1e-5 * rows * tokens, step=lambda rows: 0.001 + 1e-4 * rows)
 INPUTS = [SimulatedInput(20 + number, number / 10, number) for number in range(10)]
@@ -95,3 +98,26 @@ def test_runs_take_what_was_fitted_and_differ_as_they_did() -> None:
     costs = table.costs(0)
     assert Counter(round(costs.prompts(2, 30), 6) for _ in range(50)).keys() == {0.109, 0.127}
     assert Counter(round(costs.step(4), 6) for _ in range(50)).keys() == {0.103, 0.109}
+
+
+@pytest.mark.slow
+def test_the_command_holds_a_simulation_against_a_real_replica_and_says_what_is_simulated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measured, "SECONDS", 0.5)
+    monkeypatch.setattr(study, "FEWEST", 200)
+    monkeypatch.setattr(study, "CALM", 2.0)
+    monkeypatch.setattr(study, "SURGE", 2.0)
+    words = ["--queries=40", "--replicas=2", "--validate=0.2", "--seconds=1", "--load=0.2", "--json"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "simulate", *words])
+    written = json.loads(capsys.readouterr().out)
+    found = study.SimulationResult.model_validate(written["result"])
+    assert written["kind"] == "simulation"
+    assert found.simulated
+    (checked,) = found.validation
+    assert checked.simulated.requests == checked.scheduled.requests == checked.served.requests
+    assert checked.to_served["reasoned"] == checked.simulated.reasoned / checked.served.reasoned
+    assert [point.replicas for points in found.weak_scaling.values() for point in points] == [2, 2, 2]
+    assert (found.deaths.lost, found.deaths.refused) == (0, 0)
+    assert found.deaths.retried > 0

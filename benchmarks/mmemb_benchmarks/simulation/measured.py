@@ -66,7 +66,7 @@ def measure_costs(embedder: Embedder, pairs: Sequence[Pair], seed: int) -> CostT
         traffic = Traffic.poisson([(load * most, SECONDS)], len(pairs), seed + 1 + part)
         every.append(scheduled(embedder, pairs, traffic)[1])
     prompts = np.array([run for each in every for run in each.prompt_runs])
-    steps = np.array([run for each in every for run in each.steps.seen])
+    steps = np.array([run for each in every for run in each.step_runs])
     rows, tokens, seconds = prompts.T
     prompt, of_prompts = _fit(np.column_stack([np.ones_like(rows), rows, tokens]), seconds)
     step, of_steps = _fit(np.column_stack([np.ones(len(steps)), steps[:, 0]]), steps[:, 1])
@@ -88,9 +88,9 @@ def measure_costs(embedder: Embedder, pairs: Sequence[Pair], seed: int) -> CostT
 def _fit(parts_RP: Floats, seconds_R: Floats) -> tuple[list[float], Floats]:
     """Return seconds of each part, none negative, by the least relative error, and every run over what is fitted."""
     left = list(range(parts_RP.shape[1]))
+    scale_R = np.maximum(seconds_R, np.quantile(seconds_R, 0.01))  # a CPU's clock may stand still
     while True:
-        scaled = parts_RP[:, left] / seconds_R[:, None]
-        found = np.linalg.lstsq(scaled, np.ones(len(seconds_R)))[0]
+        found = np.linalg.lstsq(parts_RP[:, left] / scale_R[:, None], seconds_R / scale_R)[0]
         if (found >= 0).all():
             break
         del left[int(found.argmin())]

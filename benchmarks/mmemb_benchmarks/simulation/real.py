@@ -27,25 +27,28 @@ Clock = Callable[[], float]
 
 
 class Steps(ByRows):
-    """Remembers every step: its rows and seconds."""
+    """Writes down the rows and seconds of every step."""
 
-    def __init__(self) -> None:
+    def __init__(self, runs: list[tuple[int, float]]) -> None:
         super().__init__()
-        self.seen: list[tuple[int, float]] = []
+        self._runs = runs
 
     def add(self, rows: int, seconds: float) -> None:
         """Learn from a step."""
         super().add(rows, seconds)
-        self.seen.append((rows, seconds))
+        self._runs.append((rows, seconds))
 
 
 @dataclass
 class Seen(Costs):
     """What a scheduler learns of costs, and every run that it learnt from."""
 
-    steps: Steps = field(default_factory=Steps)
     prompt_runs: list[tuple[int, int, float]] = field(default_factory=list)  # rows, tokens with padding, seconds
+    step_runs: list[tuple[int, float]] = field(default_factory=list)  # rows, seconds
     between: float = 0.0  # seconds outside of runs, of all of them together
+
+    def __post_init__(self) -> None:
+        self.steps = Steps(self.step_runs)
 
     def prefilled(self, rows: int, tokens: int, seconds: float) -> None:
         """Learn from prompts."""
