@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,12 +46,17 @@ def embed(
     reasoner_key: Annotated[str | None, typer.Option(help="Environment variable that holds its key.")] = None,
     reasoner_timeout: Annotated[float, typer.Option(help="Seconds to wait for a rationale, retries included.")] = 30.0,
     on_failure: Annotated[str, typer.Option(help="Without a rationale: raise, or direct: do without it.")] = "raise",
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Embed on the Ray cluster at RAY_ADDRESS, or on one here.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Devices that --ray takes; all it can by default.")] = None,
     as_json: Json = False,
     former: Former = None,
 ) -> None:
     """Embed a file or a folder of inputs. Interrupted, the same command goes on where it stopped."""
     from mmemb_deploy.embedder import Embedder
-    from mmemb_deploy.jobs.files import check_output, embed_source, read_source
+    from mmemb_deploy.jobs.files import Job, Summary, check_output, embed_source, read_source
+    from mmemb_deploy.jobs.ray import embed_on_ray
     from mmemb_deploy.options import EncodeOptions
     from mmemb_deploy.progress import counting
 
@@ -67,17 +74,34 @@ def embed(
     if not document or reasoning != "auto":
         options["reasoning"] = reasoning
     remote = _reasoner(reasoner, reasoner_model, reasoner_key, reasoner_timeout, on_failure)
+    bundle = same_bundle(bundle, former)
+    if not ray and workers is not None:
+        raise OptionError(f"workers is {workers}: they are what --ray takes; pass it too")
+    if ray and device != 0:
+        raise OptionError(f"device is {device}: with --ray, each worker takes whichever is free; leave it out")
     inputs = read_source(source)
-    embedder = Embedder.load(
-        same_bundle(bundle, former), backend=backend, device=device, threads=threads, reasoner=remote, digest=digest
-    )
-    print(embedder.notes[0], file=sys.stderr)
+    job = Job(inputs, output.absolute(), options, document=document, keep_going=errors == "return")
+    run: Callable[[Job, Callable[[int], None]], Summary]
+    if ray:
+        run = partial(
+            embed_on_ray,
+            bundle=bundle,
+            backend=backend,
+            threads=threads,
+            reasoner=remote,
+            digest=digest,
+            workers=workers,
+        )
+    else:
+        embedder = Embedder.load(
+            bundle, backend=backend, device=device, threads=threads, reasoner=remote, digest=digest
+        )
+        print(embedder.notes[0], file=sys.stderr)
+        run = partial(embed_source, embedder)
     began = time.perf_counter()
     try:
         with counting(len(inputs.ids), shown=not as_json) as done:
-            summary = embed_source(
-                embedder, inputs, output, options, document=document, keep_going=errors == "return", done=done
-            )
+            summary = run(job, done)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None

@@ -13,15 +13,20 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmemb_deploy.bundle.manifest import Manifest
 from mmemb_deploy.embedder import Embedder, Prepared
-from mmemb_deploy.errors import InputError, MissingExtraError, OptionError
+from mmemb_deploy.errors import BackendError, InputError, MissingExtraError, OptionError
 from mmemb_deploy.files import claim, whole
 from mmemb_deploy.options import EncodeOptions
+from mmemb_deploy.results import EncodeResult
+
+if TYPE_CHECKING:
+    from mmemb_deploy.reasoners.remote import RemoteReasoner
 
 CHUNK = 256  # inputs; the unit of work that is kept
 COLUMNS = (
@@ -88,7 +93,7 @@ def _read_folder(folder: Path) -> tuple[list[str], list[Any]]:
         if path.suffix.lower() == ".txt":
             inputs.append(path.read_text())
         elif path.suffix.lower() in IMAGE_SUFFIXES:
-            inputs.append({"image": str(path)})
+            inputs.append({"image": str(path.absolute())})
         else:
             continue
         ids.append(path.relative_to(folder).as_posix())
@@ -110,7 +115,7 @@ def _read_lines(path: Path) -> tuple[list[str], list[Any]]:
         name = str(number)
         if isinstance(content, dict):
             name = str(content.pop("id", number))
-            _resolve(content, path.parent)
+            _resolve(content, path.parent.absolute())
         ids.append(name)
         inputs.append(content)
     return ids, inputs
@@ -126,61 +131,89 @@ def _resolve(content: dict[str, Any], folder: Path) -> None:
             content[key] = [str(folder / part) if isinstance(part, str) and ":" not in part else part for part in value]
 
 
-def embed_source(
-    embedder: Embedder,
-    source: Source,
-    output: Path,
-    options: EncodeOptions,
-    *,
-    document: bool,
-    keep_going: bool,
-    done: Callable[[int], None],
-) -> Summary:
-    """Embed a source into `output`, which must end in one of FORMATS; `done` hears how many more rows are finished.
+@dataclass(frozen=True)
+class Job:
+    """What is to be done: a source, where it goes, how it is embedded, and the parts that its chunks become."""
 
-    With `keep_going`, rows that cannot be processed get an error and a NaN embedding. Raises InputError, at the row of
-    the source, without it; OptionError for an output that exists, or parts that another job left.
+    source: Source
+    output: Path
+    options: EncodeOptions
+    document: bool  # whether the inputs are what is searched
+    keep_going: bool  # whether rows that cannot be processed get an error and a NaN embedding
+
+    @property
+    def parts(self) -> Path:
+        """The folder of finished chunks."""
+        return self.output.with_name(self.output.name + ".parts")
+
+    def part(self, start: int) -> Path:
+        """Return the file of the chunk that begins with the input of this number."""
+        return self.parts / f"{start:09d}.npz"
+
+    def rows(self, start: int) -> slice:
+        """Return a chunk's inputs."""
+        return slice(start, min(start + CHUNK, len(self.source.ids)))
+
+    def begin(self, manifest: Manifest, reasoner: RemoteReasoner | None) -> list[int]:
+        """Take the parts' folder for this job, and return where the chunks that are not finished start.
+
+        Raises OptionError for an output that exists or cannot be written, and parts that another job left.
+        """
+        check_output(self.output)
+        facts = {
+            "inputs": self.source.fingerprint,
+            "bundle": manifest.files,
+            "options": self.options,
+            "document": self.document,
+            "keep_going": self.keep_going,
+            "reasoner": None if reasoner is None else reasoner.name,
+            "columns": COLUMNS,
+        }
+        claim(self.parts, facts, begun=any(self.parts.glob("*.npz")))
+        return [start for start in self._starts() if not self.part(start).exists()]
+
+    def end(self) -> Summary:
+        """Make the parts the output, once all are there. Raises BackendError where they are not the source's rows."""
+        chunks = [_read_npz(self.part(start)) for start in self._starts()]
+        columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in COLUMNS}
+        if columns["id"].tolist() != self.source.ids:
+            raise BackendError(f"{self.parts} does not hold each row of the source once: move it away, and run again")
+        _write(self.output, columns)
+        shutil.rmtree(self.parts)
+        return Summary(
+            rows=len(self.source.ids),
+            failures=int((columns["error"] != "").sum()),
+            reasoned=int((columns["route"] == "reason").sum()),
+            rationale_tokens=int(columns["rationale_tokens"].sum()),
+            fallbacks=int((columns["fallback"] != "").sum()),
+        )
+
+    def _starts(self) -> range:
+        return range(0, len(self.source.ids), CHUNK)
+
+
+def embed_source(embedder: Embedder, job: Job, done: Callable[[int], None]) -> Summary:
+    """Do a job; `done` hears how many more rows are finished.
+
+    Raises InputError, at the row of the source, unless the job keeps going; OptionError as `Job.begin`.
     """
-    check_output(output)
-    parts = output.with_name(output.name + ".parts")
-    job = {
-        "inputs": source.fingerprint,
-        "bundle": embedder.manifest.files,
-        "options": options,
-        "document": document,
-        "keep_going": keep_going,
-        "reasoner": None if embedder.reasoner is None else embedder.reasoner.name,
-        "columns": COLUMNS,
-    }
-    claim(parts, job, begun=any(parts.glob("*.npz")))
-    options = embedder.document_options | options if document else options
-    files = {start: parts / f"{start:09d}.npz" for start in range(0, len(source.ids), CHUNK)}
-    missing = [start for start, part in files.items() if not part.exists()]
-    done(sum(len(source.ids[start : start + CHUNK]) for start in files if start not in missing))
+    ids, inputs = job.source.ids, job.source.inputs
+    missing = job.begin(embedder.manifest, embedder.reasoner)
+    done(len(ids) - sum(len(ids[job.rows(start)]) for start in missing))
+    for start, prepared in ahead(lambda start: prepare(embedder, job, inputs[job.rows(start)], start), missing):
+        rows = ids[job.rows(start)]
+        write_part(job.part(start), rows, embedder.run(prepared))
+        done(len(rows))
+    return job.end()
 
-    def prepare(start: int) -> Prepared:
-        errors: Literal["raise", "return"] = "return" if keep_going else "raise"
-        try:
-            return embedder.prepare(source.inputs[start : start + CHUNK], errors=errors, **options)
-        except InputError as error:
-            raise error.at(start + (error.index or 0)) from error
 
-    for start, prepared in ahead(prepare, missing):
-        ids, result = source.ids[start : start + CHUNK], embedder.run(prepared)
-        errors = {error.index: str(error) for error in result.errors}
-        _write(files[start], _columns(ids, result.embeddings, result.details, errors))
-        done(len(ids))
-    chunks = [_read_npz(part) for part in files.values()]
-    columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in COLUMNS}
-    _write(output, columns)
-    shutil.rmtree(parts)
-    return Summary(
-        rows=len(source.ids),
-        failures=int((columns["error"] != "").sum()),
-        reasoned=int((columns["route"] == "reason").sum()),
-        rationale_tokens=int(columns["rationale_tokens"].sum()),
-        fallbacks=int((columns["fallback"] != "").sum()),
-    )
+def prepare(embedder: Embedder, job: Job, inputs: Sequence[Any], start: int) -> Prepared:
+    """Prepare the chunk of a job that starts at this row. Raises InputError at the row of the source."""
+    options = embedder.document_options | job.options if job.document else job.options
+    try:
+        return embedder.prepare(inputs, errors="return" if job.keep_going else "raise", **options)
+    except InputError as error:
+        raise error.at(start + (error.index or 0)) from error
 
 
 def ahead(call: Callable[[int], T], arguments: Sequence[int]) -> Iterator[tuple[int, T]]:
@@ -205,12 +238,13 @@ def check_output(output: Path) -> None:
         _parquet()
 
 
-def _columns(
-    ids: Sequence[str], embeddings: NDArray[Any], details: Sequence[Any], errors: dict[int | None, str]
-) -> Columns:
-    return {
+def write_part(part: Path, ids: Sequence[str], result: EncodeResult) -> None:
+    """Write what became of a chunk: whole or not at all."""
+    details = result.details
+    errors = {error.index: str(error) for error in result.errors}
+    columns = {
         "id": np.array(ids),
-        "embedding": embeddings,
+        "embedding": result.embeddings,
         "route": np.array([detail.route.value if detail else "" for detail in details]),
         "gate_score": np.array([detail.gate_score if detail else np.nan for detail in details], np.float32),
         "rationale": np.array([(detail.rationale or "") if detail else "" for detail in details]),
@@ -220,6 +254,7 @@ def _columns(
         "fallback": np.array([(detail.fallback or "") if detail else "" for detail in details]),
         "error": np.array([errors.get(index, "") for index in range(len(ids))]),
     }
+    _write(part, columns)
 
 
 def _write(target: Path, columns: Columns) -> None:

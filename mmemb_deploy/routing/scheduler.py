@@ -82,6 +82,15 @@ class Scheduler:
         """Tokens for which the KV cache has room held."""
         return sum(job.item.row.length + job.after for job in self._holding())
 
+    @property
+    def backlog_seconds(self) -> float:
+        """Seconds that an engine needs for the prompts that wait and the rationales that are to be written, as known.
+
+        Which prompts will reason is not known; a rationale that is being written counts half.
+        """
+        rationales = self.reasoning - self.decoded / 2
+        return self._backlog_seconds() + rationales * self.costs.rationale(self.most)
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Take in the jobs of a call. Raises OverloadError where they do not fit, and takes none."""
         now = self._clock()

@@ -145,6 +145,16 @@ class Service:
         gate = self.embedder.manifest.gate
         return None if gate is None else max(gate.threshold, self._load.threshold)
 
+    @property
+    def backlog_seconds(self) -> float:
+        """Seconds of work that the engine has before it, by what runs have cost."""
+        return self.scheduler.backlog_seconds
+
+    @property
+    def engine_seconds(self) -> float:
+        """Seconds that the engine has run, since the start."""
+        return sum(self.scheduler.seconds.values())
+
     async def drain(self, seconds: float) -> None:
         """Accept nothing more, wait at most so long for what was accepted, and let go of the rest."""
         self.ready, self._draining = False, True

@@ -12,7 +12,7 @@ from PIL import Image
 from mmemb_deploy import Embedder, InputError, OptionError
 from mmemb_deploy.embedder import Prepared
 from mmemb_deploy.jobs import files as jobs
-from mmemb_deploy.jobs.files import ahead, embed_source, read_source
+from mmemb_deploy.jobs.files import Job, ahead, embed_source, read_source
 from mmemb_deploy.options import EncodeOptions
 
 
@@ -38,7 +38,8 @@ def run(
 ) -> jobs.Summary:
     """Embed a file of JSON lines as queries."""
     source = read_source(lines)
-    return embed_source(embedder, source, output, options, document=False, keep_going=keep_going, done=lambda _: None)
+    job = Job(source, output, options, document=False, keep_going=keep_going)
+    return embed_source(embedder, job, lambda _: None)
 
 
 def test_rows_keep_their_order_ids_and_values(tiny_embedder: Embedder, lines: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from mmemb_deploy.inputs import images
 from mmemb_deploy.inputs import parse as parsing
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.prompts import END_THINK, IMAGE_PAD, MARKERS, THINK
-from mmemb_deploy.jobs.files import embed_source, read_source
+from mmemb_deploy.jobs.files import Job, embed_source, read_source
 from mmemb_deploy.reasoners import remote
 
 MakeEmbedder = Callable[..., Embedder]
@@ -440,9 +440,8 @@ def test_a_written_file_says_where_rationales_came_from_and_which_rows_fell_back
     (tmp_path / "inputs.jsonl").write_text('"good"\n"bad"\n')
     source, output = read_source(tmp_path / "inputs.jsonl"), tmp_path / "out.npz"
     embedder = served(max_retries=0, on_failure="direct")
-    summary = embed_source(
-        embedder, source, output, {"reasoning": "always"}, document=False, keep_going=False, done=lambda _: None
-    )
+    job = Job(source, output, {"reasoning": "always"}, document=False, keep_going=False)
+    summary = embed_source(embedder, job, lambda _: None)
     assert (summary.rows, summary.reasoned, summary.fallbacks) == (2, 1, 1)
     written = np.load(output)
     assert written["rationale_source"].tolist() == [f"tiny at {endpoint.url}", ""]

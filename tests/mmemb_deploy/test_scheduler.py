@@ -442,3 +442,17 @@ def test_served_results_are_those_of_encode(
         assert expected.details[0] is not None
         assert found.details[0].rationale_ids == expected.details[0].rationale_ids
         assert (found.embeddings @ expected.embeddings.T).item() >= 0.99999
+
+
+def test_the_backlog_is_what_waits_times_what_it_cost_before() -> None:
+    served = Served()
+    served.submit(SimulatedInput(10, rationale=4), "always")
+    served.run()
+    scheduler, costs = served.scheduler, served.scheduler.costs
+    assert scheduler.backlog_seconds == 0
+    served.submit(SimulatedInput(20, rationale=4), "always")
+    assert scheduler.backlog_seconds == pytest.approx(20 * costs.token.value) != 0
+    scheduler.advance()  # its prompt has run, its rationale has not begun
+    assert scheduler.backlog_seconds == pytest.approx(costs.rationale(scheduler.most)) != 0
+    scheduler.advance()  # it is being written
+    assert scheduler.backlog_seconds == pytest.approx(costs.rationale(scheduler.most) / 2)

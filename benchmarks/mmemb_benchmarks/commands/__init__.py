@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from mmemb_benchmarks.commands import load, outcome, quality, speed
+from mmemb_benchmarks.commands import load, outcome, quality, simulation, speed
 from mmemb_benchmarks.commands.peers import peers
 from mmemb_benchmarks.commands.shared import OldNames
 
@@ -16,6 +16,7 @@ OF_A_BUNDLE: tuple[Callable[..., None], ...] = (
     speed.latency,
     load.load,
     load.overload,
+    simulation.simulate,
     speed.suite,
     speed.startup,
     speed.runtime,

@@ -5,6 +5,7 @@ Axes: B rows, T tokens; embeddings and states have one value each, the input's n
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -173,6 +174,7 @@ class SimulatedEngine:
     costs: SimulatedCosts
     cache_tokens: float = math.inf
     most_rows: int = sys.maxsize
+    tokens: int = 8192  # of prompts that run together, padding included
     clock: VirtualClock = field(default_factory=VirtualClock)
 
     def __post_init__(self) -> None:
@@ -180,10 +182,11 @@ class SimulatedEngine:
         self.decoder = SimulatedDecoder(self.clock, self.costs, self.inputs, prompt.ids[END_THINK], self.most_rows)
         vision = cast("VisionEncoder", _Blind())
         most = sys.maxsize if self.cache_tokens == math.inf else int(self.cache_tokens)
-        limits = BatchLimits(row_tokens=sys.maxsize, tokens=8192, patches=1, cache_bytes=most)
+        limits = BatchLimits(row_tokens=sys.maxsize, tokens=self.tokens, patches=1, cache_bytes=most)
         fast_path = FastPath(vision, self.decoder, SimulatedGate(self.inputs), prompt.ids[PAD])
         self.paths = Paths(fast_path, Reasoning(self.decoder, prompt), limits, token_bytes=1)
 
 
+@functools.cache
 def _prompt() -> PromptEncoder:
     return row_encoder(Bundle.open(NANO)).prompt

@@ -1,0 +1,155 @@
+"""Embedding a source on a Ray cluster: the chunks of the ordinary job, each on whichever device is free.
+
+Ray Data hands chunks to a pool of workers, starts a worker anew when it dies, and hands its chunk out again. A chunk is
+done when its part lies in the job's folder, whole; so none can be lost or doubled, a job that was stopped goes on after
+what was done, and `mmemb embed` can go on with or without Ray where the other stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from mmemb_deploy.backends.choose import BACKENDS
+from mmemb_deploy.bundle.folder import NANO, Bundle
+from mmemb_deploy.embedder import Embedder
+from mmemb_deploy.errors import BackendError, MmembError, OptionError, check_known
+from mmemb_deploy.jobs.files import Job, Summary, prepare, write_part
+from mmemb_deploy.ray_cluster import connect, takes_gpus
+
+if TYPE_CHECKING:
+    from mmemb_deploy.reasoners.remote import RemoteReasoner
+
+AHEAD = 2  # chunks that a worker has at once: one runs, one is prepared
+QUEUED = 4  # and those handed to it, from which on Ray Data takes another worker where there is room
+TRIES = 4  # at a chunk, each of which ended with its worker
+
+Chunk = dict[str, Any]  # "start", its first row, and "rows", as JSON: ids and inputs
+
+
+def embed_on_ray(
+    job: Job,
+    done: Callable[[int], None],
+    *,
+    bundle: Path | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+    reasoner: RemoteReasoner | None = None,
+    digest: str | None = None,
+    workers: int | None = None,
+) -> Summary:
+    """Do a job on the cluster that RAY_ADDRESS names, else on one of this machine; `done` hears of finished rows.
+
+    All nodes must reach the bundle, the inputs' files and the output's folder by the same paths. A worker takes a GPU,
+    or without one `threads` cores (1 by default); there are as many as the cluster has room for, or `workers`. Raises
+    what `embed_source` raises, BackendError where the cluster has no device for a worker, MissingExtraError without
+    Ray.
+    """
+    check_known("backend", backend, BACKENDS)
+    opened = Bundle.open((bundle or NANO).absolute(), digest)
+    connect()
+    from ray.data import ActorPoolStrategy, from_items
+    from ray.exceptions import RayError
+
+    gpus = takes_gpus(backend, opened.manifest)
+    missing = job.begin(opened.manifest, reasoner)
+    for start in missing:
+        _tried(job, start).unlink(missing_ok=True)
+    ids, inputs = job.source.ids, job.source.inputs
+    done(len(ids) - sum(len(ids[job.rows(start)]) for start in missing))
+    if not missing:
+        return job.end()
+    rows = [{"start": start, "rows": json.dumps([ids[job.rows(start)], inputs[job.rows(start)]])} for start in missing]
+    load = partial(
+        Embedder.load,
+        bundle and opened.folder,
+        backend=backend,
+        threads=threads if gpus else threads or 1,
+        reasoner=reasoner,
+        digest=digest,
+    )
+    pool = ActorPoolStrategy(
+        **({"min_size": 1} if workers is None else {"size": workers}),
+        max_concurrent_calls_per_actor=AHEAD,
+        max_tasks_in_flight_per_actor=QUEUED,
+        enable_true_multi_threading=True,
+    )
+    chunks = from_items(rows, override_num_blocks=len(rows)).map_batches(
+        Worker,
+        fn_constructor_args=(load, replace(job, source=replace(job.source, ids=[], inputs=[]))),
+        compute=pool,
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=None if gpus else threads or 1,
+        num_gpus=1 if gpus else None,
+    )
+    chunks.context.max_errored_blocks = 0
+    chunks.context.enable_progress_bars = False
+    try:
+        for chunk in chunks.iter_rows():
+            _check(job, chunk)
+            done(len(ids[job.rows(chunk["start"])]))
+    except RayError as error:
+        raise BackendError(f"Ray gave up; the same command goes on after what is done: {error}") from error
+    return job.end()
+
+
+def _tried(job: Job, start: int) -> Path:
+    """Return the file that has a byte for every time a chunk was begun."""
+    return job.part(start).with_suffix(".tried")
+
+
+def _check(job: Job, chunk: Chunk) -> None:
+    """Raise what a worker met, and OptionError where its part is not to be seen here."""
+    if chunk["failure"]:
+        raise pickle.loads(chunk["failure"])
+    part = job.part(chunk["start"])
+    if not part.exists():
+        raise OptionError(
+            f"a worker on {chunk['node']} wrote {part}, which is not there on this machine: the output must lie in a "
+            "folder that all nodes share"
+        )
+
+
+class Worker:
+    """An embedder in a process of Ray's, which prepares a chunk in one thread while another runs the engine."""
+
+    def __init__(self, load: Callable[[], Embedder], job: Job) -> None:
+        self._load, self._job = load, job
+        self._embedder: Embedder | None = None
+        self._one = Lock()  # thread at a time that loads or runs the engine
+
+    def __call__(self, batch: Chunk) -> Chunk:
+        """Embed one chunk and write its part; what goes wrong is returned, to be raised where the job was begun."""
+        (start,), (rows,) = batch["start"], batch["rows"]
+        failure = b""
+        try:
+            self._embed(int(start), *json.loads(rows))
+        except MmembError as error:
+            failure = pickle.dumps(error)
+        return {"start": batch["start"], "failure": [failure], "node": [os.uname().nodename]}
+
+    def _embed(self, start: int, ids: list[str], inputs: list[Any]) -> None:
+        part = self._job.part(start)
+        if part.exists():  # finished by a worker that died before it could say so
+            return
+        with _tried(self._job, start).open("ab") as file:
+            if file.tell() >= TRIES:
+                raise BackendError(
+                    f"{TRIES} workers died while they had the inputs from {start} on (memory is the usual reason: "
+                    "lower the batch size); Ray's logs say how. The same command goes on after what is done"
+                )
+            file.write(b".")
+        with self._one:
+            self._embedder = embedder = self._embedder or self._load()
+        prepared = prepare(embedder, self._job, inputs, start)
+        with self._one:
+            result = embedder.run(prepared)
+        write_part(part, ids, result)
