@@ -18,7 +18,7 @@ export ORT_DISABLE_TELEMETRY := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo docs tables test check arm bench nano ablation clean
+.PHONY: help demo docs tables test check arm cluster bench nano ablation clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,9 @@ check: $(DEV) ## lint, formatting and types
 arm: $(DEV) ## install on an emulated aarch64 CPU, compare its answers with this one's; on Debian
 	tests/aarch64/prepare.sh build/aarch64 $(BIN)/python $(CPU)
 	$(BIN)/python tests/aarch64/compare.py build/aarch64/python
+
+cluster: $(DEV) ## run the tests that start a Ray cluster (a minute or two)
+	$(BIN)/python -m pytest -m cluster
 
 bench: $(DEV) ## run the benchmarks of a CPU (17 minutes on 2 cores), make a page of them
 	PYTHON=$(BIN)/python benchmarks/cpu.sh
@@ -75,5 +78,5 @@ $(DOCS): pyproject.toml constraints.txt | $(BIN)/pip
 	touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/pip
-	$(INSTALL) --editable '.[cpu,train,export,bench,serve,otel,dev,docs,rtx]'
+	$(INSTALL) --editable '.[cpu,train,export,bench,serve,otel,ray,dev,docs,rtx]'
 	touch $(DEMO) $(DOCS) $@

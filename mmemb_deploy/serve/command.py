@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mmemb_deploy.cli.options import Backend, Bundle, Device, Digest, Threads
-from mmemb_deploy.errors import MissingExtraError
+from mmemb_deploy.errors import MissingExtraError, OptionError
 
 LOGGER = getLogger("mmemb_deploy.serve")
 LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -42,6 +42,9 @@ def serve(
     gallery: Annotated[Path | None, typer.Option(help="Folder of pictures for the page at / to search.")] = None,
     page: Annotated[bool, typer.Option(help="Show a page at / to try the model by hand.")] = True,
     otel: Annotated[bool, typer.Option("--otel", help="Send a span for each request by OTLP.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Serve on the Ray cluster at RAY_ADDRESS, or on one here: a replica a device.")
+    ] = False,
     backend: Backend = "auto",
     device: Device = 0,
     threads: Threads = None,
@@ -84,6 +87,25 @@ def serve(
         log_level=log_level,
         otel=otel,
     )
+    if ray:
+        if device != 0:
+            raise OptionError(f"device is {device}: with --ray, each replica takes whichever is free; leave it out")
+        if find_spec("ray") is None:
+            raise MissingExtraError("ray", "ray")
+        from mmemb_deploy.serve.ray import Arguments, run_on_ray
+
+        run_on_ray(
+            Arguments(
+                bundle=bundle,
+                backend=backend,
+                threads=threads,
+                digest=digest,
+                page=page,
+                gallery=gallery,
+                settings=settings,
+            )
+        )
+        return
     opened = OpenBundle.open(bundle or NANO, digest)
     log_json(settings.log_level)
     if not settings.api_keys and settings.host not in LOCAL:

@@ -27,7 +27,8 @@ psutil = pytest.importorskip("psutil", reason="comes with ray")
 
 from mmemb_deploy.jobs.ray import TRIES, Worker, embed_on_ray  # noqa: E402  # what is above skips first
 
-pytestmark = pytest.mark.filterwarnings("default")  # Ray warns of itself, and leaves sockets to the collector
+# Ray warns of itself, and leaves sockets to the collector
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 
 CHUNK, CHUNKS = 4, 60
 ALWAYS: EncodeOptions = {"reasoning": "always"}

@@ -29,7 +29,8 @@ with warnings.catch_warnings():
     from mmemb_deploy.serve.scaling import BUSY, QUEUED, ScaleByWork
     from mmemb_deploy.serve.settings import Settings
 
-pytestmark = pytest.mark.filterwarnings("default")  # Ray warns of itself, and leaves sockets to the collector
+# Ray warns of itself, and leaves sockets to the collector
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 
 YAML = Path(__file__).parents[2] / "examples" / "ray" / "serve.yaml"
 with socket.create_server(("127.0.0.1", 0)) as free:
