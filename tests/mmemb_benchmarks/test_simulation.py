@@ -15,7 +15,7 @@ from mmemb_deploy.cli.main import main
 
 COSTS = SimulatedCosts(prompts=lambda rows, tokens: 0.002 + 1e-5 * rows * tokens, step=lambda rows: 0.001 + 1e-4 * rows)
 INPUTS = [SimulatedInput(20 + number, number / 10, number) for number in range(10)]
-SERVICE = Service(inputs=INPUTS, costs=COSTS, threshold=0.7, max_tokens=20, gated_by_load=False)
+SERVICE = Service(inputs=INPUTS, costs=lambda _: COSTS, threshold=0.7, max_tokens=20, gated_by_load=False)
 
 
 def traffic(rate: float, seconds: float = 2.0, seed: int = 0) -> Traffic:
@@ -47,7 +47,7 @@ def test_requests_wait_while_no_replica_is_there() -> None:
 
 
 def test_an_answer_that_its_replica_did_not_live_to_give_is_given_by_another() -> None:
-    slow = replace(SERVICE, costs=SimulatedCosts(prompts=lambda *_: 1.0, step=lambda _: 1.0))
+    slow = replace(SERVICE, costs=lambda _: SimulatedCosts(prompts=lambda *_: 1.0, step=lambda _: 1.0))
     (request,) = Fleet(slow, 1, deaths=(0.5,), startup=0.0).run(Traffic(times=[0.0], numbers=[0]))
     assert (request.tries, request.endings, request.ended) == (2, 1, 1.5)
 
@@ -58,6 +58,23 @@ def test_one_seed_is_one_outcome_and_another_is_another() -> None:
 
     assert run(3) == run(3)
     assert run(3) != run(4)
+
+
+def test_a_fleet_does_the_same_whatever_ran_before_it() -> None:
+    table = CostTable(
+        prompt_run=0.01,
+        prompt_row=0.001,
+        prompt_token=0.0,
+        step_run=0.002,
+        step_row=0.001,
+        spread=[0.5, 1.5],
+        between=0.0,
+        request=0.0,
+        runs=1,
+    )
+    service = replace(SERVICE, costs=table.costs)
+    first, second = (outcome(Fleet(service, 2).run(traffic(50))) for _ in range(2))
+    assert first == second
 
 
 def test_one_replica_is_the_same_by_every_router() -> None:
@@ -77,7 +94,7 @@ def test_a_surge_brings_replicas_and_its_end_takes_them_away_without_a_loss() ->
 
 
 def test_engines_are_busy_for_the_share_of_the_time_that_the_work_takes() -> None:
-    never = replace(SERVICE, threshold=1.0, costs=SimulatedCosts(prompts=lambda *_: 0.01, step=lambda _: 0.0))
+    never = replace(SERVICE, threshold=1.0, costs=lambda _: SimulatedCosts(lambda *_: 0.01, lambda _: 0.0))
     fleet = Fleet(never, 2, router="round robin")
     fleet.run(Traffic(times=np.arange(0, 1, 0.05).tolist(), numbers=[0] * 20))
     assert fleet.utilisation() == pytest.approx(20 * 0.01 / (2 * 0.96), rel=0.02)

@@ -79,7 +79,7 @@ class Service:
     """What every replica is: its inputs and costs, and the server's settings."""
 
     inputs: Sequence[SimulatedInput]
-    costs: SimulatedCosts
+    costs: Callable[[int], SimulatedCosts]  # of a fleet with this seed
     threshold: float
     curve: Sequence[CurvePoint] = ()
     max_tokens: int
@@ -107,10 +107,10 @@ class Scaling:
 class Replica:
     """A scheduler over a simulated engine, and the requests that it has."""
 
-    def __init__(self, service: Service, rows: Sequence[Row], began: float) -> None:
+    def __init__(self, service: Service, costs: SimulatedCosts, rows: Sequence[Row], began: float) -> None:
         self.began = began
         self.ended: float | None = None
-        self.engine = SimulatedEngine(service.inputs, service.costs, tokens=service.tokens)
+        self.engine = SimulatedEngine(service.inputs, costs, tokens=service.tokens)
         self.engine.clock.now = began
         load = LoadGate(service.curve, patience=service.patience) if service.gated_by_load else None
         pace = Pace(prompts=service.batch_size, rationales=service.batch_size, patient=False)
@@ -201,6 +201,7 @@ class Fleet:
         self.target = replicas
         self.looks: list[tuple[float, int, float]] = []  # when, replicas, and seconds of work that wait
         self._service, self._router, self._scaling = service, router, scaling
+        self._costs = service.costs(seed)
         self._startup = startup if scaling is None else scaling.startup
         self._rng = np.random.default_rng([seed, 2])
         self._rows = [each.row(number) for number, each in enumerate(service.inputs)]
@@ -211,7 +212,7 @@ class Fleet:
         self._told: deque[tuple[float, float, float]] = deque()  # when, seconds queued and engines busy, of all
         self._differs: float | None = None  # since when another number of replicas is wanted
         for _ in range(replicas):
-            self.replicas.append(Replica(service, self._rows, 0.0))
+            self.replicas.append(Replica(service, self._costs, self._rows, 0.0))
         for when in deaths:
             self._at(when, self._die)
 
@@ -271,7 +272,7 @@ class Fleet:
 
     def _ready(self, now: float) -> None:
         self._starting -= 1
-        self.replicas.append(Replica(self._service, self._rows, now))
+        self.replicas.append(Replica(self._service, self._costs, self._rows, now))
         waiting, self._waiting = self._waiting, []
         for request in waiting:
             self._route(request, now)

@@ -102,7 +102,7 @@ def simulate(
     table = measure_costs(embedder, workload.pairs, seed)
     service = Service(
         inputs=inputs,
-        costs=table.costs(seed),
+        costs=table.costs,
         threshold=manifest.gate.threshold,
         curve=manifest.gate.curve,
         max_tokens=manifest.model.max_rationale_tokens,
