@@ -26,6 +26,7 @@ from mmemb_deploy.routing.load import UTILISATION, LoadGate, Work
 from mmemb_deploy.routing.router import Policy
 from mmemb_deploy.routing.scheduler import STALL, Scheduler
 
+SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 COSTS = SimulatedCosts(prompts=lambda rows, tokens: 0.002 + 1e-5 * rows * tokens, step=lambda rows: 0.004 + 1e-4 * rows)
 
 
@@ -200,7 +201,7 @@ TestTraffic.settings = settings(
     stateful_step_count=30,
     deadline=None,
     derandomize=True,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=SLOW,
     phases=[Phase.generate],
 )
 
@@ -412,9 +413,7 @@ def test_what_does_not_yield_is_untouched_by_load() -> None:
 
 
 @given(data=st.data())
-@settings(
-    max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
-)
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=SLOW, phases=[Phase.generate])
 def test_served_results_are_those_of_encode(
     tiny_embedder: Embedder, mixed_inputs: list[Any], data: st.DataObject
 ) -> None:

@@ -40,7 +40,8 @@ def test_many_requests_at_once_get_what_encode_gives(tiny_embedder: Embedder, mi
     asked: list[tuple[list[Any], EncodeOptions]] = [
         ([each], {"reasoning": reasoning}) for each in mixed_inputs for reasoning in ("never", "auto", "always")
     ]
-    asked += [(mixed_inputs, {"reasoning_rate": 0.5}), (mixed_inputs[:2], {"truncate_dim": tiny_embedder.dim})]
+    asked.append((mixed_inputs, {"reasoning_rate": 0.5}))
+    asked.append((mixed_inputs[:2], {"truncate_dim": tiny_embedder.dim}))
 
     async def use(service: Service) -> None:
         answers = await asyncio.gather(*(service.embed(Ask(inputs=inputs, options=how)) for inputs, how in asked))
