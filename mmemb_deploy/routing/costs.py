@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 WEIGHT = 0.1  # of what was seen last
+STALL = 3  # times the mean that a value counts for at most: a machine that pauses for a moment says little of the next
 
 
 @dataclass
@@ -17,6 +18,8 @@ class Mean:
     def add(self, value: float) -> None:
         """Take in a value."""
         self.seen += 1
+        if self.seen > 1:
+            value = min(value, STALL * self.value)
         self.value += max(WEIGHT, 1 / self.seen) * (value - self.value)
 
 

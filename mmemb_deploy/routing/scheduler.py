@@ -33,7 +33,7 @@ PROMPTS = 0.6  # share of the time that prompts get while both wait
 STALL = 0.025  # seconds that decoding goes on at most while prompts wait
 GATHER = 4  # steps after which rows join, however few
 ALIKE = 2  # times the shortest prompt of a batch that the longest may have, where somebody waits
-MARGIN = 1.5  # steps; a row whose deadline is nearer than that settles
+MARGIN = 1.5  # runs; a row whose deadline is nearer than that settles
 
 
 class Scheduler:
@@ -184,16 +184,17 @@ class Scheduler:
     def _settle_dated(self, now: float) -> None:
         for job in self._prompts.late(now):
             self._end(job, DeadlineError(f"its deadline passed {now - job.deadline:.3f} s ago, before its prompt ran"))
-        step = self.costs.steps.run(len(self._live) or 1)
-        remaining = step * max(self.costs.length.value, MARGIN)
-        for job in [job for job in self._ready if now + remaining > job.deadline]:
-            self._degrade(job, "deadline")
-        for job in [job for job in self._live.values() if now + MARGIN * step > job.deadline]:
-            self._degrade(job, "deadline")
+        step, waiting = self.costs.steps.run(len(self._live) or 1), min(self.waiting, self._pace.prompts)
+        run = max(step, self.costs.prompts.run(waiting)) if waiting else step  # the longest that may be next
+        busy = self._live or waiting  # else it costs nobody anything to try, and shows what a step takes now
+        whole = step * self.costs.length.value if busy else 0
+        for jobs, remaining in ((self._ready, max(whole, MARGIN * run)), (list(self._live.values()), MARGIN * run)):
+            for job in [job for job in jobs if now + remaining > job.deadline]:
+                self._degrade(job, "deadline")
 
     def _settle_load(self, load: LoadGate, now: float) -> None:
-        waiting = Work(len(self._prompts), len(self._ready))
-        load.update(now, waiting, self.costs.prompts.row(self._pace.prompts), self.costs.rationale(self.most))
+        backlog = Work(len(self._prompts), len(self._ready))
+        load.update(now, backlog, self.costs.prompts.row(self._pace.prompts), self.costs.rationale(self.most))
         for job in [job for job in self._ready if job.yields and job.item.score < load.threshold]:
             job.item.threshold = load.threshold
             self._degrade(job, "load")

@@ -20,6 +20,7 @@ from mmemb_benchmarks.simulation import engine as simulation
 from mmemb_benchmarks.simulation.engine import SimulatedCosts, SimulatedEngine, SimulatedInput
 from mmemb_deploy import BackendError, DeadlineError, Embedder, OverloadError
 from mmemb_deploy.bundle.manifest import CurvePoint
+from mmemb_deploy.routing.costs import Mean
 from mmemb_deploy.routing.items import Item
 from mmemb_deploy.routing.jobs import PATIENCE, Bounds, Call, Job, Pace
 from mmemb_deploy.routing.load import UTILISATION, LoadGate, Work
@@ -300,6 +301,48 @@ def test_a_deadline_settles_for_the_direct_embedding_or_says_that_it_passed() ->
     with pytest.raises(OverloadError, match="its deadline is in") as refused:
         served.submit(SimulatedInput(10), deadline=served.engine.clock.now + 1e-4)
     assert refused.value.reason == "deadline"
+
+
+def test_what_once_took_long_is_tried_again() -> None:
+    """Where nothing is decoded for want of time, nothing would show that there is time again."""
+    served = Served()
+    slow = SimulatedCosts(COSTS.prompts, lambda rows: 10 * COSTS.step(rows))
+    served.engine.decoder._costs = slow  # pyright: ignore[reportPrivateUsage]
+    for _ in range(3):
+        served.submit(SimulatedInput(10, 1.0, 20), "always")
+        served.run()
+    served.engine.decoder._costs = COSTS  # pyright: ignore[reportPrivateUsage]
+    jobs = []
+    for _ in range(10):
+        jobs.append(served.submit(SimulatedInput(10, 1.0, 20), "always", deadline=served.engine.clock.now + 0.3))
+        served.run()
+    assert all(job.error is None for job in jobs)
+    assert all(job.item.reasoned is not None for job in jobs[-5:])
+
+
+def test_a_rationale_gives_up_before_a_prompt_that_would_make_it_late() -> None:
+    served = Served()
+    served.submit(SimulatedInput(1000, 1.0, 20), "always")
+    served.run()
+    clock, jobs = served.engine.clock, []
+    for arrival in clock.now + np.cumsum(np.random.default_rng(0).exponential(0.04, 300)):
+        while clock.now < arrival:
+            if not served.scheduler.advance():
+                clock.now = arrival
+        jobs.append(served.submit(SimulatedInput(1000, 1.0, 20), "always", deadline=clock.now + 0.15))
+    served.run()
+    assert all(job.error is None for job in jobs)
+    assert {job.item.degraded_by for job in jobs} == {None, "deadline"}
+
+
+def test_a_pause_of_the_machine_is_no_cost() -> None:
+    mean = Mean()
+    for value in (0.004, 0.004, 0.4, *[0.004] * 5):
+        mean.add(value)
+    assert mean.value < 0.008
+    for _ in range(40):
+        mean.add(0.04)
+    assert mean.value > 0.035
 
 
 def test_a_call_that_does_not_fit_is_refused_whole() -> None:
