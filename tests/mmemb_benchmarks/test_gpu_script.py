@@ -50,7 +50,7 @@ def environment(tmp_path: Path, tiny_bundle: Path, tiny_checkpoint: Path) -> dic
             name = end.format(section.replace("$shape", shape).replace("$backend", backend))
             shutil.copy(measured, results / f"{name}.json")
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},  # xdist's are its own
         "PATH": f"{FAKE_GPU / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(map(str, PACKAGES)),
         "PYTHON": sys.executable,

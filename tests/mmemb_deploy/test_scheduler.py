@@ -461,7 +461,7 @@ def test_served_results_are_those_of_encode(
     tiny_embedder: Embedder, mixed_inputs: list[Any], data: st.DataObject
 ) -> None:
     inputs = [*mixed_inputs, "one", "two words", "a text of some length that comes last"]
-    ended: list[int] = []
+    ended: list[Job] = []
     rows = data.draw(st.integers(1, 5))
     scheduler = Scheduler(tiny_embedder.paths, Pace(patient=False, prompts=rows, rationales=rows), lambda: 0.0)
     calls = []
@@ -469,7 +469,7 @@ def test_served_results_are_those_of_encode(
         prepared = tiny_embedder.prepare([content], reasoning="always")
         jobs = tiny_embedder.jobs(prepared)
         for job in jobs:
-            job.ended = lambda job: ended.append(id(job))
+            job.ended = ended.append
         scheduler.submit(jobs)
         calls.append((content, prepared))
         for _ in range(data.draw(st.integers(0, 6))):

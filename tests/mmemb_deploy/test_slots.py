@@ -94,10 +94,8 @@ class Setting:
 
     def windowed(self, facts: GraphFacts, places: Places) -> tuple[Path, GraphFacts]:
         """Prepare a graph with slots as for TensorRT."""
-        parent = self.bundle.folder.parent
-        copied = Path(
-            shutil.copytree(self.bundle.folder, parent / "copied", dirs_exist_ok=True)
-        )  # files will be linked
+        parent = self.bundle.folder.parent  # files will be linked, so of a copy
+        copied = Path(shutil.copytree(self.bundle.folder, parent / "copied", dirs_exist_ok=True))
         path, target = copied / facts.file, parent / "windowed"
         weights = [file for file in self.bundle.manifest.files if file.endswith(".onnx.data")]
         written = write_prepared(path, prepared(path, places.slots, lengths=False), weights, target)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -137,7 +138,8 @@ def png(shade: int) -> bytes:
 def repository(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> Path:
     """A repository of a bundle without engines, for the CPU."""
     folder = tmp_path_factory.mktemp("triton")
-    assert write_repository(Bundle.open(tiny_bundle), [], folder, None) == ["mmemb"]
+    copied = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("linked") / "bundle")  # whose files get second names
+    assert write_repository(Bundle.open(copied), [], folder, None) == ["mmemb"]
     return folder
 
 
