@@ -135,11 +135,16 @@ def png(shade: int) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def repository(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> Path:
+def linked(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> Path:
+    """A bundle whose files may get second names."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("linked") / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory, linked: Path) -> Path:
     """A repository of a bundle without engines, for the CPU."""
     folder = tmp_path_factory.mktemp("triton")
-    copied = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("linked") / "bundle")  # whose files get second names
-    assert write_repository(Bundle.open(copied), [], folder, None) == ["mmemb"]
+    assert write_repository(Bundle.open(linked), [], folder, None) == ["mmemb"]
     return folder
 
 
@@ -195,9 +200,9 @@ def test_triton_reads_the_configuration_of_the_python_model(repository: Path) ->
     assert {path.name for path in (repository / "mmemb" / "1").iterdir()} == {"model.py", "bundle"}
 
 
-def test_the_bundle_takes_no_room_twice(repository: Path, tiny_bundle: Path) -> None:
+def test_the_bundle_takes_no_room_twice(repository: Path, linked: Path) -> None:
     copied = repository / "mmemb" / "1" / "bundle" / "decoder.onnx.data"
-    assert copied.samefile(tiny_bundle / "decoder.onnx.data")
+    assert copied.samefile(linked / "decoder.onnx.data")
 
 
 def test_engines_without_a_cache_become_models_of_their_own(bundle: Bundle, tmp_path: Path) -> None:
