@@ -24,6 +24,7 @@ from mmemb_deploy.serve.ask import Ask
 LEVELS = 0.5, 1.0, 1.5, 2.0, 0.5  # times the sustained rate, one after the other
 DEADLINES = 0.5, 1.0, 2.0  # times the mean latency, idle, of always
 DEADLINE_LOAD = 0.5  # of the rate that always sustains
+TELLING = 0.001  # seconds that an answer in time may take from the target to here
 WINDOW = 0.5  # seconds, of which each has to be in time again after an overload
 MATCHES = 4  # trials that look for the rate of an equal utilisation
 ROUNDS = 3  # of the mixed and the fast traffic, in turns
@@ -157,8 +158,8 @@ async def measure_deadlines(
         replies = await offer(target, [asks[index] for index in drawn], due)
         answered = [(reply, reply.answer) for reply in replies if reply.answer is not None]
         took = [reply.seconds - reply.lag for reply, _ in answered]
-        over = [seconds - deadline for seconds in took if seconds > deadline]
-        in_time = [answer for (_, answer), seconds in zip(answered, took, strict=True) if seconds <= deadline]
+        over = [seconds - deadline for seconds in took if seconds > deadline + TELLING]
+        in_time = [answer for (_, answer), seconds in zip(answered, took, strict=True) if seconds <= deadline + TELLING]
         every = len(replies)
         made.append(
             Deadline(
