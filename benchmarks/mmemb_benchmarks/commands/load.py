@@ -163,7 +163,8 @@ def overload(
     seconds: Annotated[float, typer.Option(min=1, help="Length of a level of load.")] = 60.0,
     trials: Trials = 8,
     patience_ms: Annotated[
-        float | None, typer.Option(min=0.1, help="What an input may wait before load is high; half of p95's target.")
+        float | None,
+        typer.Option(min=0.1, help="What an input may wait before load is high; a quarter of p95's target."),
     ] = None,
     burst: Burst = 1.0,
     batch_size: BatchSize = 32,

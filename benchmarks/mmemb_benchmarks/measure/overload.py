@@ -241,8 +241,8 @@ async def measure_overload(
 ) -> OverloadResult:
     """Find what auto and always sustain, in at most so many trials each, then go beyond it.
 
-    `options` are those of never, auto and always, `patience_ms` is what an input may wait before load is high, half of
-    the target by default. Raises OptionError for a bundle without a gate.
+    `options` are those of never, auto and always, `patience_ms` is what an input may wait before load is high, a
+    quarter of the target by default. Raises OptionError for a bundle without a gate.
     """
     gate = embedder.manifest.gate
     if gate is None:
@@ -251,7 +251,7 @@ async def measure_overload(
     limit = TARGET * max(idle.values()) if target_ms is None else target_ms
     report("both routes of every query")
     routes = None if traffic.judge is None else measure_routes(embedder, traffic.workload.pairs, judge=traffic.judge)
-    patience = (limit / 2 if patience_ms is None else patience_ms) / 1000
+    patience = (limit / 4 if patience_ms is None else patience_ms) / 1000
     async with TwoRoutes(embedder, batch_size, patience=patience) as target:
         found = await measure_load(
             {"two-route": target},
