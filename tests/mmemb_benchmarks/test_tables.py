@@ -64,6 +64,7 @@ ROWS = {
         "| llama.cpp, float32 / 8-bit | 0.5x / 0.8x | 0.5x / 0.7x | 1.2x / 1.8x | 0.8x / 1.1x |",
         "| **fused int8** | 5.6x to 5.8x | 4.7x to 5.2x | 7.5x to 8.0x | 8.7x to 9.6x |",
     ],
+    "loops": ["| two-route: auto | 159 | 25 | 0.933 |  |", "| static: auto | 192 | 46 | 0.936 | 0.82x |"],
     "peers-by-token": [
         "| 0.2B: transformers, seconds | 0.62 | 5.56 | 0.079 | 0.146 |",
         "| fused int8, generator int4 | 5.5x | 5.6x | 8.2x | 4.8x |",

@@ -1,8 +1,8 @@
 """The tables of documents, from a folder of results: `tables` gives those that the folder has figures for.
 
 Results lie in files named DAY-NAME.json, of which the latest of a name counts. Those of digitchain, ablation,
-precisions, peers and tensorrt-rtx are several runs put together by hand; those of latency and load are as `mmemb bench`
-writes them.
+precisions, peers and tensorrt-rtx are several runs put together by hand; those of latency, load and loops are as
+`mmemb bench` writes them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 from mmemb_benchmarks.measure.latency import LatencyResult
-from mmemb_benchmarks.measure.load import LoadResult
+from mmemb_benchmarks.measure.load import LoadResult, ModeLoad
 from mmemb_benchmarks.results import Stamped, read_result
 from mmemb_deploy.errors import OptionError
 
@@ -239,6 +239,33 @@ def _rates(figures: Sequence[float]) -> list[str]:
     return [*(format(figure, ".0f" if figure >= 100 else ".1f") for figure in figures), ratio]
 
 
+def _loops(path: Path) -> Table:
+    """Put the loops side by side, the first over each of the others."""
+    stamped = read_result(path)
+    load: LoadResult = stamped.result
+    loops = {load.target: load.modes, **load.beside}
+    rows = [
+        (f"{loop}: {mode}", f"{found.sustainable_per_s:.0f}", *_of_the_highest(found), _over(load, loop, mode))
+        for loop, modes in loops.items()
+        for mode, found in modes.items()
+    ]
+    first = f"random arrivals, p95 below {load.target_p95_ms:.0f} ms"
+    return Table(_caption_of([stamped]), (first, "a second", "p50 there, ms", "hit@1", "two-route is"), rows)
+
+
+def _of_the_highest(found: ModeLoad) -> tuple[str, str]:
+    """Return p50 and hit@1 of the highest rate that held."""
+    held = next((trial for trial in reversed(found.trials) if trial.held), None)
+    if held is None:
+        return "-", "-"
+    return f"{held.p50_ms:.0f}", "-" if held.hit_at_1 is None else f"{held.hit_at_1:.3f}"
+
+
+def _over(load: LoadResult, loop: str, mode: str) -> str:
+    ratio = load.ratio.get(f"{mode} over {mode} of {loop}")
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
 def _headline(*paths: Path) -> Table:
     results = [read_result(path) for path in paths]
     found, load = results[0].result, results[1].result
@@ -368,6 +395,7 @@ _TABLES: dict[str, tuple[tuple[str, ...], Callable[..., Table]]] = {  # the file
     "decision": (("ablation-cpu",), _decision),
     "reward": (("ablation-cpu",), _reward),
     "reasoning": (("latency-nano-cpu", "load-nano-cpu", "latency-small-cpu", "load-small-cpu"), _reasoning),
+    "loops": (("loops-nano-cpu",), _loops),
     "precisions": (("precisions-cpu",), _precisions),
     "peers": (("peers-cpu",), _peers),
     "peers-by-token": (("peers-cpu",), _peers_by_token),
