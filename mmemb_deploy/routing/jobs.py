@@ -23,6 +23,7 @@ class Bounds:
     rows: float = math.inf
     tokens: float = math.inf
     media_bytes: float = math.inf  # of decoded pixels
+    seconds: float = math.inf  # that the prompts before a call may take, as runs have cost
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,6 +148,12 @@ class Scheduler:
                     retry_after=self._backlog_seconds(),
                 )
         wait = self._backlog_seconds()
+        if wait > bounds.seconds:
+            raise OverloadError(
+                f"{wait:.3f} s of prompts wait before it, above the limit of {bounds.seconds:g} s: ask again later",
+                reason="wait",
+                retry_after=wait - bounds.seconds,
+            )
         earliest = min((job.deadline for job in jobs), default=math.inf)
         if now + wait + self.costs.prompts.run(1) > earliest and self.costs.token.seen:
             raise OverloadError(

@@ -34,6 +34,7 @@ def serve(
     max_media_bytes: Annotated[int, typer.Option(help="Bytes of one encoded image.")] = 20 * 2**20,
     max_inputs: Annotated[int, typer.Option(help="Inputs of one request.")] = 2048,
     max_waiting_rows: Annotated[int, typer.Option(help="Inputs accepted and not yet answered.")] = 4096,
+    max_wait_seconds: Annotated[float, typer.Option(help="Seconds of prompts that may wait before a request.")] = 30.0,
     timeout_headers: Annotated[float, typer.Option(help="Seconds for a client to send its headers.")] = 10.0,
     timeout_body: Annotated[float, typer.Option(help="Seconds for a client to send its body.")] = 30.0,
     timeout_keep_alive: Annotated[int, typer.Option(help="Seconds that an idle connection stays open.")] = 75,
@@ -80,6 +81,7 @@ def serve(
         max_media_bytes=max_media_bytes,
         max_inputs=max_inputs,
         max_waiting_rows=max_waiting_rows,
+        max_wait_seconds=max_wait_seconds,
         header_seconds=timeout_headers,
         body_seconds=timeout_body,
         keep_alive_seconds=timeout_keep_alive,
@@ -112,7 +114,7 @@ def serve(
         LOGGER.warning("whoever reaches %s is let in, as there are no keys: pass --api-keys", settings.host)
     embedder = Embedder.of_bundle(opened, backend=backend, device=device, threads=threads)
     searched = open_gallery(embedder, gallery) if page else None
-    service = Service(embedder, max_waiting_rows=settings.max_waiting_rows)
+    service = Service(embedder, max_waiting_rows=settings.max_waiting_rows, max_wait=settings.max_wait_seconds)
     name = (settings.model_names or (embedder.manifest.model.name,))[0]
     traces = Traces(name, embedder.dim) if settings.otel else None
     app = create_app(service, settings, digest=manifest_digest(opened.folder), gallery=searched, traces=traces)

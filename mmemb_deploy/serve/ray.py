@@ -66,7 +66,10 @@ class Replica:
         opened = Bundle.open(arguments.bundle or NANO, arguments.digest)
         embedder = Embedder.of_bundle(opened, backend=arguments.backend, threads=arguments.threads)
         self._arguments, self._digest = arguments, manifest_digest(opened.folder)
-        self._service = Service(embedder, max_waiting_rows=arguments.settings.max_waiting_rows)
+        settings = arguments.settings
+        self._service = Service(
+            embedder, max_waiting_rows=settings.max_waiting_rows, max_wait=settings.max_wait_seconds
+        )
         self._told_at, self._ran = time.monotonic(), 0.0
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

@@ -31,17 +31,24 @@ class Service:
     """Embeds what many requests ask, together; in one event loop, with one engine thread."""
 
     def __init__(
-        self, embedder: Embedder, *, max_waiting_rows: int = 4096, batch_size: int = 32, patience: float = 0.5
+        self,
+        embedder: Embedder,
+        *,
+        max_waiting_rows: int = 4096,
+        max_wait: float = math.inf,
+        batch_size: int = 32,
+        patience: float = 0.5,
     ) -> None:
         """`batch_size` are the rows that run together; `patience` the seconds that a row may wait before load is high.
 
-        `max_waiting_rows` bounds the inputs that are accepted and not yet answered.
+        `max_waiting_rows` bounds the inputs that are accepted and not yet answered; a request before which prompts of
+        more than `max_wait` seconds wait is refused.
         """
         self.embedder = embedder
         self.ready = False
         gate = embedder.manifest.gate
         self._load = LoadGate(() if gate is None else gate.curve, patience=patience)
-        bounds = Bounds(tokens=WAITING_TOKENS, media_bytes=WAITING_BYTES)
+        bounds = Bounds(tokens=WAITING_TOKENS, media_bytes=WAITING_BYTES, seconds=max_wait)
         pace = Pace(prompts=batch_size, rationales=batch_size, patient=False, bounds=bounds)
         self.scheduler = Scheduler(embedder.paths, pace, time.monotonic, load=self._load)
         self._engine = EngineThread(self.scheduler)

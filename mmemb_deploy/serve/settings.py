@@ -48,6 +48,9 @@ class Settings(BaseModel):
     max_waiting_rows: Annotated[int, Field(ge=1)] = 4096
     """Inputs that are accepted and not yet answered; a request that would exceed them is refused."""
 
+    max_wait_seconds: Seconds = 30.0
+    """Of prompts that wait, by what runs have cost; a request that would come after more is refused."""
+
     media_hosts: frozenset[str] = frozenset()
     """Hosts from which images may be fetched by http and https; none refuses every address of the web."""
 

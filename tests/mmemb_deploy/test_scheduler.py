@@ -357,6 +357,22 @@ def test_a_call_that_does_not_fit_is_refused_whole() -> None:
     assert served.order == [0]
 
 
+def test_a_call_before_which_prompts_of_too_many_seconds_wait_is_refused() -> None:
+    served = Served(pace=Pace(patient=False, prompts=4, bounds=Bounds(seconds=0.05)))
+    served.submit(SimulatedInput(10))
+    served.run()  # from which costs are known: 0.21 ms a token
+    for _ in range(24):
+        served.submit(SimulatedInput(10), "never")
+    with pytest.raises(OverloadError, match=r"0\.05\d s of prompts wait before it, above the limit of") as refused:
+        served.submit(SimulatedInput(10), "never")
+    assert refused.value.reason == "wait"
+    assert 0 < refused.value.retry_after < 0.01
+    served.run()
+    served.submit(SimulatedInput(1000), "never")  # long itself, but nothing waits before it
+    served.run()
+    assert len(served.order) == 26
+
+
 def offer(served: Served, rate: float, seconds: float, rng: np.random.Generator) -> list[Job]:
     """Submit a Poisson stream of inputs, of which all would like to reason by their threshold of 0.5."""
     jobs = []

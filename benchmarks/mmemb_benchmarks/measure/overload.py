@@ -242,7 +242,8 @@ async def measure_overload(
     """Find what auto and always sustain, in at most so many trials each, then go beyond it.
 
     `options` are those of never, auto and always, `patience_ms` is what an input may wait before load is high, a
-    quarter of the target by default. Raises OptionError for a bundle without a gate.
+    quarter of the target by default; levels refuse what would wait for half of it. Raises OptionError for a bundle
+    without a gate.
     """
     gate = embedder.manifest.gate
     if gate is None:
@@ -268,16 +269,17 @@ async def measure_overload(
         if not all(sustained.values()):
             raise OptionError(f"p95 is never below {limit:.3g} ms: raise --p95-ms, --trials, or let nothing else run")
         report(f"{', '.join(map(str, LEVELS))} times {sustained['auto']:.1f} a second, {seconds:g} s each")
-        levels, recovery = await measure_levels(
-            target,
-            traffic,
-            routes,
-            options["auto"],
-            threshold=gate.threshold,
-            sustained=sustained["auto"],
-            seconds=seconds,
-            target_ms=limit,
-        )
+        async with TwoRoutes(embedder, batch_size, patience=patience, max_wait=limit / 2000) as bounded:
+            levels, recovery = await measure_levels(
+                bounded,
+                traffic,
+                routes,
+                options["auto"],
+                threshold=gate.threshold,
+                sustained=sustained["auto"],
+                seconds=seconds,
+                target_ms=limit,
+            )
         report("deadlines")
         deadlines = await measure_deadlines(
             target,

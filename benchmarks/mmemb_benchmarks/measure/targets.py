@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from queue import Empty, SimpleQueue
@@ -101,9 +102,11 @@ def _tell(future: asyncio.Future[Answer], answer: Answer) -> None:
 class TwoRoutes:
     """The service of `mmemb serve` without HTTP."""
 
-    def __init__(self, embedder: Embedder, batch_size: int, *, patience: float = 0.5) -> None:
-        """`patience` is the seconds that a row may wait before load is high."""
-        self.service = Service(embedder, batch_size=batch_size, patience=patience)
+    def __init__(
+        self, embedder: Embedder, batch_size: int, *, patience: float = 0.5, max_wait: float = math.inf
+    ) -> None:
+        """`patience` is the seconds that a row may wait before load is high, `max_wait` before others are refused."""
+        self.service = Service(embedder, batch_size=batch_size, patience=patience, max_wait=max_wait)
 
     async def __aenter__(self) -> Self:
         await self.service.start()
