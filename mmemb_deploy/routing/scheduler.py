@@ -134,7 +134,7 @@ class Scheduler:
         return True
 
     def _admit(self, jobs: Sequence[Job], now: float) -> None:
-        bounds, queue = self._pace.bounds, self._prompts
+        bounds, queue, wait = self._pace.bounds, self._prompts, self._backlog_seconds()
         for reason, held, more, most in (
             ("rows", len(queue), len(jobs), bounds.rows),
             ("tokens", queue.tokens, sum(job.item.row.length for job in jobs), bounds.tokens),
@@ -145,9 +145,8 @@ class Scheduler:
                     f"{held} {reason} wait and {more} more came, above the limit of {most}: ask again later"
                     + ("" if held else ", in smaller parts"),
                     reason=reason,
-                    retry_after=self._backlog_seconds(),
+                    retry_after=wait,
                 )
-        wait = self._backlog_seconds()
         if wait > bounds.seconds:
             raise OverloadError(
                 f"{wait:.3f} s of prompts wait before it, above the limit of {bounds.seconds:g} s: ask again later",

@@ -136,7 +136,7 @@ def _show_load(result: LoadResult) -> None:
     for target, modes in {result.target: result.modes, **result.beside}.items():
         always = modes["always"].sustainable_per_s if "always" in modes else 0.0
         for name, mode in modes.items():
-            held = next((trial for trial in reversed(mode.trials) if trial.held), None)
+            held = mode.highest
             figures = (
                 mode.sustainable_per_s,
                 mode.broke_per_s,

@@ -54,6 +54,11 @@ class ModeLoad(BaseModel, frozen=True):
     broke_per_s: float | None
     trials: list[Trial]  # the rates rising
 
+    @property
+    def highest(self) -> Trial | None:
+        """The trial of the highest rate that held."""
+        return next((trial for trial in reversed(self.trials) if trial.held), None)
+
 
 class LoadResult(BaseModel, frozen=True):
     """`mmemb bench load`."""

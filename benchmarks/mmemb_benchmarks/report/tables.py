@@ -255,7 +255,7 @@ def _loops(path: Path) -> Table:
 
 def _of_the_highest(found: ModeLoad) -> tuple[str, str]:
     """Return p50 and hit@1 of the highest rate that held."""
-    held = next((trial for trial in reversed(found.trials) if trial.held), None)
+    held = found.highest
     if held is None:
         return "-", "-"
     return f"{held.p50_ms:.0f}", "-" if held.hit_at_1 is None else f"{held.hit_at_1:.3f}"
