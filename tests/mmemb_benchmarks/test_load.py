@@ -265,11 +265,17 @@ def test_a_trial_whose_requests_are_refused_does_not_hold(traffic: Traffic) -> N
     assert (found.held, found.refused, found.reasoned, found.hit_at_1) == (False, 1.0, None, None)
 
 
-def test_recovery_is_when_the_last_window_above_the_target_ends() -> None:
-    replies = [Reply(number, 0.1 * number, 0.5 if number in (21, 26) else 0.01, ANSWER) for number in range(60)]
-    assert recovery_s(replies, 2.0, 100) == 1.0
-    assert recovery_s(replies, 3.0, 100) == 0.0
-    assert recovery_s([*replies, Reply(60, 6.0, 0.5, ANSWER)], 3.0, 100) is None
+def test_recovery_is_when_the_first_second_within_the_target_begins() -> None:
+    late = {21, 22, 38}  # in the seconds from 2.0 and from 3.0
+    replies = [Reply(number, 0.1 * number, 0.5 if number in late else 0.01, ANSWER) for number in range(60)]
+    assert recovery_s(replies, 2.0, 100) == 2.0
+    assert recovery_s(replies, 4.0, 100) == 0.0
+    assert recovery_s([*replies, Reply(60, 6.0, 0.5, ANSWER)], 6.0, 100) is None
+
+
+def test_a_second_of_refusals_is_no_recovery() -> None:
+    replies = [Reply(0, 0.1, 0.0, None), Reply(1, 1.1, 0.01, ANSWER)]
+    assert recovery_s(replies, 0.0, 100) == 1.0
 
 
 def test_a_level_stands_between_other_choices_for_the_same_requests(nano: Embedder, traffic: Traffic) -> None:

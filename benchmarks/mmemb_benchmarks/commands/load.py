@@ -238,7 +238,7 @@ def _show_overload(result: OverloadResult) -> None:
         ],
     )
     recovered = "not within the last level" if result.recovery_s is None else f"within {digits(result.recovery_s)} s"
-    console.print(f"after the overload p95 is below the target {recovered}")
+    console.print(f"after the overload p95 of a second of requests is below the target {recovered}")
     show(
         "always, by a deadline; shares of the requests",
         [

@@ -25,7 +25,7 @@ LEVELS = 0.5, 1.0, 1.5, 2.0, 0.5  # times the sustained rate, one after the othe
 DEADLINES = 0.5, 1.0, 2.0  # times the mean latency, idle, of always
 DEADLINE_LOAD = 0.5  # of the rate that always sustains
 TELLING = 0.001  # seconds that an answer in time may take from the target to here
-WINDOW = 0.5  # seconds, of which each has to be in time again after an overload
+WINDOW = 1.0  # seconds of requests, of which the first whose p95 is in time ends an overload
 MATCHES = 4  # trials that look for the rate of an equal utilisation
 ROUNDS = 3  # of the mixed and the fast traffic, in turns
 
@@ -77,7 +77,7 @@ class OverloadResult(BaseModel, frozen=True):
     seconds: float
     batch_size: int
     levels: list[Level]
-    recovery_s: float | None  # None where p95 was above the target to the end
+    recovery_s: float | None  # None where no second of the last level was within the target
     deadlines: list[Deadline]
     mixed: Mixed
 
@@ -129,21 +129,17 @@ def _taken(routes: Routes, indices: Sequence[int]) -> Routes:
 
 
 def recovery_s(replies: Sequence[Reply], since: float, target_ms: float) -> float | None:
-    """Return the seconds after `since` from which on p95 of every WINDOW of requests was within the target.
+    """Return the seconds from `since` to the first WINDOW of requests whose p95 is within the target; None without.
 
-    None where that of the last one was not.
+    p95 is that of the answered ones; a WINDOW of which all were refused is not within the target.
     """
-    after = [reply for reply in replies if reply.due >= since]
-    windows = [int((reply.due - since) / WINDOW) for reply in after]
-    late = [
-        window
-        for window in sorted(set(windows))
-        if np.percentile([r.seconds for r, at in zip(after, windows, strict=True) if at == window], 95)
-        > target_ms / 1000
-    ]
-    if not late:
-        return 0.0
-    return None if late[-1] == max(windows) else (late[-1] + 1) * WINDOW
+    windows: dict[int, list[float]] = {}
+    for reply in replies:
+        if reply.due >= since and reply.answer is not None:
+            windows.setdefault(int((reply.due - since) / WINDOW), []).append(1000 * reply.seconds)
+    in_time = (window for window in sorted(windows) if np.percentile(windows[window], 95) <= target_ms)
+    first = next(in_time, None)
+    return None if first is None else first * WINDOW
 
 
 async def measure_deadlines(
