@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmemb_deploy.backends.device import ALIGNMENT, Plane, Wanted
+from mmemb_deploy.errors import BackendError
 
 
 class HostMemory:
@@ -29,8 +30,13 @@ class HostDevice:
         self.lock = RLock()
 
     def allocate(self, nbytes: int) -> HostMemory:
-        """Return memory that is all zeros."""
-        return HostMemory(nbytes)
+        """Return memory that is all zeros. Raises BackendError where there is not so much."""
+        try:
+            return HostMemory(nbytes)
+        except MemoryError as error:
+            raise BackendError(
+                f"the machine has no {nbytes} bytes of memory left: pass shorter inputs or a smaller batch_size"
+            ) from error
 
     def upload(self, array: NDArray[Any], address: int) -> None:
         """Copy an array to an address."""

@@ -14,9 +14,9 @@ Key = tuple[bool, bool, int, tuple[tuple[int, int], ...], int]
 
 
 class Fits(Protocol):
-    """Whether so many prompts of so many tokens run together."""
+    """Whether so many prompts of so many tokens run together; `after` tokens may follow each, None keeps no cache."""
 
-    def __call__(self, jobs: int, tokens: int, *, keeps: bool) -> bool: ...
+    def __call__(self, jobs: int, tokens: int, *, after: int | None) -> bool: ...
 
 
 class PromptQueue:
@@ -74,18 +74,19 @@ class PromptQueue:
         assert first is not None
         key = self._keys[first]
         place = bisect_left(self._alike, (key,))
-        jobs, keeps, length = [first], first.keeps, first.item.row.length
+        jobs, length, after = [first], first.item.row.length, first.after
         longest = length
         if not first.alone:
-            after = range(place + 1, len(self._alike))
-            before = range(place - 1, -1, -1)
-            for where in (after, before):
+            longer, shorter = range(place + 1, len(self._alike)), range(place - 1, -1, -1)
+            for where in (longer, shorter):
                 for index in where:
                     other_key, job = self._alike[index]
-                    tokens = max(longest, job.item.row.length)
+                    tokens, follow = max(longest, job.item.row.length), max(after, job.after)
                     near = max(length, job.item.row.length) <= alike * min(length, job.item.row.length)
-                    if other_key[:2] != key[:2] or not near or not fits(len(jobs) + 1, tokens, keeps=keeps):
+                    if other_key[:2] != key[:2] or not near:
+                        break
+                    if not fits(len(jobs) + 1, tokens, after=follow if first.keeps else None):
                         break
                     jobs.append(job)
-                    longest = tokens
+                    longest, after = tokens, follow
         return jobs

@@ -59,6 +59,7 @@ class Scheduler:
         self._live: dict[Writing, Job] = {}
         self._owed = 0.0  # seconds of decoding before prompts run again
         self._since_join = 0
+        self._free = 0  # tokens of the KV cache, when prompts run
         self._dated = 0  # jobs with a deadline
         self._cancelled = False
 
@@ -94,15 +95,15 @@ class Scheduler:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Take in the jobs of a call. Raises OverloadError where they do not fit, and takes none."""
         now = self._clock()
+        if self.load is not None:  # what is refused was asked for too: reasoning gives way before others do
+            may = sum(job.yields for job in jobs)
+            self.load.arrived(now, Work(len(jobs), sum(job.keeps for job in jobs) - may, may))
         self._admit(jobs, now)
         for job in jobs:
             job.arrived = now
             self._dated += job.deadline < math.inf
             job.call.scoring += job.call.chooses(job)
             self._prompts.add(job)
-        if self.load is not None:
-            may = sum(job.yields for job in jobs)
-            self.load.arrived(now, Work(len(jobs), sum(job.keeps for job in jobs) - may, may))
 
     def cancel(self, jobs: Sequence[Job]) -> None:
         """Let go of jobs that nobody waits for, before the next run; any thread may call this."""
@@ -219,8 +220,7 @@ class Scheduler:
             return False
         if not self.reasoning:
             return True
-        most_bytes, token_bytes = self._paths.limits.cache_bytes, self._paths.token_bytes
-        if first.keeps and token_bytes * (self.cache_tokens + first.item.row.length + first.after) > most_bytes:
+        if first.keeps and first.item.row.length + first.after > self._room():
             return False
         if self._pace.patient:
             return self.reasoning < self.most
@@ -231,6 +231,7 @@ class Scheduler:
         )
 
     def _prefill(self) -> None:
+        self._free = self._room()
         jobs = self._prompts.batch(self._fits, alike=math.inf if self._pace.patient else ALIKE)
         rows = [job.item.row for job in jobs]
         began = self._clock()
@@ -262,9 +263,16 @@ class Scheduler:
             else:
                 self._reason(job)
 
-    def _fits(self, jobs: int, tokens: int, *, keeps: bool) -> bool:
-        within = jobs <= self._pace.prompts and jobs * tokens <= self._paths.limits.tokens
-        return within and self._paths.fast_path.fits(jobs, tokens, after=0 if keeps else None)
+    def _fits(self, jobs: int, tokens: int, *, after: int | None) -> bool:
+        if jobs > self._pace.prompts or jobs * tokens > self._paths.limits.tokens:
+            return False
+        if after is not None and jobs * (tokens + after) > self._free:
+            return False
+        return self._paths.fast_path.fits(jobs, tokens, after=None if after is None else 0)
+
+    def _room(self) -> int:
+        """Return how many tokens more the KV cache may hold."""
+        return self._paths.limits.cache_bytes // self._paths.token_bytes - self.cache_tokens
 
     def _reasons(self, job: Job) -> bool:
         """Return whether a job reasons by its score."""
@@ -332,6 +340,8 @@ class Scheduler:
         began = self._clock()
         self._join()
         rows = len(self._live)
+        if not rows:  # none could join
+            return
         try:
             ended = self._decoding.step()
         except BackendError as error:
@@ -367,8 +377,12 @@ class Scheduler:
         if not joining or (self._live and few):
             return
         caches = [job.cache for job in joining if job.cache is not None]
-        written = self._decoding.join(caches, [job.max_tokens for job in joining])
         self._ready = [job for job in self._ready if job not in joining]
+        try:
+            written = self._decoding.join(caches, [job.max_tokens for job in joining])
+        except BackendError as error:  # no memory for longer rows
+            self._failed(joining, error)
+            return
         self._live |= dict(zip(written, joining, strict=True))
         self._since_join, now = 0, self._clock()
         for writing, job in zip(written, joining, strict=True):

@@ -170,7 +170,8 @@ class Traffic(RuleBasedStateMachine):
     def the_cache_stays_within_its_bound(self) -> None:
         scheduler, rows = self.served.scheduler, self.served.pace.rationales
         alone = max((job.item.row.length + job.after for job in self.jobs), default=0)
-        assert scheduler.cache_tokens <= max(self.served.cache_tokens, 0) + rows * alone
+        kept = sum(job.item.row.length + job.after for job in self.jobs if job.call.chooses(job) and job.cache)
+        assert scheduler.cache_tokens <= max(self.served.cache_tokens, alone) + kept
         assert scheduler.decoded <= rows
 
     def teardown(self) -> None:
@@ -461,6 +462,17 @@ def test_the_threshold_lets_the_share_of_the_latest_scores_pass() -> None:
     assert load.threshold == pytest.approx(0.5, abs=0.02)
     load.update(4.0, Work(must=50), 0.0, 0.034)
     assert load.threshold > 1
+
+
+def test_what_is_refused_counts_as_load() -> None:
+    load = LoadGate([], patience=0.1)
+    served = Served(pace=Pace(patient=False, bounds=Bounds(rows=0)), load=load)
+    for call in range(400):
+        served.engine.clock.now = call / 100
+        with pytest.raises(OverloadError):
+            served.submit(SimulatedInput(10, 0.9, 20), yields=True)
+    load.update(4.0, Work(), 0.0, 0.034)
+    assert load.share == pytest.approx(UTILISATION / 3.4, rel=0.02)
 
 
 def test_what_does_not_yield_is_untouched_by_load() -> None:

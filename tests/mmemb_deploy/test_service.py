@@ -3,12 +3,15 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mmemb_deploy import BackendError, DeadlineError, Embedder, InputError, OptionError, OverloadError
+from mmemb_deploy.backends import host_device
+from mmemb_deploy.backends.host_device import HostMemory
 from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.serve import service as service_module
 from mmemb_deploy.serve.ask import Ask, Ended, Scored, Wrote
@@ -200,3 +203,49 @@ def test_a_deadline_counts_from_the_question_and_holds_to_the_answer(
         monkeypatch.undo()
 
     serving(tiny_embedder, use)
+
+
+def test_what_the_kv_cache_has_no_room_for_waits_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    embedder, texts = Embedder.load(), [f"{number} plus four" for number in ("one", "two", "three", "four", "five")]
+    expected = embedder.encode(texts, reasoning="always")
+    most = 3 * (16 + embedder.manifest.model.max_rationale_tokens)  # tokens of three rows
+    limits = embedder.manifest.batch.model_copy(update={"cache_bytes": most * embedder.paths.token_bytes})
+    monkeypatch.setattr(embedder, "paths", replace(embedder.paths, limits=limits))
+    held: list[int] = []
+
+    async def use(service: Service) -> None:
+        advance = service.scheduler.advance
+
+        def counted() -> bool:
+            held.append(service.scheduler.cache_tokens)
+            return advance()
+
+        monkeypatch.setattr(service.scheduler, "advance", counted)
+        answers = await asyncio.gather(*(service.embed(ask(text, reasoning="always")) for text in 4 * texts))
+        for place, answer in enumerate(answers):
+            assert answer.embeddings[0] @ expected[place % len(texts)] >= 0.99999
+
+    serving(embedder, use)
+    assert 0 < max(held) <= most
+
+
+def test_memory_that_is_not_there_fails_who_needs_it_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["one plus two", "three plus four " * 40, "five minus four"]
+
+    def scarce(nbytes: int) -> HostMemory:
+        if nbytes > 2**20:
+            raise MemoryError
+        return HostMemory(nbytes)
+
+    async def use(service: Service) -> None:
+        monkeypatch.setattr(host_device, "HostMemory", scarce)
+        asked = (service.embed(ask(text, reasoning="always")) for text in texts)
+        first, long, last = await asyncio.gather(*asked, return_exceptions=True)
+        assert isinstance(long, BackendError)
+        assert "bytes of memory left" in str(long)
+        for answer, text in ((first, texts[0]), (last, texts[2])):
+            assert answer.embeddings[0] @ service.embedder.encode([text], reasoning="always")[0] >= 0.99999
+        monkeypatch.undo()
+        assert (await service.embed(ask(texts[1], reasoning="always"))).details[0].rationale is not None
+
+    serving(Embedder.load(), use)

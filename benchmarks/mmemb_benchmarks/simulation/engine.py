@@ -93,7 +93,10 @@ class SimulatedCache:
 
 
 class SimulatedDecoder:
-    """A decoder whose runs take time on a clock. `rows` are those that somebody holds; `fails` may raise in a run."""
+    """A decoder whose runs take time on a clock. `rows` are those that somebody holds.
+
+    `fails` is told the inputs of a run, and of rows that ask for room to grow, and may raise.
+    """
 
     def __init__(
         self,
@@ -129,6 +132,7 @@ class SimulatedDecoder:
         """Give one cache of all rows."""
         del capacity
         first, *others = caches
+        self.fails([row.number for cache in caches for row in cache.rows])
         yield first.joined(others)
         for cache in caches:
             for row in cache.rows:

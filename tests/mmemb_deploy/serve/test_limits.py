@@ -252,6 +252,18 @@ def test_a_client_that_sends_its_headers_in_time_may_take_its_time_between_reque
             assert read_all(slow).startswith(b"HTTP/1.1 200 ")
 
 
+def test_a_client_that_does_not_read_keeps_nobody_waiting(serve: Any) -> None:
+    body = json.dumps({"input": ["seven"] * 500, "reasoning": "never"}).encode()  # of which the answer is 1 MB
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with serve() as served, served.connect() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.sendall(head.encode() + b"\r\nConnection: close\r\n\r\n" + body)
+        for _ in range(3):
+            assert served.post("/v1/embeddings", {"input": "seven", "reasoning": "always"}).status_code == 200
+        answer = read_all(slow)
+        assert len(json.loads(answer.partition(b"\r\n\r\n")[2])["data"]) == 500
+
+
 def test_headers_without_end_are_not_kept(served: Any) -> None:
     with served.connect() as client:
         client.sendall(b"GET /health HTTP/1.1\r\nX: ")
