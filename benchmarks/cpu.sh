@@ -8,6 +8,7 @@ section latency-nano latency
 section frontier-nano frontier --queries 1000
 section load-nano load --trials 6 --p95-ms 40 --loop two-route
 section loops-nano load
+section overload-nano overload
 
 random_bundle small small-int8 --form fused --precision int8
 # of these weights the gate says nothing, so that it sends the share to reasoning that nano's sends

@@ -164,7 +164,7 @@ def overload(
     trials: Trials = 8,
     patience_ms: Annotated[
         float | None,
-        typer.Option(min=0.1, help="What an input may wait before load is high; a quarter of p95's target."),
+        typer.Option(min=0.1, help="What an input may wait before load is high; an eighth of p95's target."),
     ] = None,
     burst: Burst = 1.0,
     batch_size: BatchSize = 32,

@@ -237,8 +237,8 @@ async def measure_overload(
 ) -> OverloadResult:
     """Find what auto and always sustain, in at most so many trials each, then go beyond it.
 
-    `options` are those of never, auto and always, `patience_ms` is what an input may wait before load is high, a
-    quarter of the target by default; levels refuse what would wait for half of it. Raises OptionError for a bundle
+    `options` are those of never, auto and always, `patience_ms` is what an input may wait before load is high, an
+    eighth of the target by default; levels refuse what would wait for a quarter of it. Raises OptionError for a bundle
     without a gate.
     """
     gate = embedder.manifest.gate
@@ -248,7 +248,7 @@ async def measure_overload(
     limit = TARGET * max(idle.values()) if target_ms is None else target_ms
     report("both routes of every query")
     routes = None if traffic.judge is None else measure_routes(embedder, traffic.workload.pairs, judge=traffic.judge)
-    patience = (limit / 4 if patience_ms is None else patience_ms) / 1000
+    patience = (limit / 8 if patience_ms is None else patience_ms) / 1000
     async with TwoRoutes(embedder, batch_size, patience=patience) as target:
         found = await measure_load(
             {"two-route": target},
@@ -265,7 +265,7 @@ async def measure_overload(
         if not all(sustained.values()):
             raise OptionError(f"p95 is never below {limit:.3g} ms: raise --p95-ms, --trials, or let nothing else run")
         report(f"{', '.join(map(str, LEVELS))} times {sustained['auto']:.1f} a second, {seconds:g} s each")
-        async with TwoRoutes(embedder, batch_size, patience=patience, max_wait=limit / 2000) as bounded:
+        async with TwoRoutes(embedder, batch_size, patience=patience, max_wait=limit / 4000) as bounded:
             levels, recovery = await measure_levels(
                 bounded,
                 traffic,

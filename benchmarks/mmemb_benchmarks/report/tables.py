@@ -1,8 +1,8 @@
 """The tables of documents, from a folder of results: `tables` gives those that the folder has figures for.
 
 Results lie in files named DAY-NAME.json, of which the latest of a name counts. Those of digitchain, ablation,
-precisions, peers and tensorrt-rtx are several runs put together by hand; those of latency, load and loops are as
-`mmemb bench` writes them.
+precisions, peers and tensorrt-rtx are several runs put together by hand; those of latency, load, loops and overload are
+as `mmemb bench` writes them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from mmemb_benchmarks.measure.latency import LatencyResult
 from mmemb_benchmarks.measure.load import LoadResult, ModeLoad
+from mmemb_benchmarks.measure.overload import Level
 from mmemb_benchmarks.results import Stamped, read_result
 from mmemb_deploy.errors import OptionError
 
@@ -266,6 +267,29 @@ def _over(load: LoadResult, loop: str, mode: str) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
 
 
+def _overload(path: Path) -> Table:
+    stamped = read_result(path)
+    head = "times what auto sustains", "a second", "threshold", "reasoning rate", "hit@1", "random gate", "oracle gate"
+    rows = [_overload_row(level) for level in stamped.result.levels]
+    return Table(_caption_of([stamped]), (*head, "never / auto without load", "p50 / p95, ms", "refused"), rows)
+
+
+def _overload_row(level: Level) -> tuple[str, ...]:
+    trial = level.trial
+    hits = trial.hit_at_1, level.random, level.oracle
+    without = "-" if level.never is None or level.auto is None else _side_by_side((level.never, level.auto), ".3f")
+    return (
+        f"{level.load:g}",
+        f"{trial.rate_per_s:.0f}",
+        "-" if trial.threshold is None else f"{trial.threshold:.2f}",
+        "-" if trial.reasoned is None else f"{trial.reasoned:.2f}",
+        *("-" if hit is None else f"{hit:.3f}" for hit in hits),
+        without,
+        _side_by_side((trial.p50_ms, trial.p95_ms), ".0f"),
+        f"{trial.refused:.1%}",
+    )
+
+
 def _headline(*paths: Path) -> Table:
     results = [read_result(path) for path in paths]
     found, load = results[0].result, results[1].result
@@ -396,6 +420,7 @@ _TABLES: dict[str, tuple[tuple[str, ...], Callable[..., Table]]] = {  # the file
     "reward": (("ablation-cpu",), _reward),
     "reasoning": (("latency-nano-cpu", "load-nano-cpu", "latency-small-cpu", "load-small-cpu"), _reasoning),
     "loops": (("loops-nano-cpu",), _loops),
+    "overload": (("overload-nano-cpu",), _overload),
     "precisions": (("precisions-cpu",), _precisions),
     "peers": (("peers-cpu",), _peers),
     "peers-by-token": (("peers-cpu",), _peers_by_token),
