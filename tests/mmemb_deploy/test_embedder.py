@@ -209,6 +209,19 @@ def test_a_rate_whose_caches_exceed_the_limit_is_refused_before_anything_runs(
     assert counter.prompts == []
 
 
+def test_more_rows_reason_together_than_prompts_run_together() -> None:
+    embedder, texts = (
+        Embedder.load(),
+        [f"{number} plus {other}" for number in ("one", "two", "three", "four") for other in ("five", "six", "seven")],
+    )
+    paths = embedder.paths
+    limits = embedder.manifest.batch.model_copy(update={"tokens": 1})  # one prompt at a time
+    embedder.paths = replace(paths, limits=limits)
+    found = embedder.encode(texts, reasoning="always")
+    embedder.paths = paths
+    assert (found * embedder.encode(texts, reasoning="always")).sum(axis=1).min() >= 0.99999
+
+
 def test_a_given_rationale_is_followed_beside_the_rate(tiny_embedder: Embedder, mixed_inputs: list[Any]) -> None:
     rationales = [None, "a", *[None] * 5]
     details = tiny_embedder.encode_detailed(mixed_inputs, rationales=rationales, reasoning_rate=0.3).details

@@ -394,10 +394,19 @@ def test_a_pool_that_grows_keeps_what_is_in_it() -> None:
         device.upload(written + plane, address)
     pool.ensure(BUCKET + 1)
     pool.lease(5)
-    assert (pool.slots, pool.rows) == (2 * BUCKET, 10)
+    assert (pool.slots, pool.rows) == (2 * BUCKET, 12)
     for plane, address in enumerate(pool.addresses(row.index)):
         (found,) = device.download([Wanted(address, (3,), np.int64)])
         assert np.array_equal(found, written + plane)
+
+
+def test_a_pool_that_grows_has_room_for_rows_that_came_one_by_one() -> None:
+    pool = Pool(HostDevice(), Layout(2, 1, 8), 8, BUCKET, grows=True)
+    rows = [pool.lease(1)[0] for _ in range(20)]
+    assert all(row.parked is None for row in rows)
+    pool.bring_in(rows)
+    pool.side_by_side(rows)
+    assert [row.index - rows[0].index for row in rows] == list(range(20))
 
 
 @pytest.mark.parametrize(("slots", "sizes"), [(192, (192,)), (1024, (256, 1024)), (8256, (576, 2112, 8256))])

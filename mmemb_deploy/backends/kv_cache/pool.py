@@ -1,8 +1,8 @@
 """Keys and values of many rows in one block of memory, in which a row stays where it is while others come and go.
 
 The block is a plane of keys and one of values for every layer, (rows, H, R, E) each: R slots for a row, its tokens in
-the first of them. Rows are leased, and free again once nothing refers to their lease. Where there is no room, rows
-that wait are copied out, to memory of just their size, and back when they go on.
+the first of them. Rows are leased, and free again once nothing refers to their lease. Where there is no room, a pool
+that grows does so; in another, rows that wait are copied out, to memory of just their size, and back when they go on.
 
 Axes: H key-value heads, E head size.
 """
@@ -118,10 +118,11 @@ class Pool:
 
         Raises BackendError for more rows than there can be.
         """
+        held = len(self._held(range(self.rows)))
+        if self.grows and held + count > self.rows:
+            self._move_to(2 * (held + count), self.slots)
         if count > self.rows:
-            if not self.grows:
-                raise self._too_many(count)
-            self._move_to(max(2 * count, FEWEST), self.slots)
+            raise self._too_many(count)
         starts = [start for start in range(self.rows - count + 1) if not self._held(range(start, start + count))]
         kept = (start for start in starts if all(self._prefixes[start + row][0] == prefix for row in range(count)))
         first = next(kept, starts[0] if starts else -1)
@@ -176,6 +177,9 @@ class Pool:
         for index in range(self.rows):
             if self.holder(index) is None:
                 return index
+        if self.grows:
+            self._move_to(2 * self.rows, self.slots)
+            return self._free(protected)
         for row in self._held(range(self.rows)):
             if not any(row is one for one in protected):
                 index = row.index
