@@ -237,7 +237,11 @@ def _reasoning_rows(stamped: Stamped[LatencyResult], load: LoadResult) -> list[t
 def _rates(figures: Sequence[float]) -> list[str]:
     """Return what the modes do in a second, and auto over always."""
     ratio = f"{figures[1] / figures[2]:.2f}x" if figures[2] else "-"
-    return [*(format(figure, ".0f" if figure >= 100 else ".1f") for figure in figures), ratio]
+    return [*map(_rate, figures), ratio]
+
+
+def _rate(figure: float) -> str:
+    return format(figure, ".0f" if figure >= 100 else ".1f")
 
 
 def _loops(path: Path) -> Table:
@@ -246,7 +250,7 @@ def _loops(path: Path) -> Table:
     load: LoadResult = stamped.result
     loops = {load.target: load.modes, **load.beside}
     rows = [
-        (f"{loop}: {mode}", f"{found.sustainable_per_s:.0f}", *_of_the_highest(found), _over(load, loop, mode))
+        (f"{loop}: {mode}", _rate(found.sustainable_per_s), *_of_the_highest(found), _over(load, loop, mode))
         for loop, modes in loops.items()
         for mode, found in modes.items()
     ]
@@ -420,6 +424,7 @@ _TABLES: dict[str, tuple[tuple[str, ...], Callable[..., Table]]] = {  # the file
     "reward": (("ablation-cpu",), _reward),
     "reasoning": (("latency-nano-cpu", "load-nano-cpu", "latency-small-cpu", "load-small-cpu"), _reasoning),
     "loops": (("loops-nano-cpu",), _loops),
+    "loops-small": (("loops-small-cpu",), _loops),
     "overload": (("overload-nano-cpu",), _overload),
     "precisions": (("precisions-cpu",), _precisions),
     "peers": (("peers-cpu",), _peers),
