@@ -274,7 +274,7 @@ class SlotDecoder:
             for copy in fed_back:
                 self._device.copy(*copy)
 
-        step = Step(self._device, bound, start, inputs, feeds_back=bool(self._fed_back))
+        step = Step(bound, start, inputs, feeds_back=bool(self._fed_back))
         self._bound[self.pool.moves, first, count, window] = step
         return step
 
@@ -392,70 +392,64 @@ class Bound:
     outputs: Mapping[str, Wanted]
 
 
-class StepInputs:
-    """What a step of P rows reads of each, in one piece of memory: a copy on the host, and another on the device.
+class StepValues:
+    """What a step of P rows reads of each, int64: in `whole`, of which the others are parts."""
 
-    The copy is int64, and each of its parts begins where a tensor may.
-    """
+    def __init__(self, rows: int) -> None:
+        pitch, three = aligned(8 * rows) // 8, aligned(24 * rows) // 8
+        self.whole: Ints = np.zeros(3 * pitch + three, np.int64)
+        self.starting = 0, pitch, pitch + three, 2 * pitch + three  # where each part does, as a tensor may
+        tokens, positions, starts, lasts = self.starting
+        self.tokens_P = self.whole[tokens : tokens + rows]
+        self.positions_3P = self.whole[positions : positions + 3 * rows].reshape(3, rows)  # time, height and width
+        self.starts_P = self.whole[starts : starts + rows]  # how many tokens are in the cache
+        self.lasts_P = self.whole[lasts : lasts + rows]  # 0 for a row that gets a token, -1 for one that does not
+        self.lasts_P[:] = -1
+
+
+class StepInputs:
+    """What the device holds of a step's values, and what is to be sent; `workspace` keeps the other inputs."""
 
     def __init__(self, workspace: Workspace, rows: int) -> None:
-        pitch, three = aligned(8 * rows) // 8, aligned(24 * rows) // 8
-        self._workspace = workspace  # which keeps the other inputs
-        self._rows, self._places = rows, (0, pitch, pitch + three, 2 * pitch + three)
-        self.values: Ints = np.zeros(3 * pitch + three, np.int64)
-        self.lasts(self.values)[:] = -1
-        self.memory = workspace.device.allocate(self.values.nbytes)
+        self.held, self.wanted = StepValues(rows), StepValues(rows)
+        self._workspace = workspace
+        self._memory = workspace.device.allocate(self.held.whole.nbytes)
         names = abi.TOKEN_IDS, abi.POSITION_IDS, abi.START, abi.LAST
-        for name, place, lines in zip(names, self._places, (1, 3, 1, 1), strict=True):
-            workspace.place(name, Part(self.memory, 8 * place, 8 * lines * rows))
+        for name, place, lines in zip(names, self.held.starting, (1, 3, 1, 1), strict=True):
+            workspace.place(name, Part(self._memory, 8 * place, 8 * lines * rows))
 
-    def tokens(self, values: Ints) -> Ints:
-        """Return the tokens (P,) in a copy."""
-        return values[: self._rows]
-
-    def positions(self, values: Ints) -> Ints:
-        """Return the positions (3, P) in time, height and width."""
-        return values[self._places[1] : self._places[1] + 3 * self._rows].reshape(3, self._rows)
-
-    def starts(self, values: Ints) -> Ints:
-        """Return how many tokens of each row are in the cache (P,)."""
-        return values[self._places[2] : self._places[2] + self._rows]
-
-    def lasts(self, values: Ints) -> Ints:
-        """Return 0 for a row that gets a token, -1 for one that does not (P,)."""
-        return values[self._places[3] : self._places[3] + self._rows]
+    def send(self) -> None:
+        """Let the device hold what is wanted."""
+        self._workspace.device.upload(self.wanted.whole, self._memory.address)
+        self.held, self.wanted = self.wanted, self.held
 
 
 class Step:
     """A step of one token of some rows, bound to its memory; it knows what the device holds, and sends the rest."""
 
-    def __init__(
-        self, device: Device, bound: Bound, start: Callable[[], None], inputs: StepInputs, *, feeds_back: bool
-    ) -> None:
+    def __init__(self, bound: Bound, start: Callable[[], None], inputs: StepInputs, *, feeds_back: bool) -> None:
         self.outputs, self.start, self.settled = bound.outputs, start, False
-        self._device, self._bound, self._inputs, self._feeds_back = device, bound, inputs, feeds_back
+        self._inputs, self._feeds_back = inputs, feeds_back
 
     def feed(self, places: Ints, token_ids: Ints, positions: Sequence[int], starts: Sequence[int]) -> None:
         """Put a token in the places of some rows; the others, which begin at `starts` too, get none."""
-        inputs, held = self._inputs, self._inputs.values
-        wanted = held.copy()
-        inputs.tokens(wanted)[places] = token_ids
-        inputs.positions(wanted)[:, places] = positions
-        inputs.starts(wanted)[:] = starts
-        lasts = inputs.lasts(wanted)
-        lasts[:] = -1
-        lasts[places] = 0
-        if not (self._feeds_back and np.array_equal(wanted, held)):
-            self._device.upload(wanted, inputs.memory.address)
-            inputs.values = wanted
+        held, wanted = self._inputs.held, self._inputs.wanted
+        wanted.whole[:] = held.whole
+        wanted.tokens_P[places] = token_ids
+        wanted.positions_3P[:, places] = positions
+        wanted.starts_P[:] = starts
+        wanted.lasts_P[:] = -1
+        wanted.lasts_P[places] = 0
+        if not (self._feeds_back and np.array_equal(wanted.whole, held.whole)):
+            self._inputs.send()
 
     def advance(self, next_token_P: Ints) -> None:
         """Note what the step has fed to the next one."""
         if self._feeds_back:
-            inputs, held = self._inputs, self._inputs.values
-            inputs.tokens(held)[:] = next_token_P
-            inputs.positions(held)[:] += 1
-            inputs.starts(held)[:] += inputs.lasts(held) + 1
+            held = self._inputs.held
+            held.tokens_P[:] = next_token_P
+            held.positions_3P[:] += 1
+            held.starts_P[:] += held.lasts_P + 1
 
 
 def row_of(whole: Wanted, row: int) -> Wanted:
