@@ -13,6 +13,7 @@ from mmemb_deploy import BackendError, DeadlineError, Embedder, InputError, Opti
 from mmemb_deploy.backends import host_device
 from mmemb_deploy.backends.host_device import HostMemory
 from mmemb_deploy.options import EncodeOptions
+from mmemb_deploy.results import EncodeResult
 from mmemb_deploy.serve import service as service_module
 from mmemb_deploy.serve.ask import Ask, Ended, Scored, Wrote
 from mmemb_deploy.serve.service import Service
@@ -244,8 +245,10 @@ def test_memory_that_is_not_there_fails_who_needs_it_and_nobody_else(monkeypatch
         assert isinstance(long, BackendError)
         assert "bytes of memory left" in str(long)
         for answer, text in ((first, texts[0]), (last, texts[2])):
+            assert isinstance(answer, EncodeResult)
             assert answer.embeddings[0] @ service.embedder.encode([text], reasoning="always")[0] >= 0.99999
         monkeypatch.undo()
-        assert (await service.embed(ask(texts[1], reasoning="always"))).details[0].rationale is not None
+        (detail,) = (await service.embed(ask(texts[1], reasoning="always"))).details
+        assert detail is not None
 
     serving(Embedder.load(), use)
