@@ -1,7 +1,10 @@
 """Load is offered as it comes, whatever becomes of it, and told in full. No time is asserted."""
 
 import asyncio
+import json
+import threading
 from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import numpy as np
@@ -198,6 +201,45 @@ def test_a_server_says_that_it_refuses_or_is_late(traffic: Traffic, serve: Any) 
             asyncio.run(ask(served.port, ASK))
     with pytest.raises(OptionError, match="does not answer"):
         asyncio.run(ask(served.port, ASK))
+
+
+class Plain(BaseHTTPRequestHandler):
+    """Another's server, which knows neither base64 nor routes."""
+
+    def do_GET(self) -> None:
+        self._answer({"data": [{"id": "plain"}]})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer({"data": [{"embedding": [0.6, 0.8]}]})
+
+    def _answer(self, content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Be quiet."""
+
+
+def test_a_server_of_another_kind_only_embeds() -> None:
+    async def ask(given: Ask) -> Answer:
+        async with Server(f"http://127.0.0.1:{server.server_port}") as target:
+            return await target.ask(given)
+
+    with HTTPServer(("127.0.0.1", 0), Plain) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            answer = asyncio.run(ask(Ask(inputs=["one"], options={"reasoning": "never"})))
+            assert answer.embedding_D == pytest.approx([0.6, 0.8])
+            assert not answer.reasoned
+            with pytest.raises(BackendError, match="measure it with --mode never"):
+                asyncio.run(ask(Ask(inputs=["one"], options={})))
+        finally:
+            server.shutdown()
 
 
 def test_a_body_has_the_wishes_that_were_made() -> None:

@@ -169,7 +169,10 @@ class Server:
         told = row.get("mmemb")
         if told is None and ask.options.get("reasoning") != "never":
             raise BackendError(f"{self._url} says nothing of its routes: measure it with --mode never")
-        embedding_D = np.frombuffer(base64.b64decode(row["embedding"]), "<f4")
+        found = row["embedding"]  # numbers, from a server that knows no base64
+        embedding_D = (
+            np.frombuffer(base64.b64decode(found), "<f4") if isinstance(found, str) else np.array(found, "<f4")
+        )
         if told is None:
             return Answer(embedding_D, False, None, None)
         return Answer(embedding_D, told["route"] == "reason", told["threshold_used"], told["degraded_by"])
