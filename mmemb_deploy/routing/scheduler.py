@@ -30,7 +30,7 @@ from mmemb_deploy.routing.router import highest
 LOGGER = getLogger("mmemb_deploy")
 
 PROMPTS = 0.6  # share of the time that prompts get while both wait
-STALL = 0.025  # seconds that decoding goes on at most while prompts wait
+STALL = 0.025  # seconds that decoding goes on at most while prompts wait, or GATHER steps, if they take longer
 GATHER = 4  # steps after which rows join, however few
 ALIKE = 2  # times the shortest prompt of a batch that the longest may have, where somebody waits
 MARGIN = 1.5  # runs; a row whose deadline is nearer than that settles
@@ -245,7 +245,8 @@ class Scheduler:
         seconds = self._clock() - began
         self.costs.prefilled(len(rows), len(rows) * max(row.length for row in rows), seconds)
         self.seconds["prefill"] += seconds
-        self._owed = max(min(seconds * (1 - PROMPTS) / PROMPTS, STALL), 1e-9)
+        stall = max(STALL, GATHER * self.costs.steps.run(len(self._live)))
+        self._owed = max(min(seconds * (1 - PROMPTS) / PROMPTS, stall), 1e-9)
         for place, job in enumerate(jobs):
             item = job.item
             item.embedding_D, item.score = result.embeddings_BD[place], float(result.scores_B[place])
