@@ -44,9 +44,10 @@ class Served:
     pace: Pace = field(default_factory=lambda: Pace(patient=False, prompts=4, rationales=4))
     cache_tokens: float = math.inf
     load: LoadGate | None = None
+    costs: SimulatedCosts = COSTS
 
     def __post_init__(self) -> None:
-        self.engine = SimulatedEngine(self.inputs, COSTS, self.cache_tokens)
+        self.engine = SimulatedEngine(self.inputs, self.costs, self.cache_tokens)
         self.scheduler = Scheduler(self.engine.paths, self.pace, self.engine.clock, load=self.load)
         self.ended: Counter[int] = Counter()
         self.order: list[int] = []
@@ -261,6 +262,21 @@ def test_prompts_and_rationales_share_the_time_and_neither_waits_for_long(tokens
     )  # the first prompts, which fill the rows
     if tokens == 5:
         assert 0.3 < spent[True] / sum(spent.values()) < 0.75
+
+
+def test_steps_that_take_long_get_their_share_too() -> None:
+    slow = SimulatedCosts(prompts=lambda *_: 0.3, step=lambda _: 0.1)
+    served = Served(pace=Pace(patient=False, prompts=1, rationales=4), costs=slow)
+    served.submit(SimulatedInput(10, 1.0, 20), "always")
+    for _ in range(6):
+        served.scheduler.advance()
+    for _ in range(5):
+        served.submit(SimulatedInput(10, 0.0), "never")
+    waiting = []
+    for _ in range(12):
+        served.scheduler.advance()
+        waiting.append(served.scheduler.waiting)
+    assert waiting == [4, 4, 4, 3, 3, 3, 2, 2, 2, 1, 1, 1]
 
 
 def test_the_first_due_runs_first_and_priority_ages() -> None:
