@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from logging import getLogger
 
@@ -59,7 +60,6 @@ class Scheduler:
         self._live: dict[Writing, Job] = {}
         self._owed = 0.0  # seconds of decoding before prompts run again
         self._since_join = 0
-        self._free = 0  # tokens of the KV cache, when prompts run
         self._dated = 0  # jobs with a deadline
         self._cancelled = False
 
@@ -231,8 +231,8 @@ class Scheduler:
         )
 
     def _prefill(self) -> None:
-        self._free = self._room()
-        jobs = self._prompts.batch(self._fits, alike=math.inf if self._pace.patient else ALIKE)
+        fits = partial(self._fits, self._room())
+        jobs = self._prompts.batch(fits, alike=math.inf if self._pace.patient else ALIKE)
         rows = [job.item.row for job in jobs]
         began = self._clock()
         try:
@@ -264,10 +264,10 @@ class Scheduler:
             else:
                 self._reason(job)
 
-    def _fits(self, jobs: int, tokens: int, *, after: int | None) -> bool:
+    def _fits(self, room: int, jobs: int, tokens: int, *, after: int | None) -> bool:
         if jobs > self._pace.prompts or jobs * tokens > self._paths.limits.tokens:
             return False
-        if after is not None and jobs * (tokens + after) > self._free:
+        if after is not None and jobs * (tokens + after) > room:
             return False
         return self._paths.fast_path.fits(jobs, tokens, after=None if after is None else 0)
 

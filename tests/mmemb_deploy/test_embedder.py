@@ -210,10 +210,9 @@ def test_a_rate_whose_caches_exceed_the_limit_is_refused_before_anything_runs(
 
 
 def test_more_rows_reason_together_than_prompts_run_together() -> None:
-    embedder, texts = (
-        Embedder.load(),
-        [f"{number} plus {other}" for number in ("one", "two", "three", "four") for other in ("five", "six", "seven")],
-    )
+    numbers = "one", "two", "three", "four"
+    texts = [f"{number} plus {other}" for number in numbers for other in ("five", "six", "seven")]
+    embedder = Embedder.load()
     paths = embedder.paths
     limits = embedder.manifest.batch.model_copy(update={"tokens": 1})  # one prompt at a time
     embedder.paths = replace(paths, limits=limits)

@@ -133,7 +133,7 @@ def _show_load(result: LoadResult) -> None:
         *("target", "mode", "sustained", "broke at", "times always", "reasoned", "hit@1"),
         left=2,
     )
-    for target, modes in {result.target: result.modes, **result.beside}.items():
+    for target, modes in result.targets.items():
         always = modes["always"].sustainable_per_s if "always" in modes else 0.0
         for name, mode in modes.items():
             held = mode.highest

@@ -73,6 +73,11 @@ class LoadResult(BaseModel, frozen=True):
     burst: float = 1.0  # requests that came together, in the mean
     beside: dict[str, dict[str, ModeLoad]] = {}  # the modes on other targets, in the same run
 
+    @property
+    def targets(self) -> dict[str, dict[str, ModeLoad]]:
+        """The modes of each target, the first one's first."""
+        return {self.target: self.modes, **self.beside}
+
 
 @dataclass
 class Search:

@@ -248,10 +248,9 @@ def _loops(path: Path) -> Table:
     """Put the loops side by side, the first over each of the others."""
     stamped = read_result(path)
     load: LoadResult = stamped.result
-    loops = {load.target: load.modes, **load.beside}
     rows = [
         (f"{loop}: {mode}", _rate(found.sustainable_per_s), *_of_the_highest(found), _over(load, loop, mode))
-        for loop, modes in loops.items()
+        for loop, modes in load.targets.items()
         for mode, found in modes.items()
     ]
     first = f"random arrivals, p95 below {load.target_p95_ms:.0f} ms"

@@ -118,9 +118,8 @@ class Pool:
 
         Raises BackendError for more rows than there can be.
         """
-        held = len(self._held(range(self.rows)))
-        if self.grows and held + count > self.rows:
-            self._move_to(2 * (held + count), self.slots)
+        if self.grows and (needed := len(self._held(range(self.rows))) + count) > self.rows:
+            self._move_to(2 * needed, self.slots)
         if count > self.rows:
             raise self._too_many(count)
         starts = [start for start in range(self.rows - count + 1) if not self._held(range(start, start + count))]
