@@ -374,3 +374,17 @@ def test_the_command_measures_what_it_was_asked_for(monkeypatch: pytest.MonkeyPa
     result = LoadResult.model_validate_json(done.output.splitlines()[-1].partition('"result":')[2][:-1])
     assert (result.target, result.burst, set(result.modes), result.ratio) == ("static", 4, {"never"}, {})
     assert "loop 'statc' is not known" in str(CliRunner().invoke(app, ["bench", "load", "--loop", "statc"]).exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--peer", "infinty"], "peer 'infinty' is not known"),
+        (["--peer", "infinity"], "mode is ['never', 'auto', 'always']: peers embed and do not reason"),
+        (["--peer", "all", "--mode", "never"], "pass --checkpoint"),
+    ],
+)
+def test_peers_are_asked_for_what_they_can_do(words: list[str], reason: str) -> None:
+    app = typer.Typer()
+    commands.register(app)
+    assert reason in str(CliRunner().invoke(app, ["bench", "load", *words]).exception)

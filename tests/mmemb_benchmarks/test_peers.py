@@ -10,8 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from mmemb_benchmarks import commands
 from mmemb_benchmarks.commands.peers import peers as command
+from mmemb_benchmarks.measure import load as loads
+from mmemb_benchmarks.measure.load import LoadResult
 from mmemb_benchmarks.peers import contest as contests
 from mmemb_benchmarks.peers.contenders import Ids
 from mmemb_benchmarks.peers.contest import BASELINE, PEERS, PeersResult, contest, measure, prompts
@@ -161,3 +166,21 @@ def test_an_unknown_peer_is_refused_with_the_known_ones(tmp_path: Path) -> None:
 def test_a_peer_of_another_device_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"peer on cpu 'vLLM bfloat16' is not known: .*'vLLM for CPUs bfloat16'"):
         command(tmp_path, [tmp_path], peer=["vLLM bfloat16"])
+
+
+def test_peers_serve_the_same_weights_beside_our_server_and_fail_alone(
+    tiny_checkpoint: Path, fused_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loads, "PRECISION", 1e6)
+    app = typer.Typer()
+    commands.register(app)
+    shared = ["--queries", "6", "--threads", "1", "--trials", "1", "--p95-ms", "100000", "--seconds", "0.1"]
+    words = ["bench", "load", str(fused_bundle), *shared, "--workload", "short text", "--mode", "never", "--json"]
+    peers = ["--peer", "sentence-transformers", "--peer", "vLLM for CPUs bfloat16", "--here"]
+    done = CliRunner().invoke(app, [*words, *peers, "--checkpoint", str(tiny_checkpoint)])
+    assert done.exception is None, done.output
+    result = LoadResult.model_validate_json(done.output.splitlines()[-1].partition('"result":')[2][:-1])
+    assert list(result.targets) == ["mmemb serve", "sentence-transformers"]
+    assert result.cosines == pytest.approx({"mmemb serve": 1, "sentence-transformers": 1}, abs=1e-5)
+    assert "No module named 'vllm'" in result.left_out["vLLM for CPUs bfloat16"]
+    assert all(load["never"].trials[0].held for load in result.targets.values())

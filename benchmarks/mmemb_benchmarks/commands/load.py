@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mmemb_benchmarks.commands.shared import (
     BatchSize,
+    Environments,
+    Here,
     Kind,
     Out,
     Pairs,
@@ -23,14 +27,16 @@ from mmemb_benchmarks.commands.shared import (
 )
 from mmemb_benchmarks.measure import FEWEST_REQUESTS, PRECISION, TARGET
 from mmemb_deploy.cli.options import Backend, Bundle, Device, Json, Threads
-from mmemb_deploy.errors import check_known
+from mmemb_deploy.errors import OptionError, check_known
 
 if TYPE_CHECKING:
     from mmemb_benchmarks.measure.load import LoadResult
     from mmemb_benchmarks.measure.overload import OverloadResult
 
 STATIC, TWO_ROUTES = "static", "two-route"
-MODES = "never", "auto", "always"
+OURS = "mmemb serve"
+NEVER = "never"
+MODES = NEVER, "auto", "always"
 
 Target = Annotated[
     float | None,
@@ -70,6 +76,15 @@ def load(
             "--server", help="URL of a running server with OpenAI's /v1/embeddings; several beside each other."
         ),
     ] = None,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option("--peer", help="Another server of the same weights, beside `mmemb serve`; repeat it, or 'all'."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder, which peers serve: the bundle was exported from it.")
+    ] = None,
+    environments: Environments = None,
+    here: Here = False,
     modes: Annotated[list[str] | None, typer.Option("--mode", help="never, auto, always; all by default.")] = None,
     batch_size: BatchSize = 32,
     device: Device = 0,
@@ -79,7 +94,8 @@ def load(
 ) -> None:
     """Find the rate of random arrivals at which never, auto and always still answer in time.
 
-    The bundle runs the loops, and judges what servers answer: give the one that they serve.
+    The bundle runs the loops, and judges what servers answer: give the one that they serve. Peers embed and do not
+    reason: with --peer, pass --mode never and inputs that are texts.
     """
     import asyncio
 
@@ -87,12 +103,24 @@ def load(
 
     from mmemb_benchmarks.measure.latency import mode_options
     from mmemb_benchmarks.measure.load import Traffic, measure_load
-    from mmemb_benchmarks.measure.targets import AnyTarget, Server, StaticBatches, TwoRoutes, opened
+    from mmemb_benchmarks.measure.targets import (
+        AnyTarget,
+        Server,
+        StaticBatches,
+        TwoRoutes,
+        least_cosine,
+        opened,
+        prompt_body,
+    )
+    from mmemb_benchmarks.peers.contest import ROUNDED
+    from mmemb_benchmarks.peers.process import PeerError, default_folder
+    from mmemb_benchmarks.peers.servers import own, served, text_checkpoint
     from mmemb_benchmarks.results import stamp
     from mmemb_benchmarks.workload import Workload, assemble, load_uncached, threshold_of_rate
 
     check_output(output)
-    chosen = loops if loops is not None else [] if servers else [TWO_ROUTES, STATIC]
+    names = _peer_names(peers, checkpoint, modes)
+    chosen = loops if loops is not None else [] if servers or names else [TWO_ROUTES, STATIC]
     for loop in chosen:
         check_known("loop", loop, (TWO_ROUTES, STATIC))
     for mode in modes or []:
@@ -101,26 +129,69 @@ def load(
     drawn = Workload.of(embedder, requests=requests, pairs=pairs, kind=kind, queries=queries, seed=seed)
     options = mode_options(threshold_of_rate(embedder, drawn, reasoning_rate), max_rationale_tokens)
 
-    async def measure() -> LoadResult:
+    report = Console(stderr=True).print
+    traffic = Traffic.of(embedder, drawn, burst=burst, seed=seed)
+    wanted = {mode: options[mode] for mode in modes or MODES}
+
+    async def measure(peer_servers: Mapping[str, str], left_out: dict[str, str]) -> LoadResult:
         targets: dict[str, AnyTarget] = {}
         for loop in chosen:
             make = TwoRoutes if loop == TWO_ROUTES else StaticBatches
             targets[loop] = make(embedder, batch_size)
         targets |= {url: Server(url) for url in servers or []}
+        body = prompt_body(embedder)
+        targets |= {name: Server(url, None if name == OURS else body) for name, url in peer_servers.items()}
         async with opened(targets):
-            return await measure_load(
-                targets,
+            cosines = {
+                name: await least_cosine(targets[name], embedder, traffic.asks(wanted[NEVER])[:4])
+                for name in peer_servers
+            }
+            for name, cosine in cosines.items():
+                if cosine < ROUNDED:
+                    left_out[name] = f"its embedding is not ours: cosine {cosine:.6f}, below {ROUNDED}"
+            found = await measure_load(
+                {name: target for name, target in targets.items() if name not in left_out},
                 embedder,
-                Traffic.of(embedder, drawn, burst=burst, seed=seed),
-                {mode: options[mode] for mode in modes or MODES},
+                traffic,
+                wanted,
                 target_ms=p95_ms,
                 seconds=seconds,
                 trials=trials,
                 batch_size=batch_size,
-                report=Console(stderr=True).print,
+                report=report,
             )
+        return found.model_copy(update={"cosines": cosines, "left_out": left_out})
 
-    finish(stamp("load", asyncio.run(measure()), embedder), output=output, as_json=as_json, show=_show_load)
+    with ExitStack() as running:
+        left_out: dict[str, str] = {}
+        urls: dict[str, str] = {}
+        if names:
+            assert checkpoint is not None
+            place = None if here else environments or default_folder()
+            folder = running.enter_context(text_checkpoint(checkpoint, place))
+            urls[OURS] = running.enter_context(own(bundle, threads))
+            for name in names:
+                report(f"starting {name}")
+                try:
+                    urls[name] = running.enter_context(served(name, folder, place))
+                except PeerError as error:
+                    left_out[name] = str(error)
+        result = asyncio.run(measure(urls, left_out))
+    finish(stamp("load", result, embedder), output=output, as_json=as_json, show=_show_load)
+
+
+def _peer_names(peers: Sequence[str] | None, checkpoint: Path | None, modes: Sequence[str] | None) -> list[str]:
+    """Return the peers that were asked for. Raises OptionError where something that they need is missing."""
+    from mmemb_benchmarks.peers.servers import SERVERS
+
+    for name in peers or []:
+        check_known("peer", name, [*SERVERS, "all"])
+    names = list(SERVERS) if "all" in (peers or []) else list(peers or [])
+    if names and modes != [NEVER]:
+        raise OptionError(f"mode is {modes or list(MODES)}: peers embed and do not reason; pass --mode never")
+    if names and checkpoint is None:
+        raise OptionError(f"peer is {names}: they serve a checkpoint; pass --checkpoint, what the bundle was made of")
+    return names
 
 
 def _show_load(result: LoadResult) -> None:
@@ -149,6 +220,8 @@ def _show_load(result: LoadResult) -> None:
     console = Console()
     console.print(shown)
     console.print("; ".join(f"{name} {ratio:.2f}" for name, ratio in result.ratio.items() if ratio is not None))
+    for name, reason in result.left_out.items():
+        console.print(f"left out: {name}: {reason}", markup=False)
 
 
 def overload(

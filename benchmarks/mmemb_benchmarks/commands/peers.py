@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmemb_benchmarks.commands.shared import Out, Rounds, check_output, finish, table
+from mmemb_benchmarks.commands.shared import Environments, Here, Out, Rounds, check_output, finish, table
 from mmemb_deploy.cli.options import Json
 
 if TYPE_CHECKING:
@@ -21,10 +21,8 @@ def peers(
         list[str] | None,
         typer.Option(help="A peer beside transformers; repeat for several, or 'all'. They lie in memory together."),
     ] = None,
-    environments: Annotated[
-        Path | None, typer.Option(help="Where peers are installed; under the user's cache folder by default.")
-    ] = None,
-    here: Annotated[bool, typer.Option("--here", help="Install nothing: run all by this Python.")] = False,
+    environments: Environments = None,
+    here: Here = False,
     device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = "cpu",
     tokens: Annotated[int, typer.Option(min=32, help="Tokens of a prompt.")] = 256,
     batch: Annotated[list[int], typer.Option(min=1, help="Prompts that run together; repeat for several.")] = [1, 8],  # noqa: B006

@@ -36,6 +36,10 @@ Rate = Annotated[
 ]
 Written = Annotated[int | None, typer.Option(min=1, help="Tokens of a rationale, at most.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs that run together.")]
+Environments = Annotated[
+    Path | None, typer.Option(help="Where peers are installed; under the user's cache folder by default.")
+]
+Here = Annotated[bool, typer.Option("--here", help="Install nothing: run all by this Python.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds that count, after one that warms up.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Also write the JSON object to this file.")]
 

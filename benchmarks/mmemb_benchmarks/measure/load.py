@@ -72,6 +72,8 @@ class LoadResult(BaseModel, frozen=True):
     target: str = "static batches"  # that the modes were measured on
     burst: float = 1.0  # requests that came together, in the mean
     beside: dict[str, dict[str, ModeLoad]] = {}  # the modes on other targets, in the same run
+    cosines: dict[str, float] = {}  # of peers' embeddings to ours, the smallest of each
+    left_out: dict[str, str] = {}  # peers, and why
 
     @property
     def targets(self) -> dict[str, dict[str, ModeLoad]]:

@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from PIL import Image
 
-from mmemb_benchmarks.measure.open_loop import Answer
+from mmemb_benchmarks.measure.open_loop import Answer, Target
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import BackendError, DeadlineError, MissingExtraError, OptionError, OverloadError
 from mmemb_deploy.inputs.parse import parse
@@ -128,9 +128,9 @@ class TwoRoutes:
 class Server:
     """A running server that speaks OpenAI's `/v1/embeddings`, ours or another's."""
 
-    def __init__(self, url: str) -> None:
-        """`url` is that of the server, without a path."""
-        self._url = url.rstrip("/")
+    def __init__(self, url: str, body: Callable[[Ask, str], dict[str, Any]] | None = None) -> None:
+        """`url` is that of the server, without a path; `body` says what is posted to a model, else `openai_body`."""
+        self._url, self._body = url.rstrip("/"), body or openai_body
         self._bodies: dict[int, tuple[Ask, bytes]] = {}  # by the ask's identity, which is held for that
 
     async def __aenter__(self) -> Self:
@@ -154,7 +154,7 @@ class Server:
     async def ask(self, ask: Ask) -> Answer:
         """Send one input. Raises BackendError for an answer that is none."""
         if id(ask) not in self._bodies:
-            self._bodies[id(ask)] = ask, json.dumps(openai_body(ask, self._model)).encode()
+            self._bodies[id(ask)] = ask, json.dumps(self._body(ask, self._model)).encode()
         body = self._bodies[id(ask)][1]
         headers = {"Content-Type": "application/json"}
         async with self._client.post(f"{self._url}/v1/embeddings", data=body, headers=headers) as reply:
@@ -191,6 +191,35 @@ def openai_body(ask: Ask, model: str) -> dict[str, Any]:
         parts.append({"type": "text", "text": request.text})
     given = {"messages": [{"role": "user", "content": parts}]} if request.images else {"input": request.text}
     return {"model": model, "encoding_format": "base64", "on_overload": ask.on_overload, **wishes, **given}
+
+
+def prompt_body(embedder: Embedder) -> Callable[[Ask, str], dict[str, Any]]:
+    """Return what writes an input as the whole prompt, for a server that knows neither instructions nor markers.
+
+    That raises OptionError for an input that is no text.
+    """
+    decode = embedder.encoder.prompt.tokenizer.decode
+
+    def body(ask: Ask, model: str) -> dict[str, Any]:
+        row = embedder.encoder.row(
+            parse(ask.inputs[0], embedder.manifest.limits),
+            ask.options.get("instruction") or embedder.manifest.prompt.query_instruction,
+        )
+        if row.visuals:
+            raise OptionError("peers read texts: draw them with --workload 'short text' or 'long text'")
+        return {"model": model, "input": decode(row.token_ids_S.tolist(), skip_special_tokens=False)}
+
+    return body
+
+
+async def least_cosine(target: Target, embedder: Embedder, asks: Sequence[Ask]) -> float:
+    """Return the smallest cosine of what a target answers to what `encode` does, one by one."""
+    cosines: list[float] = []
+    for ask in asks:
+        own_D = embedder.encode(ask.inputs, **ask.options)[0]
+        other_D = (await target.ask(ask)).embedding_D
+        cosines.append(float(own_D @ other_D / np.linalg.norm(other_D)))
+    return min(cosines)
 
 
 def _uri(image: Image.Image) -> str:

@@ -41,7 +41,7 @@ def install(folder: Path, requirements: Sequence[str]) -> None:
     for command in ([sys.executable, "-m", "venv", str(folder)], [*pip, *requirements]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise PeerError(f"installing {', '.join(requirements)} failed: {_last_line(done.stderr)}")
+            raise PeerError(f"installing {', '.join(requirements)} failed: {last_line(done.stderr)}")
 
 
 def interpreter(
@@ -100,7 +100,7 @@ class PeerProcess:
         if not line:
             status = self.child.wait()
             self._errors.seek(0)
-            why = _last_line(self._errors.read())
+            why = last_line(self._errors.read())
             if status == -signal.SIGKILL:  # which no process does to itself
                 why = "it was killed, most likely for want of memory: name fewer peers"
             self.close()
@@ -108,7 +108,7 @@ class PeerProcess:
         return json.loads(line)
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     """Return the last line that says something."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"
