@@ -9,9 +9,10 @@ DEMO := $(VENV)/.installed-demo
 DOCS := $(VENV)/.installed-docs
 DEV := $(VENV)/.installed-dev
 
-# As environment variables the constraints also hold for the isolated environment that builds the package.
+# As environment variables the constraints also hold for the isolated environment that builds the package. Python compiles
+# what it imports; pip would compile all of it.
 INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
-	$(BIN)/python -m pip install --quiet
+	$(BIN)/python -m pip install --quiet --no-compile
 
 # ONNX Runtime contacts its vendor unless told not to.
 export ORT_DISABLE_TELEMETRY := 1
@@ -38,8 +39,7 @@ test: $(DEV) ## install everything, run the tests
 check: $(DEV) ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/mypy & $(BIN)/pyright --pythonpath $(BIN)/python; found=$$?; wait $$! && exit $$found
 
 arm: $(DEV) ## install on an emulated aarch64 CPU, compare its answers with this one's; on Debian
 	tests/aarch64/prepare.sh build/aarch64 $(BIN)/python $(CPU)

@@ -175,7 +175,7 @@ def test_bfloat16_with_weights_in_int8_computes_what_the_checkpoint_does(
 
     folder = tmp_path / "bundle"
     recipe = Recipe(precision="bfloat16", generator_precision="int8", min_cosine=0.5, min_token_agreement=0)
-    export_bundle(uneven_checkpoint, folder, recipe=recipe, probes=8, report=lambda _: None)
+    export_bundle(uneven_checkpoint, folder, recipe=recipe, probes=4, report=lambda _: None)
     build(folder, 32)
     (listing,) = folder.glob("engines/*/engines.json")
     certificate = json.loads(listing.read_text())["certificate"]

@@ -256,7 +256,7 @@ def test_a_client_that_does_not_read_keeps_nobody_waiting(serve: Any) -> None:
     body = json.dumps({"input": ["seven"] * 500, "reasoning": "never"}).encode()  # of which the answer is 1 MB
     head = f"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     with serve() as served, served.connect() as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
         slow.sendall(head.encode() + b"\r\nConnection: close\r\n\r\n" + body)
         for _ in range(3):
             assert served.post("/v1/embeddings", {"input": "seven", "reasoning": "always"}).status_code == 200
