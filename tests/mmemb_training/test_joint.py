@@ -115,3 +115,15 @@ def test_a_step_without_any_rationale_teaches_to_stop(lessons: list[Lesson], tin
     assert terms["reasoned"].item() == terms["rationale"].item() == 0
     assert terms["decision"].item() > 0
     assert torch.isfinite(loss)
+
+
+def test_tokens_of_which_the_model_is_certain_count_among_the_others(lessons: list[Lesson], tiny: Checkpoint) -> None:
+    share, encoder = step(lessons[4:16], tiny, chunks=1), Encoder(tiny).eval()
+    with torch.no_grad():
+        queries, targets = [encoder(chunk.rows, chunk.paths) for chunk in share.chunks]
+    certain_RT = torch.zeros_like(queries.logprobs_RT)  # the logarithm of 1
+    certain_RT[0, 0] = -6
+    _, terms = share.loss([queries._replace(logprobs_RT=certain_RT), targets], plain_accelerator())
+    rationales = [lesson.rationale for lesson in lessons[4:16] if lesson.rationale is not None]
+    words = sum(len(tiny.rows.prompt.tokenize(rationale)) + 1 for rationale in rationales)
+    assert terms["rationale"].item() == pytest.approx(6 / words)

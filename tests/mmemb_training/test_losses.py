@@ -35,6 +35,14 @@ def test_info_nce_equals_its_formula_over_all_sizes() -> None:
     assert math.isclose(info_nce(queries, candidates, relevant, 0.5, (8, 4)).item(), expected, rel_tol=1e-5)
 
 
+def test_info_nce_of_half_precision_is_computed_in_float32() -> None:
+    torch.manual_seed(0)
+    queries, candidates, relevant = torch.randn(6, 32).bfloat16(), torch.randn(6, 32).bfloat16(), torch.eye(6).bool()
+    found = info_nce(queries, candidates, relevant, 0.02, (32, 16))
+    assert found.dtype == torch.float32
+    assert found == info_nce(queries.float(), candidates.float(), relevant, 0.02, (32, 16))
+
+
 def test_info_nce_falls_as_a_query_nears_its_target() -> None:
     candidates, relevant = torch.eye(3), torch.eye(3).bool()
     near, far = torch.eye(3) + 0.1, torch.eye(3) + 0.9

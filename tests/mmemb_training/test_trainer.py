@@ -46,7 +46,12 @@ def run_briefly(tiny_checkpoint: Path) -> Iterator[Run]:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
 
         def run(
-            folder: Path, mode: str, *options: str, processes: int = 1, kill_after: int | None = None
+            folder: Path,
+            mode: str,
+            *options: str,
+            processes: int = 1,
+            kill_after: int | None = None,
+            exits: int | None = None,
         ) -> list[float]:
             assert server.stdin is not None
             assert server.stdout is not None
@@ -55,7 +60,8 @@ def run_briefly(tiny_checkpoint: Path) -> Iterator[Run]:
             server.stdin.flush()
             codes = json.loads(server.stdout.readline())
             said = "".join(path.read_text() for path in sorted(folder.glob("output-*")))
-            assert codes == [0 if kill_after is None else -signal.SIGKILL] * processes, said
+            expected = (0 if kill_after is None else -signal.SIGKILL) if exits is None else exits
+            assert codes == [expected] * processes, said
             return [json.loads(line)["loss"] for line in (folder / METRICS).read_text().splitlines()]
 
         yield run
@@ -106,6 +112,18 @@ def test_two_processes_give_the_loss_curve_of_one(
 
 def test_training_in_bf16_stays_close(run_briefly: Run, alone: tuple[Path, list[float]], tmp_path: Path) -> None:
     np.testing.assert_allclose(run_briefly(tmp_path, "alone", "bf16"), alone[1], rtol=0.05)
+
+
+def test_sharded_training_in_bf16_stays_close(
+    run_briefly: Run, alone: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    found = run_briefly(tmp_path, "fsdp2", "bf16", processes=2)
+    np.testing.assert_allclose(found, alone[1], rtol=3e-3)  # 1.3e-3 here, and 1e-2 where losses are bfloat16 too
+
+
+def test_processes_stop_together_where_the_loss_of_one_is_none(run_briefly: Run, tmp_path: Path) -> None:
+    assert len(run_briefly(tmp_path, "ddp", "spoilt", processes=2, exits=1)) == 2
+    assert json.loads((tmp_path / STOPPED).read_text())["metrics"]["step"] == 3
 
 
 def test_lora_moves_the_language_model_and_the_markers_alone(

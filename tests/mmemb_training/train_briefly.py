@@ -1,8 +1,8 @@
 """Trains checkpoints for a few steps, as test_trainer.py asks: imports torch and reads the digits once, then forks.
 
 A line of its input is a job in JSON: {"source": checkpoint, "folder": of the run, "mode": "alone", "ddp" or "fsdp2",
-"options": of "lora", "bf16" and "checkpointing", "processes": count, "kill_after": step or null}. A line of its output
-holds the exit codes of the job's processes, whose own output lies in FOLDER/output-RANK.
+"options": of "lora", "bf16", "checkpointing" and "spoilt", "processes": count, "kill_after": step or null}. A line of
+its output holds the exit codes of the job's processes, whose own output lies in FOLDER/output-RANK.
 """
 
 import json
@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin
 
+from mmemb_training import trainer
 from mmemb_training.checkpoint import load_checkpoint
 from mmemb_training.joint import Lesson
 from mmemb_training.nano.digits import draw_digits, exact
 from mmemb_training.recipes.settings import JointRecipe, LoraSettings, Objective, Schedule, TrainedWeights
-from mmemb_training.stage import save_trained
+from mmemb_training.stage import save_trained, sharding
 from mmemb_training.trainer import train_jointly
 
 STEPS = 6
@@ -42,17 +43,24 @@ def accelerator_for(mode: str, precision: str) -> Accelerator:
     if mode != "fsdp2":
         unused = DistributedDataParallelKwargs(find_unused_parameters=False)
         return Accelerator(cpu=True, mixed_precision=precision, kwargs_handlers=[unused])
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["Qwen3VLTextDecoderLayer"],
-        cpu_ram_efficient_loading=False,
-    )
+    plugin = sharding(precision)
+    plugin.cpu_ram_efficient_loading = False
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     # accelerate takes FSDP up on accelerators alone; torch's own FSDP2 runs on gloo, which is what is tested here.
     PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
     return accelerator
+
+
+def spoil(monkeypatched: Any, calls: int) -> None:
+    """Let the loss of this process be none at some call."""
+    whole, left = monkeypatched.backward, iter(range(calls - 1))
+
+    def backward(*args: Any, **options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, terms = whole(*args, **options)
+        return loss, terms if next(left, None) is not None else {name: term * torch.nan for name, term in terms.items()}
+
+    monkeypatched.backward = backward
 
 
 def train(job: dict[str, Any], rank: int, port: int) -> None:
@@ -77,6 +85,8 @@ def train(job: dict[str, Any], rank: int, port: int) -> None:
         lora=LoraSettings(rank=4),
         gradient_checkpointing="checkpointing" in options,
     )
+    if "spoilt" in options and rank == 1:
+        spoil(trainer, calls=3)
     accelerator = accelerator_for(job["mode"], "bf16" if "bf16" in options else "no")
     for metrics in train_jointly(checkpoint, draw, recipe, folder, weights=weights, accelerator=accelerator):
         if metrics["step"] == job["kill_after"]:

@@ -61,6 +61,7 @@ class JointStep:
         lessons, rows = [lessons[index] for index in order], [rows[index] for index in order]
         tokens = [tokens[index] for index in order]
         self._reasons_Q = torch.tensor([path is not None for path in tokens])
+        self._words = sum(len(path) + 1 for path in tokens if path is not None)  # that are predicted, with `</think>`
         self._wanted = [lesson.sample.wanted for lesson in lessons]
         targets = [lesson.sample.target for lesson in lessons]
         targets += [negative for lesson in lessons for negative in lesson.sample.negatives[:hard_negatives]]
@@ -88,14 +89,13 @@ class JointStep:
         decision_Q2 = torch.cat([reading.decision_B2 for reading in queries])
         reasoned_RD = torch.cat([reading.reasoned_RD for reading in queries])
         logprob_R = torch.cat([reading.logprobs_RT.sum(dim=1) for reading in queries])
-        counts_R = torch.cat([(reading.logprobs_RT != 0).sum(dim=1) for reading in queries])
         real_R = self._real_paths().to(reasons_Q.device)
-        reasoned_RD, logprob_R, counts_R = reasoned_RD[real_R], logprob_R[real_R], counts_R[real_R]
+        reasoned_RD, logprob_R = reasoned_RD[real_R], logprob_R[real_R]
         everyone_QD, everyone_RD = _gather(direct_QD, accelerator), _gather(reasoned_RD, accelerator)
         candidates_CD = _gather(torch.cat([reading.direct_BD for reading in targets]), accelerator)
         relevant_QC = self._relevance(accelerator).to(direct_QD.device)
         reasons_everyone_Q = _gather(reasons_Q, accelerator)
-        total = _sum(torch.stack([counts_R.sum(), torch.tensor(len(reasons_Q), device=direct_QD.device)]), accelerator)
+        total = _sum(torch.tensor([self._words, len(reasons_Q)], device=direct_QD.device), accelerator)
         label_Q = (~reasons_Q).long()[:, None]
         settings = objective.temperature, objective.dims
         terms = {

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -67,7 +68,8 @@ def run_steps(
         loss, terms = step_of(step)
         value = loss.item()
         watched = schedule.spike and len(recent) == RECENT
-        if not math.isfinite(value) or (watched and value > schedule.spike * statistics.median(recent)):
+        bad = not math.isfinite(value) or (watched and value > schedule.spike * statistics.median(recent))
+        if _anywhere(bad, accelerator):
             _stop(folder, step, value, terms, describe(step), accelerator)
         recent.append(value)
         norm: Any = accelerator.clip_grad_norm_(weights.parameters(), schedule.gradient_norm)
@@ -115,6 +117,14 @@ def _save(folder: Path, step: int, accelerator: Accelerator) -> None:
         for state in older:
             shutil.rmtree(state)
     accelerator.wait_for_everyone()
+
+
+def _anywhere(here: object, accelerator: Accelerator) -> bool:
+    """Return whether something is so in any process: one that stops alone leaves the others waiting for it."""
+    if accelerator.num_processes == 1:
+        return bool(here)
+    found: Any = accelerator.reduce(torch.tensor(float(bool(here)), device=accelerator.device), "sum")
+    return bool(found)
 
 
 def _stop(folder: Path, step: int, loss: float, terms: dict[str, Tensor], batch: Any, accelerator: Accelerator) -> None:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 
 from mmemb_deploy.devices import GIB
@@ -44,11 +45,12 @@ from mmemb_training.selection.assess import REPORT, assess_pool, read_assessed
 from mmemb_training.selection.bank import TargetBank, mine_negatives
 from mmemb_training.selection.evaluators import EmbedderEvaluator, Evaluator, JudgeEvaluator
 from mmemb_training.selection.select import KeptRationales, Verdict, kept_rationales
-from mmemb_training.stage import Metrics, Watch, run_stage
+from mmemb_training.stage import Metrics, Watch, run_stage, sharding
 from mmemb_training.task_batches import TaskBatches
 from mmemb_training.trainer import train_jointly
 
 STAGES = ("pool", "selection", "joint", "control")
+PATIENCE = timedelta(days=14)  # that processes wait for the main one, which writes the pool and selects alone
 CPU_MICRO_BATCH = 8  # questions that a process reads at once where there is no GPU, whose memory could be asked for
 
 
@@ -70,20 +72,15 @@ def read_samples(data: Sequence[str], limit: int | None) -> list[Sample]:
 
 def accelerator_of(weights: TrainedWeights) -> Accelerator:
     """Return an accelerator: FSDP2 where all weights train on several GPUs, DDP where adapters do."""
-    plugin = (
-        FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Qwen3VLTextDecoderLayer"],
-        )
-        if int(torch.cuda.device_count()) > 1 and weights.adapters is None
-        else None
-    )
+    sharded = int(torch.cuda.device_count()) > 1 and weights.adapters is None
     return Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if weights.precision == "bf16" else "no",
-        fsdp_plugin=plugin,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
+        fsdp_plugin=sharding(weights.precision) if sharded else None,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=False),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
 
 

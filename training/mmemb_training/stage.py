@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from mmemb_deploy.files import claim
 from mmemb_training.checkpoint import FACTS, Checkpoint, load_checkpoint, save_checkpoint
@@ -20,6 +22,21 @@ Watch = Callable[[str, Metrics, int], None]  # runs a stage's steps: its name, i
 def plain_accelerator() -> Accelerator:
     """Return an accelerator for one process, on the first GPU where there is one."""
     return Accelerator(cpu=not torch.cuda.is_available())
+
+
+def sharding(precision: str) -> FullyShardedDataParallelPlugin:
+    """Return how FSDP2 shards a model's layers, with "bf16" for `precision` computing in it.
+
+    Gradients are then added up in float32, and what a layer returns keeps its dtype: log-probabilities are float32, and
+    a loss over temperature .02 must not see them rounded.
+    """
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Qwen3VLTextDecoderLayer"],
+        mixed_precision_policy=half if precision == "bf16" else None,
+    )
 
 
 def save_trained(
