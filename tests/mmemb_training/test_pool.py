@@ -110,6 +110,20 @@ def test_an_answer_without_its_samples_is_an_error_of_its_question(endpoint: Any
     assert "no chat completion: Invalid JSON" in str(second.error)
 
 
+def test_an_answer_that_was_cut_is_no_rationale(endpoint: Any) -> None:
+    def cut(body: dict[str, Any]) -> Any:
+        status, content = endpoint.answer(body)
+        for choice in content["choices"][1 if endpoint.asked(body) == "question 0" else 0 :]:
+            choice["finish_reason"] = "length"
+        return status, content
+
+    endpoint.reply = cut
+    first, second = endpoint.worker().write(ask(2))
+    assert (first.rationales, first.error) == (("0: question 0",), None)
+    assert second.rationales == ()
+    assert "each of 2 answers was cut after 1024 tokens: allow more" in str(second.error)
+
+
 def test_the_key_comes_from_the_environment(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match="MY_POOL_KEY is not set"):
         endpoint.worker(key="MY_POOL_KEY")

@@ -31,7 +31,7 @@ from mmemb_training.checkpoint import FACTS, Checkpoint, load_checkpoint
 from mmemb_training.control.grpo import train_control
 from mmemb_training.data.registry import read
 from mmemb_training.joint import Lesson
-from mmemb_training.pool.build import build_pool, print_report, read_pool
+from mmemb_training.pool.build import Rationale, build_pool, print_report, read_pool
 from mmemb_training.pool.endpoint import EndpointWorker
 from mmemb_training.pool.local import TransformersWorker
 from mmemb_training.pool.workers import Worker
@@ -185,7 +185,7 @@ class Run:
             with counting(len(samples), shown=True, label="assessing") as done:
                 assess_pool(
                     samples,
-                    read_pool(self.folder / "pool"),
+                    self._within_limit(read_pool(self.folder / "pool"), model),
                     loaded,
                     folder,
                     recipe.margins,
@@ -305,6 +305,14 @@ class Run:
             api_key_variable=settings.api_key_variable,
             **asked,
         )
+
+    def _within_limit(self, pool: dict[str, list[Rationale]], model: Checkpoint) -> dict[str, list[Rationale]]:
+        """Return the rationales that are no longer than those that the runtime writes, and say how many are."""
+        limit, tokenize = model.facts.max_rationale_tokens, model.rows.prompt.tokenize
+        kept = {key: [one for one in found if len(tokenize(one.text)) <= limit] for key, found in pool.items()}
+        before, after = (sum(map(len, found.values())) for found in (pool, kept))
+        self._console.print(f"{before - after} of {before} rationales have more than {limit} tokens: left out")
+        return kept
 
     def _evaluator(self, model: Checkpoint) -> tuple[Sequence[Sample], Evaluator]:
         """Return the frozen evaluator, and the samples as it judges them: the embedder mines its hard negatives."""

@@ -23,6 +23,7 @@ from mmemb_training.samples import Question
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam
 
+CUT = "length"  # the finish reason of an answer that the limit on its tokens ended; it teaches to end in mid-sentence
 _THINK_TAG = re.compile(r"\s*</?think>\s*")
 
 
@@ -122,7 +123,10 @@ class EndpointWorker:
         found = len(reply.choices)
         if found != self.samples:
             return Written((), f"the endpoint answered with {found} of {self.samples} samples: it may not support `n`")
-        return Written(tuple(map(_rationale, reply.choices)), None)
+        whole = tuple(_rationale(choice) for choice in reply.choices if choice.finish_reason != CUT)
+        if not whole:
+            return Written((), f"each of {found} answers was cut after {self._max_tokens} tokens: allow more")
+        return Written(whole)
 
 
 def _rationale(choice: Sample) -> str:
