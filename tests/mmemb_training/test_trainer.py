@@ -21,6 +21,7 @@ from mmemb_deploy import OptionError
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint
 from mmemb_training.joint import Lesson
 from mmemb_training.loop import METRICS, STOPPED, TrainingError
+from mmemb_training.lora import add_lora, merge_lora
 from mmemb_training.recipes.settings import JointRecipe, LoraSettings, Objective, Schedule, TrainedWeights
 from mmemb_training.runtime import torch_embedder
 from mmemb_training.trainer import train_jointly
@@ -143,6 +144,19 @@ def test_lora_moves_the_language_model_and_the_markers_alone(
     assert rows == {ids["<|disc_emb|>"], ids["<|gen_emb|>"]}
 
 
+def test_a_merged_adapter_loses_nothing_to_half_precision(tiny_checkpoint: Path) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint, dtype="bfloat16")
+    before = checkpoint.model.model.language_model.layers[0].self_attn.q_proj.weight.detach().float()
+    adapter = add_lora(checkpoint, LoraSettings(rank=4))
+    projection = checkpoint.model.model.language_model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        projection.lora_B["default"].weight.normal_(std=1e-4)  # far below a step of bf16
+    learnt = projection.get_delta_weight("default").float()
+    merge_lora(adapter)
+    after = checkpoint.model.model.language_model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(after - before, learnt, rtol=1e-3, atol=1e-8)
+
+
 @pytest.fixture
 def own_precision() -> Iterator[None]:
     """Let a test choose its precision, which accelerate holds for a whole process."""
@@ -152,7 +166,7 @@ def own_precision() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("own_precision")
-def test_adapters_over_bf16_weights_are_float32_and_merge_into_bf16(
+def test_adapters_over_bf16_weights_are_float32_and_so_is_what_they_merge_into(
     tiny_checkpoint: Path, lessons: list[Lesson], tmp_path: Path
 ) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint, dtype="bfloat16")
@@ -163,7 +177,7 @@ def test_adapters_over_bf16_weights_are_float32_and_merge_into_bf16(
     trained = [weight for weight in checkpoint.model.parameters() if weight.requires_grad]
     assert {weight.dtype for weight in trained} == {torch.float32}
     assert list(run)[-1]["loss"] < first["loss"]
-    assert {weight.dtype for weight in checkpoint.model.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in checkpoint.model.parameters()} == {torch.float32}
     embeddings = torch_embedder(checkpoint).encode(["one", "two"], reasoning="always")
     assert np.isfinite(embeddings).all()
 

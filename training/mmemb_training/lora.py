@@ -52,7 +52,11 @@ def trainable(checkpoint: Checkpoint, weights: TrainedWeights) -> Generator[Any]
 
 
 def merge_lora(adapter: Any) -> None:
-    """Fold the adapters into the weights, in place: the model is an ordinary one again, whole in every process."""
+    """Fold the adapters into the weights, in place: the model is an ordinary one again, whole in every process.
+
+    It is float32 from then on: what adapters learn is often less than half a step of a bf16 weight, and would be lost.
+    """
+    adapter.float()
     for module in adapter.modules():
         for name, weight in module.named_parameters(recurse=False):
             if isinstance(weight, DTensor):
