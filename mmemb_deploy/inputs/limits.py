@@ -27,7 +27,7 @@ class Limits:
     max_media_bytes: int = 4 * 2**30
     """Bytes of a video file or a document."""
 
-    max_media_seconds: float = 60.0
+    max_media_seconds: float = 120.0
     """Seconds that opening and decoding a video file, or the pages of a document, may take."""
 
 
