@@ -19,7 +19,7 @@ class Limits:
     """Images and pages of one input, video frames not counted."""
 
     max_frames: int = 768
-    """Frames of one video; of a file, as many are sampled at most."""
+    """Frames of one video; of a file, those that are sampled."""
 
     max_pages: int = 10_000
     """Pages that a document has, whichever of them are embedded."""
