@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         SchemaError,
         ServingError,
     )
+    from mmemb_deploy.inputs.media import pages
     from mmemb_deploy.reasoners.remote import RemoteReasoner
     from mmemb_deploy.results import Detail, EncodeResult, Timings
 
@@ -41,6 +42,7 @@ _HOMES = {
     "EncodeResult": "results",
     "RemoteReasoner": "reasoners.remote",
     "Timings": "results",
+    "pages": "inputs.media",
 } | dict.fromkeys(
     (
         "BackendError",
@@ -77,6 +79,7 @@ __all__ = [
     "SchemaError",
     "ServingError",
     "Timings",
+    "pages",
 ]
 
 

@@ -78,7 +78,7 @@ class Embedder:
         generator = Generator(engine.decoder, encoder.prompt)
         if reasoner is not None and manifest.gate is None:
             raise OptionError(f"reasoner is {reasoner.name}: this bundle does not reason, so pass none")
-        self._remote = None if reasoner is None else reasoner.writer(encoder.prompt, generator, manifest.limits)
+        self._remote = None if reasoner is None else reasoner.writer(encoder, generator, manifest.limits)
         self.paths = Paths(fast_path, generator, manifest.batch, manifest.cache_token_bytes, self._remote)
 
     @classmethod
@@ -140,10 +140,10 @@ class Embedder:
         """Embed inputs as queries: float32 (inputs, dim), L2-normalised, in their order.
 
         An input is a str (always text), a PIL image, an array, or a dict with any of "text", "image", "images",
-        "video"; see `mmemb_deploy.inputs.parse`. `options` are those of `mmemb_deploy.options.Options`. How little a
-        result depends on the other inputs of the call is in the bundle's certificate (`BatchParity`). Every input is
-        checked, decoded and resized before anything runs, so the call holds at most `max_pixels` bytes x 3 of each
-        image at a time.
+        "video", "document"; see `mmemb_deploy.inputs.parse`. `options` are those of `mmemb_deploy.options.Options`.
+        How little a result depends on the other inputs of the call is in the bundle's certificate (`BatchParity`).
+        Every input is checked, decoded and resized before anything runs, so the call holds at most `max_pixels` bytes
+        x 3 of each image at a time.
 
         Raises InputError, naming its index, for an input that cannot be processed; OptionError for an option;
         BackendError, naming an index too, where a reasoner fails and is not to be replaced by the direct embedding.
@@ -291,7 +291,7 @@ class Embedder:
         for index, (content, rationale) in enumerate(zip(inputs, rationales, strict=True)):
             began = time.perf_counter()
             try:
-                request = parse(content, self.manifest.limits)
+                request = parse(content, self.manifest.limits, self.encoder.vision)
                 row = self.encoder.row(request, instruction)
                 given = self.encoder.prompt.tokenize(rationale) if isinstance(rationale, str) else rationale
                 self._check_length(row, given or [], keep=keep or given is not None)
@@ -302,7 +302,7 @@ class Embedder:
                 failures.append(error.at(index))
             else:
                 given = None if given is None else list(given)
-                items.append(Item(index, row, time.perf_counter() - began, given, chat))
+                items.append(Item(index, row, time.perf_counter() - began, given, chat, request.pages))
         return items, failures
 
     def _check_length(self, row: Row, given: Sequence[int], *, keep: bool) -> None:
@@ -343,6 +343,7 @@ class Embedder:
             degraded_by=item.degraded_by,
             prompt_tokens=item.row.length,
             timings=Timings(item.preprocess, item.fast_path, item.generation, item.queued, item.held),
+            pages=item.pages,
         )
 
 

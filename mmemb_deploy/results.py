@@ -46,6 +46,7 @@ class Detail:
     degraded_by: str | None  # what took reasoning away from an input that was to reason: "load", "deadline" or "memory"
     prompt_tokens: int
     timings: Timings
+    pages: tuple[int, ...] = ()  # of its document, counted from 1; none without one
 
     @property
     def rationale_tokens(self) -> int:

@@ -148,7 +148,7 @@ def read_traffic(bundle: Bundle, source: Path) -> list[Row]:
     rows = []
     for index, content in enumerate(read_source(source).inputs):
         try:
-            rows.append(encoder.row(parse(content, manifest.limits), manifest.prompt.query_instruction))
+            rows.append(encoder.row(parse(content, manifest.limits, encoder.vision), manifest.prompt.query_instruction))
         except InputError as error:
             raise error.at(index) from error
     return rows

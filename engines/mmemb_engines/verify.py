@@ -50,7 +50,7 @@ def fitting(bundle: Bundle, engines: EngineSet, reference: ReferenceSet) -> Refe
     def fits(index: int) -> bool:
         probe = reference.probes[index]
         asked = instruction if probe.instruction is None else probe.instruction
-        row = encoder.row(parse(probe.query, bundle.manifest.limits), asked)
+        row = encoder.row(parse(probe.query, bundle.manifest.limits, encoder.vision), asked)
         needed = {
             "tokens": row.length,
             "visual_tokens": 1 + row.visual_tokens,  # after a row of zeros

@@ -72,7 +72,7 @@ def _observe(checkpoint: Checkpoint, probes: Sequence[Pair], see: See) -> None:
     hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     reference = Reference(checkpoint)
     for probe in probes:
-        request = parse(probe.query)
+        request = parse(probe.query, vision=checkpoint.vision)
         reference.run(request, checkpoint.rows.row(request, checkpoint.instruction(probe.instruction)), ())
     for hook in hooks:
         hook.remove()

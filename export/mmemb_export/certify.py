@@ -38,7 +38,7 @@ def _expected(checkpoint: Checkpoint, probes: Sequence[Pair], ours: Answers) -> 
     reference = Reference(checkpoint)
     expected = []
     for probe, rationale_ids in zip(probes, ours.rationales, strict=True):
-        request = parse(probe.query)
+        request = parse(probe.query, vision=checkpoint.vision)
         row = checkpoint.rows.row(request, checkpoint.instruction(probe.instruction))
         expected.append(reference.run(request, row, rationale_ids))
     return expected

@@ -13,7 +13,7 @@ from mmemb_deploy.bundle.certificate import Certificate, Part, Share
 from mmemb_deploy.bundle.precision import PRECISIONS, value_bytes
 from mmemb_deploy.errors import BundleError, SchemaError
 from mmemb_deploy.files import write_whole
-from mmemb_deploy.inputs.parse import Limits
+from mmemb_deploy.inputs.limits import Limits
 from mmemb_deploy.inputs.preprocess import VisionSpec
 from mmemb_deploy.inputs.prompts import PromptFormat
 

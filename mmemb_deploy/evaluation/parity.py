@@ -23,7 +23,8 @@ from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import BundleError, OptionError
 from mmemb_deploy.evaluation.pairs import Pair, encode_queries
 from mmemb_deploy.files import whole
-from mmemb_deploy.inputs.parse import Limits, Request, parse
+from mmemb_deploy.inputs.limits import DEFAULTS
+from mmemb_deploy.inputs.parse import Request, parse
 from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.machine import cpu_features
 
@@ -32,7 +33,6 @@ KEPT = 32  # inputs of a certificate that a bundle keeps
 KEPT_BYTES = 2 * 2**20  # of their pixels
 TIE = 1e-6  # cosines that differ by less are one, whichever a CPU finds larger
 BATCHED = 16  # inputs that are embedded alone and together
-UNLIMITED = Limits()
 
 Rationales = Sequence[tuple[int, ...]]  # token ids, without markers
 
@@ -222,10 +222,15 @@ class ReferenceSet:
         return cls(probes, answer(embedder, probes))
 
     def sample(self) -> ReferenceSet:
-        """Return some of the inputs, drawn by a fixed lot, as many as KEPT and KEPT_BYTES allow."""
+        """Return some of the inputs, drawn by a fixed lot, as many as KEPT and KEPT_BYTES allow.
+
+        Those with a video file or a document are left out: what is kept are pictures, which become other sizes.
+        """
         chosen, capacity = list[int](), KEPT_BYTES
         for index in np.random.default_rng(0).permutation(len(self.probes)).tolist():
-            size = sum(pixels.nbytes for pixels in _pixels(parse(self.probes[index].query, UNLIMITED)))
+            if _reads_file(self.probes[index].query):
+                continue
+            size = sum(pixels.nbytes for pixels in _pixels(parse(self.probes[index].query, DEFAULTS)))
             if len(chosen) < KEPT and size <= capacity:
                 chosen.append(index)
                 capacity -= size
@@ -247,7 +252,7 @@ class ReferenceSet:
         """Write the inputs, as they were decoded, and the answers into a bundle's folder."""
         answers, arrays, facts = self.answers, list[NDArray[np.uint8]](), list[dict[str, Any]]()
         for probe, rationale_ids in zip(self.probes, answers.rationales, strict=True):
-            request = parse(probe.query, UNLIMITED)
+            request = parse(probe.query, DEFAULTS)
             arrays += _pixels(request)
             facts.append(
                 {
@@ -271,6 +276,12 @@ def _pixels(request: Request) -> list[NDArray[np.uint8]]:
     return [np.asarray(image) for image in (*request.images, *request.frames)]
 
 
+def _reads_file(content: Any) -> bool:
+    if not isinstance(content, dict):
+        return False
+    return "document" in content or isinstance(content.get("video"), (str, Path, bytes, bytearray))
+
+
 def _probe(facts: dict[str, Any], pixels: Iterator[NDArray[np.uint8]]) -> Pair:
     content: dict[str, Any] = {"text": facts["text"]}
     if facts["images"]:
@@ -286,6 +297,8 @@ def modality(content: Any) -> str:
         return "text" if isinstance(content, str) else "image"
     if "video" in content:
         return "video"
+    if "document" in content:
+        return "images"
     if "images" in content:
         return "images" if len(content["images"]) > 1 else "image"
     return "image" if "image" in content else "text"

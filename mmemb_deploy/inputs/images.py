@@ -39,7 +39,7 @@ def load_image(value: object, name: str, max_pixels: int) -> Image.Image:
     if isinstance(value, (bytes, bytearray)):
         source = io.BytesIO(value)
     elif isinstance(value, (str, Path)):
-        source = _local_path(str(value), name)
+        source = local_path(str(value), name)
         name = f"{name} ({shown_value(source)})"
     elif not isinstance(value, Image.Image):
         raise InputError(f"{name} is of type {type(value).__name__}; pass a PIL image, an array, bytes or a path")
@@ -84,7 +84,8 @@ def shared_array(value: object, name: str) -> NDArray[Any] | None:
         ) from error
 
 
-def _local_path(path: str, name: str) -> str:
+def local_path(path: str, name: str) -> str:
+    """Return the path of a file. Raises InputError for a URL, and where there is no file."""
     if re.match(r"(?i)[a-z][a-z0-9+.-]+:/|data:", path):
         raise InputError(f"{name} is the URL {shown_value(path)}; download it first and pass the path or the bytes")
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a name is too long

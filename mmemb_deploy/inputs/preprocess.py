@@ -71,6 +71,23 @@ class VisionSpec:
         return self.video_max_pixels / self.temporal_patch_size
 
 
+QWEN3_VL = VisionSpec(
+    patch_size=16,
+    merge_size=2,
+    temporal_patch_size=2,
+    min_pixels=65536,
+    max_pixels=16777216,
+    video_min_pixels=4096,
+    video_max_pixels=25165824,
+    image_mean=(0.5, 0.5, 0.5),
+    image_std=(0.5, 0.5, 0.5),
+    position_side=48,
+    head_dim=64,
+    rope_theta=10_000.0,
+)
+"""That of the published Qwen3-VL, for what is shown to a model that is no bundle."""
+
+
 @dataclass(frozen=True)
 class Visual:
     """One image, or one temporal patch of a video, resized: `pixels_THWC` uint8 with T = 1 or temporal_patch_size."""
@@ -115,15 +132,19 @@ def resized_size(height: int, width: int, spec: VisionSpec) -> tuple[int, int]:
     return _fit(height, width, spec.factor, (spec.min_pixels, spec.max_pixels), smallest=smallest)
 
 
-def resized_video_size(frames: int, height: int, width: int, spec: VisionSpec) -> tuple[int, int]:
+def resized_video_size(
+    frames: int, height: int, width: int, spec: VisionSpec, *, file: bool = False
+) -> tuple[int, int]:
     """Return the (height, width) every frame of a video is resized to; frames share out the video's pixels.
 
     A video shorter than a temporal patch counts as one temporal patch, which is what its repeated last frame fills.
-    Raises InputError as `resized_size` does.
+    `file` says that qwen-vl-utils would have decoded the frames itself, and so resized them once. Raises InputError as
+    `resized_size` does.
     """
     _check_sides(height, width)
     if spec.resize == "qwen-vl-utils":
-        height, width = _lone_frame_size(height, width, spec)
+        if not file:
+            height, width = _lone_frame_size(height, width, spec)
         return _fit(height, width, spec.factor, _frame_bounds(frames, spec), smallest=spec.factor)
     if min(height, width) < spec.factor:
         scale = max(spec.factor / height, spec.factor / width)
@@ -190,8 +211,20 @@ def resize_video(frames: Sequence[Image.Image], spec: VisionSpec) -> list[Visual
         pixels = [_resized_in_float(_resized(frame, *lone), height, width) for frame in frames]
     else:
         pixels = [_resized(frame, height, width) for frame in frames]
+    return temporal_patches(pixels, spec)
+
+
+def resize_file_frame(frame: Image.Image, size: tuple[int, int], spec: VisionSpec) -> Pixels:
+    """Resize an RGB frame of a video file to the (height, width) that `resized_video_size` gives for its file."""
+    if spec.resize == "qwen-vl-utils":
+        return _resized_in_float(np.asarray(frame), *size)
+    return _resized(frame, *size)
+
+
+def temporal_patches(pixels: Sequence[Pixels], spec: VisionSpec) -> list[Visual]:
+    """Group frames (H, W, C) of the size that the model reads into temporal patches, the last repeated to fill."""
     step = spec.temporal_patch_size
-    pixels += [pixels[-1]] * (-len(pixels) % step)
+    pixels = [*pixels, *[pixels[-1]] * (-len(pixels) % step)]
     return [_visual(np.stack(pixels[start : start + step]), spec) for start in range(0, len(pixels), step)]
 
 
@@ -213,8 +246,8 @@ def _resized(image: Image.Image, height: int, width: int) -> Pixels:
 def _resized_in_float(pixels_HWC: Pixels, height: int, width: int) -> Pixels:
     # As torchvision resizes a tensor: Pillow's bicubic, but without rounding and clipping between its two passes.
     bands = [
-        np.asarray(Image.fromarray(band).resize((width, height), Image.Resampling.BICUBIC))
-        for band in pixels_HWC.transpose(2, 0, 1).astype(np.float32)
+        np.asarray(Image.fromarray(band.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC))
+        for band in pixels_HWC.transpose(2, 0, 1)
     ]
     return np.stack(bands, axis=-1).clip(0, 255).round().astype(np.uint8)
 

@@ -19,6 +19,7 @@ from mmemb_deploy.inputs.preprocess import (
     resize_image,
     resize_video,
     rotary_positions,
+    temporal_patches,
 )
 from mmemb_deploy.inputs.prompts import IMAGE_PAD, VIDEO_PAD, PromptEncoder
 
@@ -70,7 +71,7 @@ class RowEncoder:
     def row(self, request: Request, instruction: str) -> Row:
         """Resize, tokenise and lay out one request. Raises InputError for an image that cannot be resized."""
         images = [resize_image(image, self.vision) for image in request.images]
-        frames = resize_video(request.frames, self.vision) if request.frames else []
+        frames = self._frames(request) if request.frames else []
         times = patch_times(request.timestamps, request.next_timestamp, self.vision) if request.frames else []
         ids = self.prompt.prompt(
             instruction,
@@ -88,6 +89,12 @@ class RowEncoder:
             np.where(shown_S, shown_S.cumsum(), 0),
             self.prompt.prefix_length(instruction),
         )
+
+    def _frames(self, request: Request) -> list[Visual]:
+        if request.fitted is None:
+            return resize_video(request.frames, self.vision)
+        assert request.fitted == self.vision, "frames of a file are read for one vision tower: parse(..., vision)"
+        return temporal_patches([np.asarray(frame) for frame in request.frames], self.vision)
 
 
 @dataclass(frozen=True)

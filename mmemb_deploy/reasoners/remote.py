@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mmemb_deploy.backends.protocol import Cache
 from mmemb_deploy.errors import BackendError, InputError, check_known
-from mmemb_deploy.inputs.parse import Limits, Request, parse
-from mmemb_deploy.inputs.prompts import END_THINK, MARKERS, THINK, PromptEncoder, PromptFormat
+from mmemb_deploy.inputs.limits import Limits
+from mmemb_deploy.inputs.parse import Request, parse
+from mmemb_deploy.inputs.prompts import END_THINK, MARKERS, THINK, PromptFormat
+from mmemb_deploy.inputs.rows import RowEncoder
 from mmemb_deploy.reasoners.chat import Chat, ChatClient, Reply, image_part, text_part
 from mmemb_deploy.routing.generation import Generator
 from mmemb_deploy.routing.items import Item, Reasoned
@@ -48,17 +50,18 @@ class RemoteReasoner(ChatClient):
         """What details call it: the model and where it is served."""
         return f"{self.model} at {self.base_url}"
 
-    def writer(self, prompt: PromptEncoder, generator: Generator, limits: Limits) -> RemoteWriter:
+    def writer(self, encoder: RowEncoder, generator: Generator, limits: Limits) -> RemoteWriter:
         """Return what writes rationales in one prompt format, and lets a generator follow them."""
-        return RemoteWriter(self, prompt, generator, limits)
+        return RemoteWriter(self, encoder, generator, limits)
 
 
 class RemoteWriter:
     """Asks a reasoner for the rationales that the bundle's own generator would write, greedily, and follows them."""
 
-    def __init__(self, reasoner: RemoteReasoner, prompt: PromptEncoder, generator: Generator, limits: Limits) -> None:
+    def __init__(self, reasoner: RemoteReasoner, encoder: RowEncoder, generator: Generator, limits: Limits) -> None:
         self.name = reasoner.name
-        self._reasoner, self._prompt, self._generator, self._limits = reasoner, prompt, generator, limits
+        self._reasoner, self._prompt, self._vision = reasoner, encoder.prompt, encoder.vision
+        self._generator, self._limits = generator, limits
 
     def chats(self) -> Callable[[object, Request, str], Chat]:
         """Return what prepares an input's chat, for the inputs of one call.
@@ -81,7 +84,9 @@ class RemoteWriter:
                         )
             size = sum(3 * image.width * image.height for image in request.images)
             if size > capacity:
-                return lambda: policy_messages(self._prompt.format, instruction, parse(content, self._limits))
+                return lambda: policy_messages(
+                    self._prompt.format, instruction, parse(content, self._limits, self._vision)
+                )
             capacity -= size
             return lambda: policy_messages(self._prompt.format, instruction, request)
 

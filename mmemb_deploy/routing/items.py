@@ -32,6 +32,7 @@ class Item:
     preprocess: float  # seconds, as the others below
     given: list[int] | None = None  # a rationale that the caller wrote, as token ids
     chat: Callable[[], Any] | None = None  # builds what a server is asked, where one writes the rationales
+    pages: tuple[int, ...] = ()  # of its document
     embedding_D: Floats | None = None
     score: float = 0.0
     threshold: float | None = None  # that the score was held against, where one was

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmemb_deploy.errors import InputError
-from mmemb_deploy.inputs.parse import DEFAULT_FPS, Limits, Request, parse
+from mmemb_deploy.inputs.limits import Limits
+from mmemb_deploy.inputs.parse import DEFAULT_FPS, Request, parse
 
 Pixels = NDArray[np.uint8]
 GREY = np.full((4, 6), 51, np.uint8)
@@ -199,7 +200,7 @@ REFUSALS: list[tuple[object, str]] = [
     (Anything(), r"input of type Anything is not accepted"),
     (Path("photo.png"), r"not accepted.*for an image pass \{'image': \.\.\.\}"),
     (b"\x89PNG", r"type bytes is not accepted.*for an image pass"),
-    ("", r"nothing to embed: give a text that is not blank, an image or a video"),
+    ("", r"nothing to embed: give a text that is not blank, an image, a video or a document"),
     (" \n", r"nothing to embed"),
     ({}, r"nothing to embed"),
     ({"text": "", "images": []}, r"nothing to embed"),
@@ -241,7 +242,7 @@ REFUSALS: list[tuple[object, str]] = [
     (np.full((4, 6), -0.5), r"float values within -0.5\.\.-0.5; scale them"),
     (Image.new("F", (2, 2), 7.0), r"float values within 7.0\.\.7.0; scale them"),
     (Image.new("I", (2, 2), 70_000), r"integer samples within 70000\.\.70000, beyond 16 bits; convert it to 8"),
-    ({"video": "clip.mp4"}, r"'video' is of type str; decode it and pass a list of frames"),
+    ({"video": "clip.mp4"}, r"'video' is the path 'clip.mp4', where there is no file"),
     ({"video": []}, r"'video' has no frames; pass at least one"),
     ({"video": np.zeros((0, 4, 6, 3), np.uint8)}, r"'video' has no frames"),
     ({"video": np.zeros((4, 6, 3), np.uint8)}, r"'video' is an array of shape \(4, 6, 3\); pass \(frames, height"),

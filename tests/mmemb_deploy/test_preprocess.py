@@ -23,7 +23,8 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from mmemb_deploy.errors import InputError
-from mmemb_deploy.inputs.parse import Limits, parse
+from mmemb_deploy.inputs.limits import Limits
+from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.preprocess import (
     VisionSpec,
     Visual,

@@ -21,7 +21,7 @@ from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.manifest import SCHEMA_VERSION, BatchLimits, GateFacts, Manifest, ModelFacts
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.inputs.parse import Limits
+from mmemb_deploy.inputs.limits import Limits
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.parts import Part, parts
 

@@ -44,10 +44,15 @@ class Sample:
 def query_row(question: Question, encoder: RowEncoder) -> Row:
     """Return a question's prompt; raises InputError for a content that cannot be read."""
     default = encoder.prompt.format.query_instruction
-    return encoder.row(parse(question.content), default if question.instruction is None else question.instruction)
+    return encoder.row(
+        parse(question.content, vision=encoder.vision),
+        default if question.instruction is None else question.instruction,
+    )
 
 
 def target_row(target: Target, encoder: RowEncoder) -> Row:
     """Return a target's prompt; raises InputError for a content that cannot be read."""
     default = encoder.prompt.format.document_instruction
-    return encoder.row(parse(target.content), default if target.instruction is None else target.instruction)
+    return encoder.row(
+        parse(target.content, vision=encoder.vision), default if target.instruction is None else target.instruction
+    )

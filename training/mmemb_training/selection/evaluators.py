@@ -109,7 +109,7 @@ class JudgeEvaluator:
 
     def _pair_row(self, sample: Sample) -> Row:
         """Return one prompt that shows both sides of a pair, up to where an answer begins."""
-        query, candidate = parse(sample.question.content), parse(sample.target.content)
+        query, candidate = (parse(side.content, vision=self._rows.vision) for side in (sample.question, sample.target))
         if query.frames and candidate.frames:
             raise OptionError(
                 f"{sample.question.key}: the judge reads one video per pair, and both sides have one; choose the "
