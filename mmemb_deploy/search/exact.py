@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.search.stored import Rows
 
-BLOCK_BYTES = 2**20  # of a block as it is computed with: what a core's own cache holds
+BLOCK_BYTES = 2**22  # of a block as it is computed with: what caches hold, and worth a call
 Score = Callable[[Any], Floats]  # of a block (B, D): (Q, B)
 
 
@@ -59,6 +59,8 @@ def nearest(
         scores_QB = score(block)
         scores_QB[:, failed_N[start : start + len(block)]] = -np.inf
         scores_QB[np.isnan(scores_QB)] = -np.inf
+        if best_QK.shape[1] == count and (scores_QB <= best_QK[:, -1:]).all():
+            continue
         fresh_QB = np.broadcast_to(np.arange(start, start + len(block)), scores_QB.shape)
         best_QK, rows_QK = best(np.hstack([best_QK, scores_QB]), np.hstack([rows_QK, fresh_QB]), count)
     return best_QK, rows_QK

@@ -81,7 +81,7 @@ class Npz:
     def blocks(self, size: int) -> Iterator[tuple[int, NDArray[Any]]]:
         """Yield blocks; see Stored."""
         for start in range(0, self.rows, size):
-            # numpy multiplies by hand, 40 times slower, what does not begin at a multiple of its item's size
+            # what does not begin at a multiple of its item's size, numpy multiplies by hand, 40 times slower
             yield start, np.require(self._vectors_ND[start : start + size], requirements="A")
 
     def take(self, rows_n: Rows) -> NDArray[Any]:

@@ -44,7 +44,7 @@ def test_a_command_that_runs_a_bundle_takes_it_first_with_its_engine_and_what_it
     assert {name for name, taken in options.items() if "bundle" in taken} == of_a_bundle
     for name in of_a_bundle:
         assert options[name] >= {"bundle", "--backend", "--threads", "--out"}, name
-    assert options.keys() - of_a_bundle == {"bench peers", "bench report", "bench compare"}
+    assert options.keys() - of_a_bundle == {"bench peers", "bench search", "bench report", "bench compare"}
 
 
 @pytest.mark.parametrize("given", [["{}"], ["--bundle", "{}"], ["--bundle={}"]], ids=["first", "option", "joined"])

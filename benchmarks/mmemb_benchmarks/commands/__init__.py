@@ -8,6 +8,7 @@ import typer
 
 from mmemb_benchmarks.commands import load, outcome, quality, simulation, speed
 from mmemb_benchmarks.commands.peers import peers
+from mmemb_benchmarks.commands.search import search
 from mmemb_benchmarks.commands.shared import OldNames
 
 OF_A_BUNDLE: tuple[Callable[..., None], ...] = (
@@ -28,7 +29,7 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(no_args_is_help=True, help="Measure a bundle.")
     for command in OF_A_BUNDLE:
         bench.command(command.__name__, cls=OldNames)(command)
-    for other in (peers, outcome.report, outcome.compare):
+    for other in (peers, search, outcome.report, outcome.compare):
         bench.command(other.__name__)(other)
     app.add_typer(bench, name="bench")
     app.command("demo", cls=OldNames)(quality.demo)
