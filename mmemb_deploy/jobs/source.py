@@ -91,7 +91,7 @@ def read_source(
     """Go through a source: JSON lines, CSV, parquet, a folder, or one image, document or video.
 
     `limits` bound the documents and videos that are opened to be counted; one that cannot be is a row that fails, or
-    an error unless `keep_going`. `seen` hears of the rows of every chunk. Paths inside a file are relative to it.
+    an error unless `keep_going`. `seen` hears how many more were read. Paths inside a file are relative to it.
     Raises OptionError for a path that is none of those, a malformed line and a source without inputs; InputError, at
     its row, as said.
     """
@@ -103,11 +103,13 @@ def read_source(
             raise record.failure.at(rows)
         if rows % chunk == 0:
             places.append((place, before))
-            seen(chunk)
         facts = [record.id, record.file, record.input, record.page, record.second]
         listing.update(json.dumps(facts, default=_fact).encode())
         names.update(record.id.encode("utf-8", "surrogatepass") + b"\0")
         rows += 1
+        if rows % chunk == 0:
+            seen(chunk)
+    seen(rows % chunk)
     if not rows:
         raise OptionError(
             f"{path} holds no inputs: expected lines of JSON, rows of CSV or parquet, or a folder with images, texts "

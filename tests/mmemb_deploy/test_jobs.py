@@ -3,6 +3,9 @@
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -120,6 +123,16 @@ def test_an_interrupted_job_goes_on_with_the_chunks_that_are_missing(
     assert sorted(written) == ["000000000.npz", "000000003.npz", "000000006.npz"]  # each was done once
     assert len(first) == 1
     assert np.load(tmp_path / "out.npz")["id"].tolist() == [record.id for record in records(lines)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_a_job_that_is_killed_loses_no_row_and_doubles_none(suffix: str) -> None:
+    script = Path(__file__).parents[1] / "kill_embed.py"
+    command = [sys.executable, str(script), "--kills", "2", "--rows", "600", "--suffix", suffix]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert killed.returncode == 0, killed.stderr
 
 
 def test_a_chunk_in_the_middle_is_read_from_its_own_place(tmp_path: Path) -> None:
