@@ -78,5 +78,5 @@ $(DOCS): pyproject.toml constraints.txt | $(BIN)/pip
 	touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/pip
-	$(INSTALL) --editable '.[cpu,train,export,bench,serve,otel,ray,dev,docs,rtx]'
+	$(INSTALL) --editable '.[cpu,media,train,export,bench,serve,otel,ray,dev,docs,rtx]'
 	touch $(DEMO) $(DOCS) $@

@@ -95,6 +95,11 @@ class Decoders:
             raise InputError(facts["error"])
         return facts, pictures
 
+    def pids(self) -> list[int]:
+        """Return the ids of the processes that have no task."""
+        with self._lock:
+            return [decoder.process.pid for decoder in self._idle]
+
     def close(self) -> None:
         """End the processes that have no task."""
         with self._lock:

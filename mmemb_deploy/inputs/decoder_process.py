@@ -22,7 +22,7 @@ from mmemb_deploy.inputs.sampling import Sampling
 if TYPE_CHECKING:
     from mmemb_deploy.inputs.preprocess import Pixels
 
-MEMORY = 3 * 2**30  # bytes of address space, beside those of a file that comes as bytes
+MEMORY = 2 * 2**30  # bytes of address space, beside those of a file that comes as bytes
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ class Limits:
     """Images and pages of one input, video frames not counted."""
 
     max_frames: int = 768
-    """Frames of one video; of a file, as many are sampled at most."""
+    """Frames of one video; of a file, those that are sampled."""
 
     max_pages: int = 10_000
     """Pages that a document has, whichever of them are embedded."""
@@ -27,7 +27,7 @@ class Limits:
     max_media_bytes: int = 4 * 2**30
     """Bytes of a video file or a document."""
 
-    max_media_seconds: float = 60.0
+    max_media_seconds: float = 120.0
     """Seconds that opening and decoding a video file, or the pages of a document, may take."""
 
 

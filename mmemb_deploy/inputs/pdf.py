@@ -7,6 +7,7 @@ in one input, all together have the pixels that the model reads of a video.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -82,15 +83,24 @@ def _opened(source: str | bytes, limits: Limits) -> Generator[pypdfium2.PdfDocum
     try:
         document = pypdfium2.PdfDocument(source)
     except pypdfium2.PdfiumError as error:
-        reason = REASONS.get(error.err_code or 0, f"cannot be opened ({error}); pass a whole PDF")
-        raise InputError(reason) from error
+        raise InputError(_reason(source)) from error
     with document:
         count = len(document)
-        if count < 1:
-            raise InputError("has no pages; pass a PDF that shows something")
         if count > limits.max_pages:
             raise InputError(f"has {count} pages, above max_pages = {limits.max_pages}; split it")
         yield document
+
+
+def _reason(source: str | bytes) -> str:
+    """Return why a document does not open: pypdfium2 gives the reason of an earlier one where there are no pages."""
+    if isinstance(source, bytes):
+        document = raw.FPDF_LoadMemDocument64(source, len(source), None)
+    else:
+        document = raw.FPDF_LoadDocument(os.fsencode(source), None)
+    if document:
+        raw.FPDF_CloseDocument(document)
+        return "has no pages; pass a PDF that shows something"
+    return REASONS.get(raw.FPDF_GetLastError(), "cannot be opened; pass a whole PDF")
 
 
 def _rendered(document: pypdfium2.PdfDocument, number: int, pixels: float) -> Pixels:

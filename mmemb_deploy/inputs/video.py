@@ -19,12 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
+from av.packet import Packet
 from av.stream import Discard, Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -41,7 +42,7 @@ FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg"
 SHOWN_FORMATS = "MP4, MOV, 3GP, Matroska, WebM, AVI, MPEG, FLV, WMV, Ogg"
 OPTIONS = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
 WHOLE_FORMATS = "mov"  # whose header names the number of frames exactly
-EXACT_PIXELS = 200_000_000  # decoded in a second by a slow core
+EXACT_PIXELS = 100_000_000  # decoded in a second by a busy core
 THREADS = 4
 LATE = 1.5  # frames that the last one may stand for another
 
@@ -77,7 +78,7 @@ def read_frames(
     count = frame_count(total, index.rate, sampling, vision.resize, limits.max_frames)
     places = frame_indices(first, last, count, vision.resize)
     _check_pixels(*index.size, limits)
-    places = _reachable(index, places, EXACT_PIXELS * limits.max_media_seconds / max(1, math.prod(index.size)))
+    places = reachable(index, places, EXACT_PIXELS * limits.max_media_seconds / max(1, math.prod(index.size)))
     frames: list[Pixels] = []
     native = size = (0, 0)
     for frame in _frames(source, index, places):
@@ -134,6 +135,8 @@ def _track(container: InputContainer) -> VideoStream:
     if not shown:
         kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
         raise InputError(f"has no video track ({', '.join(kinds) or 'no track at all'}); pass a file with pictures")
+    if cast("object", shown[0].codec_context) is None:
+        raise InputError("has a video track of a codec that is not known; encode it anew, as H.264")
     return shown[0]
 
 
@@ -170,7 +173,7 @@ def _scan(source: str | bytes) -> Index:
     keys: list[int] = []
     packets, timed = 0, True
     with _opened(source) as (container, stream):
-        for packet in container.demux(stream):
+        for packet in _packets(container, stream):
             if not packet.size:
                 continue  # the last one, which flushes the decoder
             packets += 1
@@ -202,7 +205,7 @@ def _scan(source: str | bytes) -> Index:
     return Index(tuple(range(len(ticks))), (), 1 / average, 0, average, False, size)
 
 
-def _reachable(index: Index, places: Sequence[int], budget: float) -> list[int]:
+def reachable(index: Index, places: Sequence[int], budget: float) -> list[int]:
     """Return the places, some moved to key frames where more than `budget` frames would be decoded for them."""
     keys = [bisect_left(index.ticks, key) for key in index.keys]
     decoded, at = 0, -1
@@ -255,10 +258,17 @@ def _sought(source: str | bytes, index: Index, ticks: Sequence[int]) -> Iterator
 
 def _decoded(container: InputContainer, stream: VideoStream, wanted: frozenset[int]) -> Iterator[VideoFrame]:
     """Decode from here on, but for frames that are not wanted and that no other frame needs."""
-    for packet in container.demux(stream):
+    for packet in _packets(container, stream):
         needed = packet.pts is None or packet.pts in wanted or not packet.size
         stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
         yield from packet.decode()
+
+
+def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+    try:
+        yield from container.demux(stream)
+    except IndexError as error:  # PyAV counts the tracks when it opens a file
+        raise InputError("begins another track in its midst; encode it anew, as MP4") from error
 
 
 def _counted(source: str | bytes, index: Index, ticks: Sequence[int]) -> Iterator[VideoFrame]:
@@ -266,7 +276,8 @@ def _counted(source: str | bytes, index: Index, ticks: Sequence[int]) -> Iterato
     left = list(reversed(ticks))
     latest, reached = None, 0
     with _opened(source) as (container, stream):
-        for place, frame in enumerate(container.decode(stream)):
+        every = (frame for packet in _packets(container, stream) for frame in packet.decode())
+        for place, frame in enumerate(every):
             if index.timed and frame.pts is None:
                 continue
             latest, reached = frame, frame.pts - index.origin if index.timed and frame.pts is not None else place
