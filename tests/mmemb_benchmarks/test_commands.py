@@ -12,7 +12,19 @@ from mmemb_benchmarks.mmeb_v2 import commands as mmeb_v2
 from mmemb_deploy import OptionError
 from mmemb_deploy.errors import BundleError
 
-OF_A_BUNDLE = "digitchain", "frontier", "latency", "load", "overload", "simulate", "suite", "startup", "runtime"
+OF_A_BUNDLE = (
+    "digitchain",
+    "frontier",
+    "latency",
+    "load",
+    "overload",
+    "simulate",
+    "suite",
+    "startup",
+    "runtime",
+    "overlap",
+    "memory",
+)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from mmemb_benchmarks.commands import load, outcome, quality, simulation, speed
+from mmemb_benchmarks.commands import jobs, load, outcome, quality, simulation, speed
 from mmemb_benchmarks.commands.peers import peers
 from mmemb_benchmarks.commands.search import search
 from mmemb_benchmarks.commands.shared import OldNames
@@ -21,6 +21,8 @@ OF_A_BUNDLE: tuple[Callable[..., None], ...] = (
     speed.suite,
     speed.startup,
     speed.runtime,
+    jobs.overlap,
+    jobs.memory,
 )
 
 
