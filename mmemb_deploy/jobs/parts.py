@@ -69,7 +69,7 @@ def write_part(part: Path, records: Sequence[Record], results: Sequence[EncodeRe
     }
     with whole(part) as new, zipfile.ZipFile(new, "w") as archive:  # numpy's savez takes no column named "file"
         for name, values in columns.items():
-            _write_member(archive, name, values.dtype, values.shape, [values])
+            write_member(archive, name, values.dtype, values.shape, [values])
 
 
 def _errors(result: EncodeResult) -> list[str]:
@@ -91,16 +91,17 @@ def write_npz(target: Path, parts: Sequence[Path], rows: int) -> None:
             dtype = first.dtype
             if name in WORDS:  # whose width is that of the longest
                 dtype = max((each.dtype for each in _column(parts, name)), key=lambda each: each.itemsize)
-            _write_member(archive, name, dtype, (rows, *first.shape[1:]), _column(parts, name))
+            write_member(archive, name, dtype, (rows, *first.shape[1:]), _column(parts, name))
 
 
 def _column(parts: Sequence[Path], name: str) -> Iterator[NDArray[Any]]:
     return (read_part(part, [name])[name] for part in parts)
 
 
-def _write_member(
+def write_member(
     archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], chunks: Iterable[NDArray[Any]]
 ) -> None:
+    """Write chunks as one column of a `.npz`, where it can be mapped into memory."""
     described = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     with archive.open(_aligned(archive, f"{name}.npy"), "w", force_zip64=True) as member:
         npy.write_array_header_1_0(member, described)  # a multiple of ALIGNMENT long

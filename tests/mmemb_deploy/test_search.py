@@ -18,6 +18,7 @@ from PIL import Image
 from mmemb_deploy import Embedder, OptionError
 from mmemb_deploy.cli.main import main
 from mmemb_deploy.inputs.limits import Limits
+from mmemb_deploy.jobs.parts import write_member
 from mmemb_deploy.search import exact
 from mmemb_deploy.search.page import place, write_page
 from mmemb_deploy.search.vectors import Hit, Vectors
@@ -65,10 +66,9 @@ def folder(vectors_ND: NDArray[np.float32], tmp_path_factory: pytest.TempPathFac
         "error": np.array(["it is no image" if row == FAILED else "" for row in range(ROWS)]),
     }
     for name, embedding in embeddings.items():
-        with zipfile.ZipFile(folder / f"{name}.npz", "w") as archive:  # numpy.savez takes no array named "file"
+        with zipfile.ZipFile(folder / f"{name}.npz", "w") as archive:
             for column, values in {"embedding": embedding, **columns}.items():
-                with archive.open(f"{column}.npy", "w") as member:
-                    np.save(member, values)
+                write_member(archive, column, values.dtype, values.shape, [values])
         flat = arrow.array(embedding.ravel())
         lists = arrow.FixedSizeListArray.from_arrays(flat, embedding.shape[1])
         parquet.write_table(

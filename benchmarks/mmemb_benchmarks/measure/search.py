@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from mmemb_benchmarks.timing import timed
 from mmemb_deploy.errors import MissingExtraError
 from mmemb_deploy.inputs.preprocess import Floats
+from mmemb_deploy.jobs.parts import write_member
 from mmemb_deploy.search.index import index_path
 from mmemb_deploy.search.vectors import Vectors
 
@@ -31,7 +32,7 @@ DATA = (
     f"subtopic and {TOPIC} to a topic; variances fall as 1 / (1 + i / 8) along axes turned at random; queries alike"
 )
 NUMPY, FLAT = "numpy", "faiss, flat"  # a product of matrices; IndexFlatIP
-ALIGNMENT = 64  # bytes; what a job's files keep
+CHUNK = 16384  # rows that are made and written together
 
 Search = Callable[[Floats], NDArray[np.int64]]  # of queries (Q, D): row numbers (Q, K)
 
@@ -92,8 +93,8 @@ def clustered(rows: int, dim: int, queries: int, seed: int) -> tuple[Floats, Flo
 
     vectors_ND = np.empty((rows, dim), np.float32)
     order_N = rng.permutation(rows)
-    for start in range(0, rows, 16384):
-        vectors_ND[start : start + 16384] = drawn(order_N[start : start + 16384] // SUBTOPIC)
+    for start in range(0, rows, CHUNK):
+        vectors_ND[start : start + CHUNK] = drawn(order_N[start : start + CHUNK] // SUBTOPIC)
     return vectors_ND, drawn(rng.integers(rows, size=queries) // SUBTOPIC)
 
 
@@ -158,12 +159,10 @@ def _measure(rows: int, dim: int, queries: int, seed: int, folder: Path) -> Sett
 
 
 def _write(path: Path, vectors_ND: NDArray[Any]) -> None:
-    """Write vectors alone, where a job's lie in its file."""
-    member = zipfile.ZipInfo("embedding.npy")
-    padding = -(30 + len(member.filename) + 20 + 4) % ALIGNMENT  # after a header with its 64-bit sizes
-    member.extra = b"\0\0" + padding.to_bytes(2, "little") + bytes(padding)
-    with zipfile.ZipFile(path, "w") as archive, archive.open(member, "w", force_zip64=True) as file:
-        np.save(file, vectors_ND)
+    """Write vectors alone, as a job does."""
+    chunks = (vectors_ND[start : start + CHUNK] for start in range(0, len(vectors_ND), CHUNK))
+    with zipfile.ZipFile(path, "w") as archive:
+        write_member(archive, "embedding", vectors_ND.dtype, vectors_ND.shape, chunks)
 
 
 def _rows(vectors: Vectors) -> Search:
