@@ -32,6 +32,7 @@ from transformers.video_utils import VideoMetadata, read_video_pyav
 from mmemb_deploy.bundle.folder import NANO, Bundle
 from mmemb_deploy.embedder import row_encoder
 from mmemb_deploy.errors import InputError
+from mmemb_deploy.inputs import video
 from mmemb_deploy.inputs.limits import Limits
 from mmemb_deploy.inputs.media import duration
 from mmemb_deploy.inputs.parse import Request, parse
@@ -262,6 +263,31 @@ def test_a_frame_is_the_same_however_it_is_reached(
     np.testing.assert_array_equal(arrays(jumps.frames), scaled([every[place] for place in places]))
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "container"),
+    [
+        ("clip.mp4", "libx264", None),
+        ("clip.mkv", "libx264", None),
+        ("clip.webm", "libvpx-vp9", None),
+        ("clip.m2ts", "libx264", "mpegts"),
+        ("clip.flv", "flv", None),
+        ("clip.wmv", "wmv2", None),
+    ],
+)
+def test_a_few_frames_are_reached_without_decoding_what_is_before_them(
+    make_clip: MakeClip, name: str, codec: str, container: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_clip(name, codec=codec, container=container, frames=100)
+
+    def from_the_beginning(*_: Any) -> Any:
+        raise AssertionError("the file is decoded from its beginning")
+
+    monkeypatch.setattr(video, "_counted", from_the_beginning)
+    frames, times = video.read_frames(str(path), Sampling(max_frames=3, start=1.3), Limits(), QWEN3_VL)
+    assert len(frames) == 3
+    assert times == pytest.approx([1.32, 2.64, 3.96], abs=0.05)
+
+
 # ---- times
 
 
@@ -327,6 +353,7 @@ def test_a_long_video_gives_way_to_key_frames_only_beyond_its_budget() -> None:
     moved = reachable(every, places, budget=1_000)
     assert max(abs(one - other) for one, other in zip(moved, places, strict=True)) < 100
     assert all(place % 100 == 0 for place in moved)
+    assert reachable(every, [150, 60_000, 99_950], budget=1_000) == [150, 60_000, 99_950], "none beyond the ends"
     lone = replace(every, keys=(0,))
     assert reachable(lone, places, budget=1_000) == places, "no key frame is near enough"
 
@@ -379,18 +406,29 @@ def test_a_video_of_no_frames_is_refused(make_clip: MakeClip) -> None:
         read(path)
 
 
-def test_a_file_that_names_more_frames_than_it_has_is_refused(make_clip: MakeClip, tmp_path: Path) -> None:
-    source = make_clip(frames=200, size=(320, 240))
-    path = tmp_path / "fast.mp4"
-    with av.open(str(source)) as given, av.open(str(path), "w", options={"movflags": "faststart"}) as output:
+def copied(source: Path, path: Path, *, earlier: int = 0, **options: str) -> Path:
+    """Write a video anew without encoding it, its times by so many ticks earlier."""
+    with av.open(str(source)) as given, av.open(str(path), "w", options=options) as output:
         stream = output.add_stream_from_template(given.streams.video[0])
         for packet in given.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = stream
+            if packet.pts is not None and packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - earlier, packet.dts - earlier, stream
                 output.mux(packet)
+    return path
+
+
+def test_a_trimmed_file_shows_what_is_left_of_it(make_clip: MakeClip, tmp_path: Path) -> None:
+    path = copied(make_clip(), tmp_path / "trimmed.mp4", earlier=30 * 512, avoid_negative_ts="disabled")
+    every, _ = decoded(path)
+    assert len(every) == 20, "an edit list leaves 30 frames out, which the file still has"
+    np.testing.assert_array_equal(arrays(read(path, fps=25.0).frames), scaled(every))
+
+
+def test_a_file_that_names_more_frames_than_it_has_is_refused(make_clip: MakeClip, tmp_path: Path) -> None:
+    path = copied(make_clip(), tmp_path / "fast.mp4", movflags="faststart")
     content = path.read_bytes()
-    path.write_bytes(content[: content.index(b"mdat") + 2000])
-    with pytest.raises(InputError, match=r"is cut short: it has \d+ of the 200 frames|cannot be decoded"):
+    path.write_bytes(content[: content.index(b"mdat") + 1000])
+    with pytest.raises(InputError, match=r"is cut short: it has \d+ of the 50 frames that it names; pass it whole"):
         read(path)
 
 
