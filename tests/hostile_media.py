@@ -36,6 +36,7 @@ from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.preprocess import QWEN3_VL
 
 SECONDS = 10.0
+SLOW_SHARE = 0.001  # of files that must be ended by the clock
 START = 5.0  # seconds that a process may take to start on a busy machine
 LIMITS = Limits(max_media_seconds=SECONDS, max_frames=16, max_images=8)
 VISION = replace(QWEN3_VL, max_pixels=256 * 32 * 32, video_max_pixels=2048 * 32 * 32)
@@ -80,6 +81,9 @@ def scans(pages: int) -> bytes:
     buffer = io.BytesIO()
     images[0].save(buffer, "PDF", save_all=True, append_images=images[1:])
     return buffer.getvalue()
+
+
+SLOW = " 0 0 m 600 700 l 300 10 50 700 600 20 c S" * 200_000  # strokes, which take minutes
 
 
 def drawing(extra: str = "") -> bytes:
@@ -183,6 +187,8 @@ def main() -> int:
             draw = random.Random(f"{options.seed} {number}")
             key, whole = draw.choice(files)
             data = mutated(draw, key, whole, [each for _, each in files])
+            if draw.random() < SLOW_SHARE:
+                key, data = "document", drawing(SLOW)
             path = Path(folder) / f"file.{key}"
             path.write_bytes(data)
             if options.only is not None:

@@ -52,7 +52,7 @@ class Decoder:
             self.process.stdin.write(json.dumps(task).encode() + b"\n")
             self.process.stdin.write(data)
             self.process.stdin.flush()
-            facts = json.loads(_exactly(self.process.stdout.readline()))
+            facts = json.loads(_line(self.process.stdout))
             pictures = [_picture(self.process.stdout, height, width) for height, width in facts["shapes"]]
         except (BrokenPipeError, EOFError) as error:
             raise InputError(_end(self.process.wait(), limits)) from error
@@ -129,10 +129,11 @@ class Decoders:
             self._idle.append(decoder)
 
 
-def _exactly(content: bytes) -> bytes:
-    if not content:
+def _line(pipe: IO[bytes]) -> bytes:
+    line = pipe.readline()
+    if not line.endswith(b"\n"):
         raise EOFError
-    return content
+    return line
 
 
 def _picture(pipe: IO[bytes], height: int, width: int) -> Pixels:

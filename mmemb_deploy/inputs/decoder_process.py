@@ -45,7 +45,7 @@ def _answer(task: dict[str, Any], data: bytes, answers: BinaryIO) -> bool:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     wanted = MEMORY + len(data)
     resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
-    signal.setitimer(signal.ITIMER_REAL, limits.max_media_seconds)
+    signal.setitimer(signal.ITIMER_REAL, max(limits.max_media_seconds, 1e-3))  # 0 would be no alarm
     pictures: list[Pixels] = []
     sound = True
     try:

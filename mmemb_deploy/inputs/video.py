@@ -41,7 +41,7 @@ from mmemb_deploy.inputs.sampling import Sampling, frame_count, frame_indices
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg"
 SHOWN_FORMATS = "MP4, MOV, 3GP, Matroska, WebM, AVI, MPEG, FLV, WMV, Ogg"
 OPTIONS = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
-WHOLE_FORMATS = "mov"  # whose header names the number of frames exactly
+INDEXED_FORMATS = "mov"  # whose header names every frame that is shown
 EXACT_PIXELS = 100_000_000  # decoded in a second by a busy core
 THREADS = 4
 LATE = 1.5  # frames that the last one may stand for another
@@ -187,10 +187,9 @@ def _scan(source: str | bytes) -> Index:
         size = stream.width, stream.height
         tick_seconds = float(stream.time_base or 0)
         average = float(stream.average_rate or 0)
-        if packets < stream.frames and container.format.name.startswith(WHOLE_FORMATS):
-            raise InputError(
-                f"is cut short: it has {packets} of the {stream.frames} frames that it names; pass it whole"
-            )
+        named = len(stream.index_entries) if container.format.name.startswith(INDEXED_FORMATS) else 0
+        if packets < named:
+            raise InputError(f"is cut short: it has {packets} of the {named} frames that it names; pass it whole")
     if not ticks:
         raise InputError("has no frames; pass a video that shows something")
     if timed and tick_seconds > 0:

@@ -106,7 +106,7 @@ def test_a_crash_is_refused_with_its_signal_and_the_next_file_is_read() -> None:
     thread = threading.Thread(target=crash)
     thread.start()
     with pytest.raises(InputError, match=r"^'video' cannot be decoded: the decoder's process ended on it by SIGSEGV"):
-        parse({"video": video((1920, 1080), 100)})
+        parse({"video": video((1920, 1080), 20)})
     thread.join()
     assert grey(pdf(70)) == 70
 

@@ -379,18 +379,29 @@ def test_a_video_of_no_frames_is_refused(make_clip: MakeClip) -> None:
         read(path)
 
 
-def test_a_file_that_names_more_frames_than_it_has_is_refused(make_clip: MakeClip, tmp_path: Path) -> None:
-    source = make_clip(frames=200, size=(320, 240))
-    path = tmp_path / "fast.mp4"
-    with av.open(str(source)) as given, av.open(str(path), "w", options={"movflags": "faststart"}) as output:
+def copied(source: Path, path: Path, *, earlier: int = 0, **options: str) -> Path:
+    """Write a video anew without encoding it, its times by so many ticks earlier."""
+    with av.open(str(source)) as given, av.open(str(path), "w", options=options) as output:
         stream = output.add_stream_from_template(given.streams.video[0])
         for packet in given.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = stream
+            if packet.pts is not None and packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - earlier, packet.dts - earlier, stream
                 output.mux(packet)
+    return path
+
+
+def test_a_trimmed_file_shows_what_is_left_of_it(make_clip: MakeClip, tmp_path: Path) -> None:
+    path = copied(make_clip(), tmp_path / "trimmed.mp4", earlier=30 * 512, avoid_negative_ts="disabled")
+    every, _ = decoded(path)
+    assert len(every) == 20, "an edit list leaves 30 frames out, which the file still has"
+    np.testing.assert_array_equal(arrays(read(path, fps=25.0).frames), scaled(every))
+
+
+def test_a_file_that_names_more_frames_than_it_has_is_refused(make_clip: MakeClip, tmp_path: Path) -> None:
+    path = copied(make_clip(), tmp_path / "fast.mp4", movflags="faststart")
     content = path.read_bytes()
-    path.write_bytes(content[: content.index(b"mdat") + 2000])
-    with pytest.raises(InputError, match=r"is cut short: it has \d+ of the 200 frames|cannot be decoded"):
+    path.write_bytes(content[: content.index(b"mdat") + 1000])
+    with pytest.raises(InputError, match=r"is cut short: it has \d+ of the 50 frames that it names; pass it whole"):
         read(path)
 
 
