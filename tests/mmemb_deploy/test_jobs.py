@@ -386,6 +386,7 @@ def test_results_are_made_ahead_in_order_and_no_more_than_fit() -> None:
             assert ahead.take(wait=True) == (number, 10 * number)
             assert len(begun) <= number + 1 + 4
         assert ahead.take(wait=True) is None
+        assert ahead.ended
 
 
 def test_heavy_results_keep_threads_from_beginning_more() -> None:
