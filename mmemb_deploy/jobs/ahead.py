@@ -49,6 +49,12 @@ class Ahead(Generic[A, B]):
         for thread in self._threads:
             thread.join()
 
+    @property
+    def ended(self) -> bool:
+        """Whether all that there is was taken."""
+        with self._changed:
+            return self._ended and self._taken == self._begun
+
     def take(self, *, wait: bool) -> tuple[A, B] | None:
         """Return the next argument and its result; None where there is no more, or none yet and `wait` is False."""
         with self._changed:

@@ -6,7 +6,6 @@ again, goes on with those that are missing.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from mmemb_deploy.errors import BackendError, OptionError
 from mmemb_deploy.files import claim, whole
 from mmemb_deploy.jobs.parts import COLUMNS, read_part, write_npz, write_parquet
 from mmemb_deploy.jobs.readers import load_pyarrow
-from mmemb_deploy.jobs.source import Source
+from mmemb_deploy.jobs.source import Source, fingerprint_of
 from mmemb_deploy.options import EncodeOptions
 
 if TYPE_CHECKING:
@@ -89,19 +88,16 @@ class Job:
         return summary
 
     def _summary(self, parts: list[Path]) -> Summary:
-        names = hashlib.sha256()
         rows = failures = reasoned = tokens = fallbacks = 0
-        for part in parts:
+        for mark, part in zip(self.source.marks, parts, strict=True):
             chunk = read_part(part, ["id", "error", "route", "rationale_tokens", "fallback"])
-            for name in chunk["id"].tolist():
-                names.update(name.encode("utf-8", "surrogatepass") + b"\0")
+            if fingerprint_of(chunk["id"].tolist()) != mark.names:
+                raise BackendError(f"{part} does not hold each row of the source once: move it away, and run again")
             rows += len(chunk["id"])
             failures += int((chunk["error"] != "").sum())
             reasoned += int((chunk["route"] == "reason").sum())
             tokens += int(chunk["rationale_tokens"].sum())
             fallbacks += int((chunk["fallback"] != "").sum())
-        if (rows, names.hexdigest()) != (self.source.rows, self.source.names):
-            raise BackendError(f"{self.parts} does not hold each row of the source once: move it away, and run again")
         return Summary(rows, failures, reasoned, tokens, fallbacks)
 
 

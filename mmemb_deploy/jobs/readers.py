@@ -174,7 +174,8 @@ def read_file(path: Path, _: Place = None) -> Iterator[tuple[Place, Record]]:
 
 
 def _file(path: Path, kind: str, name: str) -> Record:
-    return Record(name, name, path if kind == "text" else {kind: str(path.absolute())})
+    absolute = path.absolute()
+    return Record(name, name, absolute if kind == "text" else {kind: str(absolute)})
 
 
 def _check_columns(path: Path, names: list[str]) -> None:

@@ -109,17 +109,31 @@ class _Run:
 
     def __init__(self, embedder: Embedder, job: Job, done: Callable[[int], None]) -> None:
         self._embedder, self._job, self._done = embedder, job, done
-        self._scheduler = embedder.scheduler(Options.of(dict(job.options)))
+        options = Options.of(dict(job.options))
+        self._scheduler = embedder.scheduler(options)
+        self._batch_size = options.batch_size
         self._alone = alone(embedder, job)
+        self._gathered: list[tuple[Piece, Prepared]] = []  # for a batch: a run of few rows takes as long as one of many
         self._chunks: dict[int, _Chunk] = {}
         self._bytes = 0  # of pixels that wait for the engine
 
     def through(self, ahead: Ahead[Piece, Prepared]) -> None:
         """Run all that comes. Where a row cannot be prepared, chunks before its own are finished first."""
         try:
-            while self._advance(ahead) or self._submit(ahead.take(wait=True)):
-                pass
+            idle = True
+            while True:
+                if idle or self._has_room():
+                    made = ahead.take(wait=idle)
+                    if made is not None:
+                        idle = not self._gather(*made) and idle
+                        continue
+                if idle or ahead.ended:
+                    if idle and not self._gathered:
+                        return
+                    self._submit()
+                idle = not self._scheduler.advance()
         except InputError as error:
+            self._submit()
             broken = (error.index or 0) // self._job.source.chunk * self._job.source.chunk
             if broken in self._chunks:
                 self._scheduler.cancel([job for jobs in self._chunks[broken].jobs.values() for job in jobs])
@@ -127,24 +141,33 @@ class _Run:
                 pass
             raise
 
-    def _advance(self, ahead: Ahead[Piece, Prepared]) -> bool:
-        """Take in what is ready and fits, and run the engine once; return False where there is nothing to run."""
-        while self._has_room() and self._submit(ahead.take(wait=False)):
-            pass
-        return self._scheduler.advance()
-
     def _has_room(self) -> bool:
         """Return whether more rows may come to those that wait; enough of them let the scheduler pair like lengths."""
         return self._alone and self._scheduler.waiting < self._job.source.chunk and self._bytes <= PIXEL_BYTES
 
-    def _submit(self, made: tuple[Piece, Prepared] | None) -> bool:
-        """Hand rows to the scheduler; return False where there are none."""
-        if made is None:
+    def _gather(self, piece: Piece, prepared: Prepared) -> bool:
+        """Keep rows until they are a batch; return whether they went to the scheduler."""
+        self._gathered.append((piece, prepared))
+        self._bytes += _pixel_bytes(prepared)
+        rows = sum(made.inputs for _, made in self._gathered)
+        if self._alone and rows < self._batch_size and self._bytes <= PIXEL_BYTES:
             return False
-        piece, prepared = made
-        chunk = self._chunks.setdefault(piece.chunk, _Chunk())
-        chunk.records += piece.records
-        jobs = self._embedder.jobs(prepared)
+        self._submit()
+        return True
+
+    def _submit(self) -> None:
+        """Hand what was gathered to the scheduler."""
+        gathered, self._gathered = self._gathered, []
+        for piece, prepared in gathered:
+            chunk = self._chunks.setdefault(piece.chunk, _Chunk())
+            chunk.records += piece.records
+            chunk.jobs[piece.place] = jobs = self._embedder.jobs(prepared)
+            self._watch(piece, prepared, jobs)
+            self._scheduler.submit(jobs)
+            if not jobs:
+                self._finish(piece, prepared)
+
+    def _watch(self, piece: Piece, prepared: Prepared, jobs: Sequence[routing.Job]) -> None:
         left = len(jobs)
 
         def scored(job: routing.Job) -> None:
@@ -158,12 +181,6 @@ class _Run:
 
         for job in jobs:
             job.scored, job.ended = scored, ended
-            self._bytes += job.media_bytes
-        chunk.jobs[piece.place] = jobs
-        self._scheduler.submit(jobs)
-        if not jobs:
-            self._finish(piece, prepared)
-        return True
 
     def _finish(self, piece: Piece, prepared: Prepared) -> None:
         chunk = self._chunks[piece.chunk]

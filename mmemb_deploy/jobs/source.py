@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,10 +19,19 @@ CHUNK = 256  # rows; the unit of work that is kept
 
 
 @dataclass(frozen=True)
+class Mark:
+    """Where a chunk begins: at a thing of the source, after so many of its rows; and a fingerprint of its rows' ids."""
+
+    place: Place
+    before: int
+    names: bytes
+
+
+@dataclass(frozen=True)
 class Source:
     """Where rows come from, how many, and what they were when they were counted; they themselves stay where they are.
 
-    Of every chunk of `chunk` rows `places` says where it begins: at a thing of the source, after so many of its rows.
+    `marks` are those of every chunk of `chunk` rows.
     """
 
     path: Path
@@ -30,9 +39,8 @@ class Source:
     limits: Limits
     chunk: int
     rows: int
-    places: tuple[tuple[Place, int], ...]
+    marks: tuple[Mark, ...]
     fingerprint: str  # of all that the rows are
-    names: str  # the fingerprint of their ids alone
 
     @property
     def starts(self) -> range:
@@ -49,8 +57,9 @@ class Source:
 
     def records(self, start: int = 0) -> Iterator[Record]:
         """Yield the rows from the first of a chunk on."""
-        place, before = self.places[start // self.chunk]
-        yield from islice(_records(self.path, self.division, self.limits, place), before, None)
+        mark = self.marks[start // self.chunk]
+        placed = _placed(self.path, self.division, self.limits, mark.place)
+        yield from islice((record for _, _, record in placed), mark.before, None)
 
     def inputs(self) -> Iterator[Any]:
         """Yield what `encode` reads. Raises InputError, at its row, where that cannot be read."""
@@ -62,21 +71,28 @@ class Source:
     def chunks(self, starts: list[int]) -> Iterator[tuple[int, int, Record]]:
         """Yield the rows of some chunks, in order: the chunk's first row, the row's place in it, the row.
 
-        Raises OptionError where the source has become shorter since it was counted.
+        Raises OptionError, before a chunk is complete, where its rows are no longer those that were counted.
         """
         following, records = 0, self.records()
         for start in starts:
             if start != following:
                 records = self.records(start)
-            found = 0
-            for place, record in enumerate(islice(records, self.size(start))):
-                yield start, place, record
-                found = place + 1
-            if found != self.size(start):
-                raise OptionError(
-                    f"{self.path} has fewer rows than when this job began: let it be until the job is done"
-                )
-            following = start + found
+            names: list[str] = []
+            for record in islice(records, self.size(start)):
+                names.append(record.id)
+                if len(names) == self.size(start):
+                    self._check(start, names)
+                yield start, len(names) - 1, record
+            if len(names) < self.size(start):
+                self._check(start, names)
+            following = start + len(names)
+
+    def _check(self, start: int, names: Sequence[str]) -> None:
+        if fingerprint_of(names) != self.marks[start // self.chunk].names:
+            raise OptionError(
+                f"{self.path} changed since this job began, in the {self.chunk} rows from {start} on: make it what it "
+                "was and run this again, or begin anew with another output"
+            )
 
 
 def read_source(
@@ -95,31 +111,38 @@ def read_source(
     Raises OptionError for a path that is none of those, a malformed line and a source without inputs; InputError, at
     its row, as said.
     """
-    listing, names = hashlib.sha256(), hashlib.sha256()
-    places: list[tuple[Place, int]] = []
+    listing = hashlib.sha256()
+    marks: list[Mark] = []
+    begin: tuple[Place, int] = None, 0
+    names: list[str] = []
     rows = 0
     for place, before, record in _placed(path, division, limits, None):
         if record.failure is not None and not keep_going:
             raise record.failure.at(rows)
-        if rows % chunk == 0:
-            places.append((place, before))
+        if not names:
+            begin = place, before
         facts = [record.id, record.file, record.input, record.page, record.second]
         listing.update(json.dumps(facts, default=_fact).encode())
-        names.update(record.id.encode("utf-8", "surrogatepass") + b"\0")
+        names.append(record.id)
         rows += 1
-        if rows % chunk == 0:
+        if len(names) == chunk:
+            marks.append(Mark(*begin, fingerprint_of(names)))
+            names = []
             seen(chunk)
-    seen(rows % chunk)
+    if names:
+        marks.append(Mark(*begin, fingerprint_of(names)))
+        seen(len(names))
     if not rows:
         raise OptionError(
             f"{path} holds no inputs: expected lines of JSON, rows of CSV or parquet, or a folder with images, texts "
             "(.txt, .md), documents or videos"
         )
-    return Source(path, division, limits, chunk, rows, tuple(places), listing.hexdigest(), names.hexdigest())
+    return Source(path, division, limits, chunk, rows, tuple(marks), listing.hexdigest())
 
 
-def _records(path: Path, division: Division, limits: Limits, place: Place) -> Iterator[Record]:
-    return (record for _, _, record in _placed(path, division, limits, place))
+def fingerprint_of(names: Sequence[str]) -> bytes:
+    """Return a fingerprint of ids in their order."""
+    return hashlib.sha256("\0".join(names).encode("utf-8", "surrogatepass")).digest()
 
 
 def _placed(path: Path, division: Division, limits: Limits, start: Place) -> Iterator[tuple[Place, int, Record]]:

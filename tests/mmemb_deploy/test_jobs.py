@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmemb_deploy import Embedder, InputError, OptionError
+from mmemb_deploy import BackendError, Embedder, InputError, OptionError
 from mmemb_deploy.jobs import run as running
 from mmemb_deploy.jobs.ahead import Ahead
 from mmemb_deploy.jobs.job import Job, Summary, check_output
@@ -162,14 +162,27 @@ def test_a_chunk_in_the_middle_is_read_from_its_own_place(tmp_path: Path) -> Non
         ]
 
 
-def test_a_source_that_changed_is_another_job_and_one_that_shrinks_stops_it(
-    tiny_embedder: Embedder, lines: Path, tmp_path: Path
+@pytest.mark.parametrize("change", ["shorter", "another"])
+def test_a_source_that_changed_is_another_job_and_stops_one_that_runs(
+    tiny_embedder: Embedder, lines: Path, tmp_path: Path, change: str
 ) -> None:
     before = read_source(lines, chunk=CHUNK)
-    lines.write_text("\n".join(lines.read_text().splitlines()[:-2]) + "\n")
+    rows = lines.read_text().splitlines()[:-2]  # the last is blank
+    lines.write_text("\n".join([*rows, json.dumps({"id": "new", "text": "row"})] if change == "another" else rows))
     assert read_source(lines).fingerprint != before.fingerprint
     job = Job(before, tmp_path / "out.npz", {"reasoning": "never"}, document=False, keep_going=False)
-    with pytest.raises(OptionError, match="fewer rows than when this job began"):
+    with pytest.raises(OptionError, match="changed since this job began, in the 3 rows from 6 on"):
+        embed_source(tiny_embedder, job, lambda _: None)
+    assert not job.part(6).exists()
+
+
+def test_a_part_that_holds_other_rows_is_named(tiny_embedder: Embedder, lines: Path, tmp_path: Path) -> None:
+    source = read_source(lines, chunk=CHUNK)
+    job = Job(source, tmp_path / "out.npz", {}, document=False, keep_going=False)
+    assert job.begin(tiny_embedder.manifest, None) == [0, 3, 6]
+    rows = list(source.records())
+    write_part(job.part(0), rows[3:6], [tiny_embedder.encode_detailed(["a", "b", "c"])])
+    with pytest.raises(BackendError, match=r"000000000\.npz does not hold each row of the source once"):
         embed_source(tiny_embedder, job, lambda _: None)
 
 
@@ -373,6 +386,7 @@ def test_results_are_made_ahead_in_order_and_no_more_than_fit() -> None:
             assert ahead.take(wait=True) == (number, 10 * number)
             assert len(begun) <= number + 1 + 4
         assert ahead.take(wait=True) is None
+        assert ahead.ended
 
 
 def test_heavy_results_keep_threads_from_beginning_more() -> None:
