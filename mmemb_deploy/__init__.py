@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mmemb_deploy.inputs.media import pages
     from mmemb_deploy.reasoners.remote import RemoteReasoner
     from mmemb_deploy.results import Detail, EncodeResult, Timings
+    from mmemb_deploy.search.vectors import Hit, Vectors
 
 __version__ = "0.2.0"
 
@@ -40,8 +41,10 @@ _HOMES = {
     "Detail": "results",
     "Embedder": "embedder",
     "EncodeResult": "results",
+    "Hit": "search.vectors",
     "RemoteReasoner": "reasoners.remote",
     "Timings": "results",
+    "Vectors": "search.vectors",
     "pages": "inputs.media",
 } | dict.fromkeys(
     (
@@ -69,6 +72,7 @@ __all__ = [
     "Detail",
     "Embedder",
     "EncodeResult",
+    "Hit",
     "InputError",
     "IntegrityError",
     "MissingExtraError",
@@ -79,6 +83,7 @@ __all__ = [
     "SchemaError",
     "ServingError",
     "Timings",
+    "Vectors",
     "pages",
 ]
 

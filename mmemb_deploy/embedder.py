@@ -181,7 +181,8 @@ class Embedder:
     ) -> Prepared:
         """Do the part of `encode_detailed` that needs no engine: check, decode, resize and tokenise.
 
-        What it returns goes to `run`; a second thread can prepare the next inputs while an engine runs these.
+        What it returns goes to `run`; other threads can prepare the next inputs while an engine runs these. An
+        InputError among the inputs stands for one that could not be read.
         """
         settings = Options.of(dict(options))
         check_known("errors", errors, ("raise", "return"))
@@ -192,10 +193,8 @@ class Embedder:
 
     def run(self, prepared: Prepared) -> EncodeResult:
         """Embed what `prepare` returned, once."""
-        settings = prepared.options
-        pace = Pace(prompts=settings.batch_size, rationales=settings.batch_size)
-        scheduler = Scheduler(self.paths, pace, time.perf_counter)
-        with counting(len(prepared.items), shown=settings.show_progress_bar) as done:
+        scheduler = self.scheduler(prepared.options)
+        with counting(len(prepared.items), shown=prepared.options.show_progress_bar) as done:
             jobs = self.jobs(prepared)
             for job in jobs:
                 job.scored = lambda _: done(1)
@@ -203,6 +202,11 @@ class Embedder:
             while scheduler.advance():
                 pass
         return self.result(prepared)
+
+    def scheduler(self, options: Options) -> Scheduler:
+        """Return what runs the jobs of calls with these options."""
+        pace = Pace(prompts=options.batch_size, rationales=options.batch_size)
+        return Scheduler(self.paths, pace, time.perf_counter)
 
     def jobs(self, prepared: Prepared) -> list[Job]:
         """Return what a scheduler runs of what `prepare` returned.
@@ -291,6 +295,8 @@ class Embedder:
         for index, (content, rationale) in enumerate(zip(inputs, rationales, strict=True)):
             began = time.perf_counter()
             try:
+                if isinstance(content, InputError):
+                    raise content
                 request = parse(content, self.manifest.limits, self.encoder.vision)
                 row = self.encoder.row(request, instruction)
                 given = self.encoder.prompt.tokenize(rationale) if isinstance(rationale, str) else rationale

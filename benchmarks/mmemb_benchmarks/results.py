@@ -27,6 +27,7 @@ from mmemb_deploy.files import write_whole
 from mmemb_deploy.machine import cores
 
 PACKAGES = {
+    "faiss-cpu",
     "mmemb-deploy",
     "numpy",
     "onnxruntime",

@@ -26,7 +26,7 @@ from mmemb_deploy.evaluation.digitchain import DigitChain
 from mmemb_deploy.evaluation.pairs import Pair, encode_queries, read_pairs
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.rows import Row, RowEncoder
-from mmemb_deploy.jobs.files import read_source
+from mmemb_deploy.jobs.source import read_source
 
 LARGEST_SIDE = 1024  # pixels
 PAGE_SIDE = 512  # pixels that a page is drawn at, at least, lest there be no space for a line
@@ -135,7 +135,7 @@ class Workload:
         if pairs is not None:
             return cls(read_pairs(pairs), True, pairs.name)
         if requests is not None:
-            return cls(_unjudged(read_source(requests).inputs), False, requests.name)
+            return cls(_unjudged(read_source(requests, limits=embedder.manifest.limits).inputs()), False, requests.name)
         if kind is not None:
             check_known("workload", kind, KINDS)
             maker, rng = Maker(embedder.encoder, embedder.manifest), np.random.default_rng(seed)

@@ -24,7 +24,7 @@ from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.preprocess import MAX_ASPECT_RATIO, VisionSpec
 from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_deploy.inputs.rows import Row
-from mmemb_deploy.jobs.files import read_source
+from mmemb_deploy.jobs.source import read_source
 from mmemb_engines.graph import SLOTS
 
 OPT_TOKENS, OPT_PATCHES = 256, 1024  # of a prompt and an image, until traffic says otherwise
@@ -146,7 +146,7 @@ def read_traffic(bundle: Bundle, source: Path) -> list[Row]:
     manifest = bundle.manifest
     encoder = row_encoder(bundle)
     rows = []
-    for index, content in enumerate(read_source(source).inputs):
+    for index, content in enumerate(read_source(source, limits=manifest.limits).inputs()):
         try:
             rows.append(encoder.row(parse(content, manifest.limits, encoder.vision), manifest.prompt.query_instruction))
         except InputError as error:

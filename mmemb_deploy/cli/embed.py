@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 def embed(
-    source: Annotated[Path, typer.Argument(help="JSON lines (strings, or objects of an input's parts), or a folder.")],
+    source: Annotated[Path, typer.Argument(help="A folder of files, or JSON lines, CSV or parquet of inputs.")],
     output: Annotated[Path, typer.Argument(help="File to write, .npz or .parquet.")],
     bundle: Bundle = None,
     reasoning: Annotated[str, typer.Option(help="auto, never or always.")] = "auto",
@@ -33,6 +33,12 @@ def embed(
     reasoning_rate: Annotated[float | None, typer.Option(help="Share of every 256 inputs that reasons.")] = None,
     instruction: Annotated[str | None, typer.Option(help="What to embed for; the bundle's by default.")] = None,
     document: Annotated[bool, typer.Option("--document", help="Embed as documents, on the fast path.")] = False,
+    whole_documents: Annotated[
+        bool, typer.Option("--whole-documents", help="A row for each PDF, not for each of its pages.")
+    ] = False,
+    clip_seconds: Annotated[
+        float | None, typer.Option(help="A row for so many seconds of each video; one for the whole by default.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Inputs that run together.")] = 32,
     truncate_dim: Annotated[int | None, typer.Option(help="Leading values to keep.")] = None,
     precision: Annotated[str, typer.Option(help="float32, int8 or ubinary.")] = "float32",
@@ -46,6 +52,10 @@ def embed(
     reasoner_key: Annotated[str | None, typer.Option(help="Environment variable that holds its key.")] = None,
     reasoner_timeout: Annotated[float, typer.Option(help="Seconds to wait for a rationale, retries included.")] = 30.0,
     on_failure: Annotated[str, typer.Option(help="Without a rationale: raise, or direct: do without it.")] = "raise",
+    prepare_threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads that decode and resize; one for each core, at most 8, by default."),
+    ] = None,
     ray: Annotated[
         bool, typer.Option("--ray", help="Embed on the Ray cluster at RAY_ADDRESS, or on one here.")
     ] = False,
@@ -54,9 +64,14 @@ def embed(
     former: Former = None,
 ) -> None:
     """Embed a file or a folder of inputs. Interrupted, the same command goes on where it stopped."""
+    from mmemb_deploy.bundle import folder
     from mmemb_deploy.embedder import Embedder
-    from mmemb_deploy.jobs.files import Job, Summary, check_output, embed_source, read_source
+    from mmemb_deploy.jobs.job import Job, Summary, check_output
     from mmemb_deploy.jobs.ray import embed_on_ray
+    from mmemb_deploy.jobs.readers import reader_of
+    from mmemb_deploy.jobs.records import Division
+    from mmemb_deploy.jobs.run import embed_source
+    from mmemb_deploy.jobs.source import read_source
     from mmemb_deploy.options import EncodeOptions
     from mmemb_deploy.progress import counting
 
@@ -79,13 +94,20 @@ def embed(
         raise OptionError(f"workers is {workers}: they are what --ray takes; pass it too")
     if ray and device != 0:
         raise OptionError(f"device is {device}: with --ray, each worker takes whichever is free; leave it out")
-    inputs = read_source(source)
-    job = Job(inputs, output.absolute(), options, document=document, keep_going=errors == "return")
+    if ray and prepare_threads is not None:
+        raise OptionError(f"prepare_threads is {prepare_threads}: with --ray, each worker has one; leave it out")
+    reader_of(source)  # there is one
+    division = Division(whole_documents, clip_seconds)
+    opened = folder.Bundle.open(folder.NANO if bundle is None else bundle, digest)
+    keep_going = errors == "return"
+    with counting(None, shown=not as_json, label="reading") as seen:
+        inputs = read_source(source, division=division, limits=opened.manifest.limits, keep_going=keep_going, seen=seen)
+    job = Job(inputs, output.absolute(), options, document=document, keep_going=keep_going)
     run: Callable[[Job, Callable[[int], None]], Summary]
     if ray:
         run = partial(
             embed_on_ray,
-            bundle=bundle,
+            bundle=None if bundle is None else opened,
             backend=backend,
             threads=threads,
             reasoner=remote,
@@ -93,14 +115,12 @@ def embed(
             workers=workers,
         )
     else:
-        embedder = Embedder.load(
-            bundle, backend=backend, device=device, threads=threads, reasoner=remote, digest=digest
-        )
+        embedder = Embedder.of_bundle(opened, backend=backend, device=device, threads=threads, reasoner=remote)
         print(embedder.notes[0], file=sys.stderr)
-        run = partial(embed_source, embedder)
+        run = partial(embed_source, embedder, prepare_threads=prepare_threads)
     began = time.perf_counter()
     try:
-        with counting(len(inputs.ids), shown=not as_json) as done:
+        with counting(inputs.rows, shown=not as_json) as done:
             summary = run(job, done)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

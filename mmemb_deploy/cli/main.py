@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import mmemb_deploy
-from mmemb_deploy.cli import bundle, embed
+from mmemb_deploy.cli import bundle, embed, search
 from mmemb_deploy.errors import MmembError
 from mmemb_deploy.serve import command as serve
 
@@ -27,7 +27,7 @@ def application() -> typer.Typer:
         help="Embed text, images, video and documents, reasoning only where it helps.",
     )
     app.callback(invoke_without_command=True)(version)
-    for group in (embed, bundle, serve):
+    for group in (embed, search, bundle, serve):
         group.register(app)
     for entry in sorted(entry_points(group=COMMANDS), key=lambda entry: entry.name):
         entry.load()(app)

@@ -7,7 +7,6 @@ what was done, and `mmemb embed` can go on with or without Ray where the other s
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections.abc import Callable
@@ -21,7 +20,9 @@ from mmemb_deploy.backends.choose import BACKENDS
 from mmemb_deploy.bundle.folder import NANO, Bundle
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import BackendError, MmembError, OptionError, check_known
-from mmemb_deploy.jobs.files import Job, Summary, prepare, write_part
+from mmemb_deploy.jobs.job import Job, Summary
+from mmemb_deploy.jobs.parts import write_part
+from mmemb_deploy.jobs.run import prepare
 from mmemb_deploy.ray_cluster import connect, takes_gpus
 
 if TYPE_CHECKING:
@@ -31,14 +32,14 @@ AHEAD = 2  # chunks that a worker has at once: one runs, one is prepared
 QUEUED = 4  # and those handed to it, from which on Ray Data takes another worker where there is room
 TRIES = 4  # at a chunk, each of which ended with its worker
 
-Chunk = dict[str, Any]  # "start", its first row, and "rows", as JSON: ids and inputs
+Chunk = dict[str, Any]  # "start", its first row
 
 
 def embed_on_ray(
     job: Job,
     done: Callable[[int], None],
     *,
-    bundle: Path | None = None,
+    bundle: Bundle | None = None,
     backend: str = "auto",
     threads: int | None = None,
     reasoner: RemoteReasoner | None = None,
@@ -47,29 +48,27 @@ def embed_on_ray(
 ) -> Summary:
     """Do a job on the cluster that RAY_ADDRESS names, else on one of this machine; `done` hears of finished rows.
 
-    All nodes must reach the bundle, the inputs' files and the output's folder by the same paths. A worker takes a GPU,
-    or without one `threads` cores (1 by default); there are as many as the cluster has room for, or `workers`. Raises
-    what `embed_source` raises, BackendError where the cluster has no device for a worker, MissingExtraError without
-    Ray.
+    All nodes must reach the bundle, the source and its files, and the output's folder by the same paths. A worker takes
+    a GPU, or without one `threads` cores (1 by default); there are as many as the cluster has room for, or `workers`.
+    `bundle` is the embedded one by default; workers hold theirs to `digest`. Raises what `embed_source` raises,
+    BackendError where the cluster has no device for a worker, MissingExtraError without Ray.
     """
     check_known("backend", backend, BACKENDS)
-    opened = Bundle.open((bundle or NANO).absolute(), digest)
+    manifest = (bundle or Bundle.open(NANO)).manifest
     connect()
     from ray.data import ActorPoolStrategy, from_items
     from ray.exceptions import RayError
 
-    gpus = takes_gpus(backend, opened.manifest)
-    missing = job.begin(opened.manifest, reasoner)
+    gpus = takes_gpus(backend, manifest)
+    missing = job.begin(manifest, reasoner)
     for start in missing:
         _tried(job, start).unlink(missing_ok=True)
-    ids, inputs = job.source.ids, job.source.inputs
-    done(len(ids) - sum(len(ids[job.rows(start)]) for start in missing))
+    done(job.source.rows - sum(map(job.source.size, missing)))
     if not missing:
         return job.end()
-    rows = [{"start": start, "rows": json.dumps([ids[job.rows(start)], inputs[job.rows(start)]])} for start in missing]
     load = partial(
         Embedder.load,
-        bundle and opened.folder,
+        None if bundle is None else bundle.folder.absolute(),
         backend=backend,
         threads=threads if gpus else threads or 1,
         reasoner=reasoner,
@@ -81,9 +80,10 @@ def embed_on_ray(
         max_tasks_in_flight_per_actor=QUEUED,
         enable_true_multi_threading=True,
     )
-    chunks = from_items(rows, override_num_blocks=len(rows)).map_batches(
+    starts = [{"start": start} for start in missing]
+    chunks = from_items(starts, override_num_blocks=len(starts)).map_batches(
         Worker,
-        fn_constructor_args=(load, replace(job, source=replace(job.source, ids=[], inputs=[]))),
+        fn_constructor_args=(load, replace(job, source=job.source.absolute())),
         compute=pool,
         batch_size=1,
         batch_format="numpy",
@@ -95,7 +95,7 @@ def embed_on_ray(
     try:
         for chunk in chunks.iter_rows():
             _check(job, chunk)
-            done(len(ids[job.rows(chunk["start"])]))
+            done(job.source.size(chunk["start"]))
     except RayError as error:
         raise BackendError(f"Ray gave up; the same command goes on after what is done: {error}") from error
     return job.end()
@@ -128,15 +128,15 @@ class Worker:
 
     def __call__(self, batch: Chunk) -> Chunk:
         """Embed one chunk and write its part; what goes wrong is returned, to be raised where the job was begun."""
-        (start,), (rows,) = batch["start"], batch["rows"]
+        (start,) = batch["start"]
         failure = b""
         try:
-            self._embed(int(start), *json.loads(rows))
+            self._embed(int(start))
         except MmembError as error:
             failure = pickle.dumps(error)
         return {"start": batch["start"], "failure": [failure], "node": [os.uname().nodename]}
 
-    def _embed(self, start: int, ids: list[str], inputs: list[Any]) -> None:
+    def _embed(self, start: int) -> None:
         part = self._job.part(start)
         if part.exists():  # finished by a worker that died before it could say so
             return
@@ -149,7 +149,8 @@ class Worker:
             file.write(b".")
         with self._one:
             self._embedder = embedder = self._embedder or self._load()
-        prepared = prepare(embedder, self._job, inputs, start)
+        records = [record for _, _, record in self._job.source.chunks([start])]
+        prepared = prepare(embedder, self._job, records, start)
         with self._one:
             result = embedder.run(prepared)
-        write_part(part, ids, result)
+        write_part(part, records, [result])

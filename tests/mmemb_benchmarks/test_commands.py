@@ -12,7 +12,19 @@ from mmemb_benchmarks.mmeb_v2 import commands as mmeb_v2
 from mmemb_deploy import OptionError
 from mmemb_deploy.errors import BundleError
 
-OF_A_BUNDLE = "digitchain", "frontier", "latency", "load", "overload", "simulate", "suite", "startup", "runtime"
+OF_A_BUNDLE = (
+    "digitchain",
+    "frontier",
+    "latency",
+    "load",
+    "overload",
+    "simulate",
+    "suite",
+    "startup",
+    "runtime",
+    "overlap",
+    "memory",
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +56,7 @@ def test_a_command_that_runs_a_bundle_takes_it_first_with_its_engine_and_what_it
     assert {name for name, taken in options.items() if "bundle" in taken} == of_a_bundle
     for name in of_a_bundle:
         assert options[name] >= {"bundle", "--backend", "--threads", "--out"}, name
-    assert options.keys() - of_a_bundle == {"bench peers", "bench report", "bench compare"}
+    assert options.keys() - of_a_bundle == {"bench peers", "bench search", "bench report", "bench compare"}
 
 
 @pytest.mark.parametrize("given", [["{}"], ["--bundle", "{}"], ["--bundle={}"]], ids=["first", "option", "joined"])

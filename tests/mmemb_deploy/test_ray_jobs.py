@@ -17,8 +17,10 @@ from PIL import Image
 
 from mmemb_deploy import BackendError, Embedder, InputError, OptionError
 from mmemb_deploy.cli.main import main
-from mmemb_deploy.jobs import files as jobs
-from mmemb_deploy.jobs.files import Job, embed_source, read_source
+from mmemb_deploy.jobs.job import Job
+from mmemb_deploy.jobs.run import embed_source
+from mmemb_deploy.jobs.source import CHUNK as USUAL
+from mmemb_deploy.jobs.source import Source, read_source
 from mmemb_deploy.options import EncodeOptions
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
@@ -45,9 +47,8 @@ def cluster() -> Iterator[str]:
         ray.shutdown()
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "CHUNK", CHUNK)
+def ids(source: Source) -> list[str]:
+    return [record.id for record in source.records()]
 
 
 @pytest.fixture
@@ -87,13 +88,13 @@ class KillsAWorker(Count):
 
 @pytest.mark.usefixtures("cluster")
 def test_no_row_is_lost_and_none_doubled_when_a_worker_is_killed(lines: Path, tmp_path: Path) -> None:
-    source, done = read_source(lines), KillsAWorker()
+    source, done = read_source(lines, chunk=CHUNK), KillsAWorker()
     summary = embed_on_ray(Job(source, tmp_path / "ray.npz", ALWAYS, document=False, keep_going=False), done)
     embed_source(Embedder.load(), Job(source, tmp_path / "here.npz", ALWAYS, False, False), lambda _: None)
     assert done.killed is not None
     assert sum(done.said) == summary.rows == CHUNK * CHUNKS
     ray_s, here = np.load(tmp_path / "ray.npz"), np.load(tmp_path / "here.npz")
-    assert ray_s["id"].tolist() == source.ids
+    assert ray_s["id"].tolist() == ids(source)
     assert ray_s["rationale"].tolist() == here["rationale"].tolist()
     np.testing.assert_allclose(ray_s["embedding"], here["embedding"], atol=1e-5)
     assert not (tmp_path / "ray.npz.parts").exists()
@@ -101,7 +102,7 @@ def test_no_row_is_lost_and_none_doubled_when_a_worker_is_killed(lines: Path, tm
 
 @pytest.mark.usefixtures("cluster")
 def test_a_bad_row_is_marked_or_stops_a_job_that_goes_on_once_it_is_mended(lines: Path, tmp_path: Path) -> None:
-    source, picture = read_source(lines), tmp_path / "teal.png"
+    source, picture = read_source(lines, chunk=CHUNK), tmp_path / "teal.png"
     good = picture.read_bytes()
     picture.write_bytes(b"no image")
     never: EncodeOptions = {"reasoning": "never"}
@@ -112,7 +113,7 @@ def test_a_bad_row_is_marked_or_stops_a_job_that_goes_on_once_it_is_mended(lines
     marked = Job(source, tmp_path / "marked.npz", never, document=False, keep_going=True)
     assert embed_on_ray(marked, lambda _: None, workers=1).failures == 1
     written = np.load(marked.output)
-    assert written["id"].tolist() == source.ids
+    assert written["id"].tolist() == ids(source)
     assert "no image of a known format" in written["error"][-1]
     assert np.isnan(written["embedding"][-1]).all()
     assert np.isfinite(written["embedding"][:-1]).all()
@@ -122,14 +123,13 @@ def test_a_bad_row_is_marked_or_stops_a_job_that_goes_on_once_it_is_mended(lines
     assert embed_on_ray(Job(source, tmp_path / "strict.npz", never, False, False), done, workers=1).failures == 0
     assert done.said[0] > 0
     assert sum(done.said) == CHUNK * CHUNKS
-    assert np.load(tmp_path / "strict.npz")["id"].tolist() == source.ids
+    assert np.load(tmp_path / "strict.npz")["id"].tolist() == ids(source)
 
 
 def test_a_job_whose_process_was_killed_goes_on_with_or_without_ray(
-    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.undo()  # another process has chunks of the usual size
-    rows, many = 5 * jobs.CHUNK, tmp_path / "many.jsonl"
+    rows, many = 5 * USUAL, tmp_path / "many.jsonl"
     many.write_text("\n".join(json.dumps(f"{place} plus 3") for place in range(rows)))
     command = ["embed", str(many), str(tmp_path / "out.parquet"), "--reasoning", "always", "--json"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_ADDRESS": cluster}
@@ -146,16 +146,16 @@ def test_a_job_whose_process_was_killed_goes_on_with_or_without_ray(
     with pytest.raises(SystemExit, match="0"):
         main(command)
     assert json.loads(capsys.readouterr().out)["rows"] == rows
-    assert parquet.read_table(tmp_path / "out.parquet")["id"].to_pylist() == read_source(many).ids
+    assert parquet.read_table(tmp_path / "out.parquet")["id"].to_pylist() == ids(read_source(many))
 
 
 def test_a_chunk_that_ends_its_workers_ends_the_job(lines: Path) -> None:
     def die() -> Embedder:
         raise SystemExit
 
-    job = Job(read_source(lines), lines.with_name("out.npz"), {}, document=False, keep_going=False)
+    job = Job(read_source(lines, chunk=CHUNK), lines.with_name("out.npz"), {}, document=False, keep_going=False)
     job.parts.mkdir()
-    chunk: dict[str, Any] = {"start": np.array([8]), "rows": np.array([json.dumps([["a"], ["one"]])])}
+    chunk = {"start": np.array([8])}
     for _ in range(TRIES):
         with pytest.raises(SystemExit):
             Worker(die, job)(chunk)
@@ -176,7 +176,7 @@ def test_options_that_contradict_each_other_are_refused(lines: Path, capsys: pyt
 
 @pytest.mark.usefixtures("cluster")
 def test_a_backend_for_gpus_needs_a_gpu_in_the_cluster(lines: Path) -> None:
-    job = Job(read_source(lines), lines.with_name("out.npz"), {}, document=False, keep_going=False)
+    job = Job(read_source(lines, chunk=CHUNK), lines.with_name("out.npz"), {}, document=False, keep_going=False)
     with pytest.raises(Exception, match="the Ray cluster has no GPU"):
         embed_on_ray(job, lambda _: None, backend="tensorrt")
     with pytest.raises(OptionError, match="'tensorflow' is not known"):

@@ -23,7 +23,9 @@ from mmemb_deploy.inputs import images
 from mmemb_deploy.inputs import parse as parsing
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.prompts import END_THINK, IMAGE_PAD, MARKERS, THINK
-from mmemb_deploy.jobs.files import Job, embed_source, read_source
+from mmemb_deploy.jobs.job import Job
+from mmemb_deploy.jobs.run import embed_source
+from mmemb_deploy.jobs.source import read_source
 from mmemb_deploy.reasoners import remote
 
 MakeEmbedder = Callable[..., Embedder]
