@@ -53,10 +53,8 @@ def _answer(task: dict[str, Any], data: bytes, answers: BinaryIO) -> bool:
     except InputError as error:
         facts = {"error": error.message}
     except MemoryError:
-        facts, sound = (
-            {"error": f"needs more than {MEMORY // 2**30} GiB of memory to decode; pass a smaller one"},
-            False,
-        )
+        sound = False
+        facts = {"error": f"needs more than {MEMORY // 2**30} GiB of memory to decode; pass a smaller one"}
     signal.setitimer(signal.ITIMER_REAL, 0)
     facts |= {"sound": sound, "shapes": [picture.shape[:2] for picture in pictures]}
     answers.write(json.dumps(facts).encode() + b"\n")

@@ -246,8 +246,8 @@ def _resized(image: Image.Image, height: int, width: int) -> Pixels:
 def _resized_in_float(pixels_HWC: Pixels, height: int, width: int) -> Pixels:
     # As torchvision resizes a tensor: Pillow's bicubic, but without rounding and clipping between its two passes.
     bands = [
-        np.asarray(Image.fromarray(band).resize((width, height), Image.Resampling.BICUBIC))
-        for band in pixels_HWC.transpose(2, 0, 1).astype(np.float32)
+        np.asarray(Image.fromarray(band.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC))
+        for band in pixels_HWC.transpose(2, 0, 1)
     ]
     return np.stack(bands, axis=-1).clip(0, 255).round().astype(np.uint8)
 

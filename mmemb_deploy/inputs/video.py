@@ -44,6 +44,7 @@ OPTIONS = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
 INDEXED_FORMATS = "mov"  # whose header names every frame that is shown
 EXACT_PIXELS = 100_000_000  # decoded in a second by a busy core
 THREADS = 4
+MOST_BACK = 3  # key frames before a frame at which decoding starts
 LATE = 1.5  # frames that the last one may stand for another
 
 
@@ -221,7 +222,8 @@ def reachable(index: Index, places: Sequence[int], budget: float) -> list[int]:
         gaps = [
             abs(place - other) for other in (*places[max(0, number - 1) : number], *places[number + 1 : number + 2])
         ]
-        moved.append(key if gaps and 2 * abs(key - place) < min(gaps) else place)
+        near_enough = gaps and 2 * abs(key - place) < min(gaps) and places[0] <= key <= places[-1]
+        moved.append(key if near_enough else place)
     return moved
 
 
@@ -237,22 +239,39 @@ def _frames(source: str | bytes, index: Index, places: Sequence[int]) -> Iterato
 
 
 def _sought(source: str | bytes, index: Index, ticks: Sequence[int]) -> Iterator[VideoFrame]:
-    """Decode from the key frame before each frame, up to the first that does not come at its time."""
+    """Decode from the key frame before each frame, up to the first that does not come at its time.
+
+    Where a container leads behind a key frame, as MPEG's do, decoding starts at one before it.
+    """
     wanted = frozenset(ticks)
     with _opened(source) as (container, stream):
+        stream.codec_context.open(strict=False)  # some decoders ask only now which frames to skip: none
+
+        def from_key(number: int) -> Iterator[VideoFrame]:
+            container.seek(index.origin + (index.keys[number] if number >= 0 else 0), stream=stream)
+            return _decoded(container, stream, wanted)
+
         frames = _decoded(container, stream, wanted)
         reached = index.origin  # the container stands at its beginning
+        back = 1
         for tick in ticks:
             before = bisect_right(index.keys, tick - index.origin)
-            key = index.origin + index.keys[before - 1] if before else reached
-            if key > reached:
-                container.seek(key, stream=stream)
-                frames = _decoded(container, stream, wanted)
-            frame = next((frame for frame in frames if frame.pts is not None and frame.pts >= tick), None)
-            if frame is None or frame.pts != tick:
+            if before and index.origin + index.keys[before - 1] > reached:
+                frames = from_key(before - back)
+            frame = _at(tick, frames)
+            while frame is None and back < MOST_BACK:
+                back += 1
+                frame = _at(tick, frames := from_key(before - back))
+            if frame is None:
                 return
             reached = tick
             yield frame
+
+
+def _at(tick: int, frames: Iterator[VideoFrame]) -> VideoFrame | None:
+    """Return the next frame that is not before a tick, if it is the one."""
+    frame = next((frame for frame in frames if frame.pts is not None and frame.pts >= tick), None)
+    return frame if frame is not None and frame.pts == tick else None
 
 
 def _decoded(container: InputContainer, stream: VideoStream, wanted: frozenset[int]) -> Iterator[VideoFrame]:

@@ -32,6 +32,7 @@ from transformers.video_utils import VideoMetadata, read_video_pyav
 from mmemb_deploy.bundle.folder import NANO, Bundle
 from mmemb_deploy.embedder import row_encoder
 from mmemb_deploy.errors import InputError
+from mmemb_deploy.inputs import video
 from mmemb_deploy.inputs.limits import Limits
 from mmemb_deploy.inputs.media import duration
 from mmemb_deploy.inputs.parse import Request, parse
@@ -262,6 +263,31 @@ def test_a_frame_is_the_same_however_it_is_reached(
     np.testing.assert_array_equal(arrays(jumps.frames), scaled([every[place] for place in places]))
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "container"),
+    [
+        ("clip.mp4", "libx264", None),
+        ("clip.mkv", "libx264", None),
+        ("clip.webm", "libvpx-vp9", None),
+        ("clip.m2ts", "libx264", "mpegts"),
+        ("clip.flv", "flv", None),
+        ("clip.wmv", "wmv2", None),
+    ],
+)
+def test_a_few_frames_are_reached_without_decoding_what_is_before_them(
+    make_clip: MakeClip, name: str, codec: str, container: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_clip(name, codec=codec, container=container, frames=100)
+
+    def from_the_beginning(*_: Any) -> Any:
+        raise AssertionError("the file is decoded from its beginning")
+
+    monkeypatch.setattr(video, "_counted", from_the_beginning)
+    frames, times = video.read_frames(str(path), Sampling(max_frames=3, start=1.3), Limits(), QWEN3_VL)
+    assert len(frames) == 3
+    assert times == pytest.approx([1.32, 2.64, 3.96], abs=0.05)
+
+
 # ---- times
 
 
@@ -327,6 +353,7 @@ def test_a_long_video_gives_way_to_key_frames_only_beyond_its_budget() -> None:
     moved = reachable(every, places, budget=1_000)
     assert max(abs(one - other) for one, other in zip(moved, places, strict=True)) < 100
     assert all(place % 100 == 0 for place in moved)
+    assert reachable(every, [150, 60_000, 99_950], budget=1_000) == [150, 60_000, 99_950], "none beyond the ends"
     lone = replace(every, keys=(0,))
     assert reachable(lone, places, budget=1_000) == places, "no key frame is near enough"
 
