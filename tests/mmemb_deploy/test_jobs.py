@@ -126,10 +126,9 @@ def test_an_interrupted_job_goes_on_with_the_chunks_that_are_missing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
-def test_a_job_that_is_killed_loses_no_row_and_doubles_none(suffix: str) -> None:
+def test_a_job_that_is_killed_loses_no_row_and_doubles_none() -> None:
     script = Path(__file__).parents[1] / "kill_embed.py"
-    command = [sys.executable, str(script), "--kills", "2", "--rows", "600", "--suffix", suffix]
+    command = [sys.executable, str(script), "--kills", "2", "--rows", "600"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     killed = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert killed.returncode == 0, killed.stderr

@@ -168,6 +168,7 @@ def test_options_that_contradict_each_other_are_refused(lines: Path, capsys: pyt
     for options, message in (
         (["--workers", "2"], "what --ray takes"),
         (["--ray", "--device", "1"], "each worker takes"),
+        (["--ray", "--prepare-threads", "2"], "each worker has one"),
     ):
         with pytest.raises(SystemExit):
             main(["embed", str(lines), str(lines.with_name("out.npz")), *options])
