@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,6 +119,11 @@ class Manifest(Part):
             stem = Path(graph.file).stem
             found[stem] = (*found.get(stem, ()), name)
         return found
+
+    @property
+    def identity(self) -> str:
+        """Return the sha256 of its files' hashes, in hexadecimal: two bundles that share it make the same vectors."""
+        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
 
     @property
     def decoder(self) -> GraphFacts:

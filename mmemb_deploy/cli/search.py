@@ -62,7 +62,9 @@ def search(
     vectors = Vectors.open(stored, index=indexed, rescore=rescore)
     embedder = Embedder.load(bundle, backend=backend, device=device, threads=threads, digest=digest)
     truncate_dim = vectors.fit(embedder)
-    print(embedder.notes[0], file=sys.stderr)
+    for note in (embedder.notes[0], vectors.note(embedder)):
+        if note is not None:
+            print(note, file=sys.stderr)
     (hits,) = vectors.search(_embedded(embedder, query, image, reasoning, instruction, truncate_dim), k)
     if page is not None:
         note = f"the nearest {len(hits)} of {len(vectors)} in {stored.name}, with their cosines"

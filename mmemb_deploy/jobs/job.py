@@ -75,15 +75,15 @@ class Job:
         finished = {path.name for path in self.parts.iterdir()}
         return [start for start in self.source.starts if self.part(start).name not in finished]
 
-    def end(self) -> Summary:
+    def end(self, manifest: Manifest) -> Summary:
         """Make the parts the output, once all are there. Raises BackendError where they are not the source's rows."""
         parts = [self.part(start) for start in self.source.starts]
         summary = self._summary(parts)
         with whole(self.output) as new:
             if self.output.suffix == ".npz":
-                write_npz(new, parts, summary.rows)
+                write_npz(new, parts, summary.rows, manifest.identity)
             else:
-                write_parquet(new, parts)
+                write_parquet(new, parts, manifest.identity)
         shutil.rmtree(self.parts)
         return summary
 

@@ -37,6 +37,7 @@ COLUMNS = (
     "fallback",
     "error",
 )
+MADE_BY = "mmemb.bundle"  # the key of a parquet file's metadata under which its bundle's identity lies
 REPEATED = ["file", "route", "rationale_source", "fallback", "error"]  # columns of which a dictionary is worth keeping
 ROW_GROUP = 64  # chunks
 ALIGNMENT = 64  # bytes; what numpy's own files keep
@@ -83,9 +84,10 @@ def read_part(part: Path, names: Sequence[str] = COLUMNS) -> Columns:
         return {name: archive[name] for name in names}
 
 
-def write_npz(target: Path, parts: Sequence[Path], rows: int) -> None:
-    """Write the columns of all parts one after another, each chunk by chunk."""
+def write_npz(target: Path, parts: Sequence[Path], rows: int, bundle: str) -> None:
+    """Write the columns of all parts one after another, each chunk by chunk; the zip's comment says what made them."""
     with zipfile.ZipFile(target, "w") as archive:
+        archive.comment = bundle.encode()
         for name in COLUMNS:
             first = read_part(parts[0], [name])[name]
             dtype = first.dtype
@@ -117,14 +119,15 @@ def _aligned(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     return member
 
 
-def write_parquet(target: Path, parts: Sequence[Path]) -> None:
-    """Write the rows of all parts, in row groups of ROW_GROUP chunks."""
+def write_parquet(target: Path, parts: Sequence[Path], bundle: str) -> None:
+    """Write the rows of all parts, in row groups of ROW_GROUP chunks; the schema's metadata say what made them."""
     pyarrow, parquet = load_pyarrow()
     first = read_part(parts[0], ["embedding"])["embedding"]
     vector = pyarrow.list_(pyarrow.from_numpy_dtype(first.dtype), first.shape[1])
     types = {name: pyarrow.string() for name in WORDS} | {"embedding": vector}
     schema = pyarrow.schema(
-        [(name, types.get(name) or pyarrow.from_numpy_dtype(each.dtype)) for name, each in read_part(parts[0]).items()]
+        [(name, types.get(name) or pyarrow.from_numpy_dtype(each.dtype)) for name, each in read_part(parts[0]).items()],
+        metadata={MADE_BY: bundle},
     )
     with parquet.ParquetWriter(target, schema, use_dictionary=REPEATED) as writer:
         for start in range(0, len(parts), ROW_GROUP):

@@ -65,7 +65,7 @@ def embed_on_ray(
         _tried(job, start).unlink(missing_ok=True)
     done(job.source.rows - sum(map(job.source.size, missing)))
     if not missing:
-        return job.end()
+        return job.end(manifest)
     load = partial(
         Embedder.load,
         None if bundle is None else bundle.folder.absolute(),
@@ -98,7 +98,7 @@ def embed_on_ray(
             done(job.source.size(chunk["start"]))
     except RayError as error:
         raise BackendError(f"Ray gave up; the same command goes on after what is done: {error}") from error
-    return job.end()
+    return job.end(manifest)
 
 
 def _tried(job: Job, start: int) -> Path:

@@ -53,7 +53,7 @@ def embed_source(
         most_weight=PIXEL_BYTES,
     ) as ahead:
         _Run(embedder, job, done).through(ahead)
-    return job.end()
+    return job.end(embedder.manifest)
 
 
 def prepare(embedder: Embedder, job: Job, records: Sequence[Record], first: int) -> Prepared:

@@ -16,6 +16,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from mmemb_deploy.errors import MissingExtraError, OptionError
+from mmemb_deploy.jobs.parts import MADE_BY
 
 DTYPES = ("float32", "int8", "uint8")
 LOCAL_HEADER = 30  # bytes of a zip member's header before its name
@@ -28,6 +29,7 @@ class Stored(Protocol):
     rows: int
     width: int  # D
     dtype: np.dtype[Any]
+    bundle: str | None  # identity of what made them, where the file says so
 
     def blocks(self, size: int) -> Iterator[tuple[int, NDArray[Any]]]:
         """Yield the vectors in order, at most `size` rows at a time: the first one's number and (n, D)."""
@@ -67,6 +69,7 @@ class Npz:
         try:
             with zipfile.ZipFile(path) as archive:
                 members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+                self.bundle = archive.comment.decode() or None
         except zipfile.BadZipFile as error:
             raise OptionError(f"{path} is no whole .npz file: {error}") from error
         if "embedding" not in members:
@@ -134,6 +137,8 @@ class Parquet:
             raise OptionError(f"{path} is no whole .parquet file: {error}") from error
         self._path = path
         self._names: Sequence[str] = self._file.schema_arrow.names
+        made_by: bytes | None = (self._file.schema_arrow.metadata or {}).get(MADE_BY.encode())
+        self.bundle = None if made_by is None else made_by.decode()
         if "embedding" not in self._names:
             raise OptionError(f"{path} has no column 'embedding', only {', '.join(sorted(self._names))}")
         kind = self._file.schema_arrow.field("embedding").type

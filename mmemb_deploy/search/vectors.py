@@ -146,6 +146,12 @@ class Vectors:
             )
         return self.dim
 
+    def note(self, embedder: Embedder) -> str | None:
+        """Return what to know where another bundle made these vectors; None where it did not, or nothing says so."""
+        if self._stored.bundle in (None, embedder.manifest.identity):
+            return None
+        return f"another bundle made {self.path}: scores mean something if both were exported from one checkpoint"
+
     def _judged(self, queries_QD: Floats, found: Sequence[Rows], k: int) -> tuple[Floats, Rows]:
         """Return the k best of the rows that were found for each query, by the vectors that judge."""
         scores_QK = np.full((len(queries_QD), k), -np.inf, np.float32)

@@ -331,6 +331,15 @@ def test_words_a_picture_and_both_are_searched(digits: Path, capsys: pytest.Capt
     assert [hit["file"] for hit in both] != ["03.png", "13.png"]
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_vectors_say_which_bundle_made_them(suffix: str, tmp_path: Path, tiny_embedder: Embedder) -> None:
+    (tmp_path / "words.jsonl").write_text('"six"\n')
+    assert mmemb("embed", tmp_path / "words.jsonl", tmp_path / f"words{suffix}") == 0
+    vectors = Vectors.open(tmp_path / f"words{suffix}")
+    assert vectors.note(Embedder.load()) is None
+    assert "another bundle made" in str(vectors.note(tiny_embedder))
+
+
 def test_a_table_of_hits_leaves_out_what_it_has_not(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mmemb("search", digits / "pictures.npz", "seven", "-k", 1)
     shown = capsys.readouterr().out
