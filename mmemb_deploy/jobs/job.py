@@ -49,7 +49,7 @@ class Job:
     @property
     def parts(self) -> Path:
         """The folder of finished chunks."""
-        return self.output.with_name(self.output.name + ".parts")
+        return parts_of(self.output)
 
     def part(self, start: int) -> Path:
         """Return the file of the chunk that begins with the input of this number."""
@@ -101,12 +101,18 @@ class Job:
         return Summary(rows, failures, reasoned, tokens, fallbacks)
 
 
+def parts_of(output: Path) -> Path:
+    """Return the folder of finished chunks of a job's output."""
+    return output.with_name(output.name + ".parts")
+
+
 def check_output(output: Path) -> None:
     """Raise OptionError unless `output` can be written; MissingExtraError if its format needs a missing package."""
     if output.suffix not in FORMATS:
         raise OptionError(f"{output} ends in {output.suffix!r}: the output must end in {' or '.join(FORMATS)}")
     if output.exists():
-        raise OptionError(f"{output} exists: move it away, or choose another name")
+        ended = f"; it is whole, and {parts_of(output)} can be removed" if parts_of(output).exists() else ""
+        raise OptionError(f"{output} exists: move it away, or choose another name{ended}")
     if not output.parent.is_dir():
         raise OptionError(f"{output.parent} is not a folder: create it first")
     if output.suffix == ".parquet":

@@ -20,9 +20,14 @@ def test_the_committed_results_are_read() -> None:
         "builds-qwen3-vl-2b-float16-rtx.json",
         "builds-qwen3-vl-2b-rtx.json",
         "digitchain-cpu.json",
+        "memory-cpu.json",
+        "memory-nano-cpu.json",
+        "overlap-small-cpu.json",
         "peers-cpu.json",
         "precisions-cpu.json",
         "runtime-cpu.json",
+        "search-1024-cpu.json",
+        "search-128-cpu.json",
         "tensorrt-rtx.json",
     }
 

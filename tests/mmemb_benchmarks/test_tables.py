@@ -66,6 +66,19 @@ ROWS = {
     ],
     "loops": ["| two-route: auto | 159 | 25 | 0.933 |  |", "| static: auto | 192 | 46 | 0.936 | 0.82x |"],
     "loops-small": ["| two-route: auto | 13.8 | 379 | - |  |", "| static: auto | 10.7 | 1640 | - | 1.29x |"],
+    "servers": [
+        "| mmemb serve: never | 32.5 | 494 | - |  |",
+        "| vLLM for CPUs bfloat16: never | 26.6 | 335 | - | 1.22x |",
+    ],
+    "overlap": ["| nothing ahead | 1.46 | 1.00x | 23% |", "| rows ahead | 1.71 | 1.17x | 1% |"],
+    "memory": [
+        "| 1,000,000, a stand-in for the engine | 95 | 110 | 609 |",
+        "| 30,000, embedded by nano | 97 | 145 | 18 |",
+    ],
+    "search": [
+        "| numpy: ms, a query alone | 0.37 | 2.80 | 29.52 | 1.99 | 16.50 |",
+        "| index + float32 | 1.000, 1.1x | 1.000, 4.9x | 1.000, 24.8x | 1.000, 1.4x | 1.000, 6.4x |",
+    ],
     "overload": [
         "| 1 | 203 | 0.98 | 0.12 | 0.840 | 0.766 | 0.864 | 0.745 / 0.912 | 28 / 95 | 2.9% |",
         "| 2 | 406 | 1.81 | 0.00 | 0.756 | 0.756 | 0.757 | 0.756 / 0.913 | 39 / 86 | 16.6% |",

@@ -422,3 +422,10 @@ def test_what_goes_wrong_is_raised_in_its_turn(threads: int) -> None:
         assert [ahead.take(wait=True), ahead.take(wait=True)] == [(0, 0), (1, 1)]
         with pytest.raises(OptionError, match="there is no more"):
             ahead.take(wait=True)
+
+
+def test_a_job_that_was_killed_after_its_last_step_says_that_its_output_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "out.npz").touch()
+    (tmp_path / "out.npz.parts").mkdir()
+    with pytest.raises(OptionError, match=r"out\.npz exists.*it is whole, and .*out\.npz\.parts can be removed"):
+        check_output(tmp_path / "out.npz")

@@ -1,8 +1,7 @@
 """The tables of documents, from a folder of results: `tables` gives those that the folder has figures for.
 
 Results lie in files named DAY-NAME.json, of which the latest of a name counts. Those of digitchain, ablation,
-precisions, peers and tensorrt-rtx are several runs put together by hand; those of latency, load, loops and overload are
-as `mmemb bench` writes them.
+precisions, peers and tensorrt-rtx are several runs put together by hand; all others are as `mmemb bench` writes them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,10 @@ from typing import Any
 
 from mmemb_benchmarks.measure.latency import LatencyResult
 from mmemb_benchmarks.measure.load import LoadResult, ModeLoad
+from mmemb_benchmarks.measure.memory import Memory
+from mmemb_benchmarks.measure.overlap import OverlapResult
 from mmemb_benchmarks.measure.overload import Level
+from mmemb_benchmarks.measure.search import SearchResult
 from mmemb_benchmarks.results import Stamped, read_result
 from mmemb_deploy.errors import OptionError
 
@@ -254,7 +256,8 @@ def _loops(path: Path) -> Table:
         for mode, found in modes.items()
     ]
     first = f"random arrivals, p95 below {load.target_p95_ms:.0f} ms"
-    return Table(_caption_of([stamped]), (first, "a second", "p50 there, ms", "hit@1", "two-route is"), rows)
+    head = first, "a second", "p50 there, ms", "hit@1", f"{load.target} is"
+    return Table(_caption_of([stamped]), head, rows)
 
 
 def _of_the_highest(found: ModeLoad) -> tuple[str, str]:
@@ -314,6 +317,47 @@ def _caption_of(results: Sequence[Stamped[Any]]) -> str:
     dates = ", ".join(sorted({result.date for result in results}))
     devices = ", ".join(sorted({result.machine.device for result in results}))
     return _caption({"date": dates, "device": devices}, *(result.command for result in results))
+
+
+def _overlap(path: Path) -> Table:
+    stamped = Stamped[OverlapResult].model_validate(_read(path))
+    found = stamped.result
+    base, *_ = (way.rows_per_s for way in found.ways.values())
+    rows = [
+        (name, f"{way.rows_per_s:.2f}", f"{way.rows_per_s / base:.2f}x", f"{way.idle_share:.0%}")
+        for name, way in found.ways.items()
+    ]
+    head = f"{found.photos} JPEGs of {found.megapixels:.0f} megapixels", "a second", "", "of the time no graph runs"
+    return Table(_caption_of([stamped]), head, rows)
+
+
+def _memory(*paths: Path) -> Table:
+    stamped = [Stamped[list[Memory]].model_validate(_read(path)) for path in paths]
+    rows = [
+        (
+            f"{each.rows:,}, {'embedded by nano' if each.has_engine else 'a stand-in for the engine'}",
+            *(f"{size / 1e6:.0f}" for size in (each.before_bytes, each.peak_bytes, each.output_bytes)),
+        )
+        for of in stamped
+        for each in of.result
+    ]
+    return Table(
+        _caption_of(stamped), ("rows of a job", "MB with the bundle loaded", "at the peak", "of the output"), rows
+    )
+
+
+def _search(*paths: Path) -> Table:
+    """Put the ways to search in rows: recall and how many times faster than the first, whose milliseconds stand."""
+    stamped = [Stamped[SearchResult].model_validate(_read(path)) for path in paths]
+    settings = [setting for of in stamped for setting in of.result.settings]
+    first, *others = settings[0].ways
+    rows = [(f"{first}: ms, a query alone", *(f"{setting.ways[first].alone_ms:.2f}" for setting in settings))]
+    for name in others:
+        found = [setting.ways[name] for setting in settings]
+        rows.append((name, *(f"{way.recall_at_10:.3f}, {way.times_numpy:.1f}x" for way in found)))
+    rows.append(("building the index, s", *(f"{setting.index_seconds:.0f}" for setting in settings)))
+    head = "recall@10, times faster", *(f"{setting.rows:,} x {setting.dim}" for setting in settings)
+    return Table(_caption_of(stamped), head, rows)
 
 
 def _precisions(path: Path) -> Table:
@@ -424,7 +468,11 @@ _TABLES: dict[str, tuple[tuple[str, ...], Callable[..., Table]]] = {  # the file
     "reasoning": (("latency-nano-cpu", "load-nano-cpu", "latency-small-cpu", "load-small-cpu"), _reasoning),
     "loops": (("loops-nano-cpu",), _loops),
     "loops-small": (("loops-small-cpu",), _loops),
+    "servers": (("servers-small-cpu",), _loops),
     "overload": (("overload-nano-cpu",), _overload),
+    "overlap": (("overlap-small-cpu",), _overlap),
+    "memory": (("memory-cpu", "memory-nano-cpu"), _memory),
+    "search": (("search-128-cpu", "search-1024-cpu"), _search),
     "precisions": (("precisions-cpu",), _precisions),
     "peers": (("peers-cpu",), _peers),
     "peers-by-token": (("peers-cpu",), _peers_by_token),
