@@ -1,7 +1,9 @@
 """What a benchmark sends is what was asked for: so many tokens, of one kind, at a rate of reasoning."""
 
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, normalizers
@@ -78,3 +80,17 @@ def test_requests_of_a_workload_are_of_its_kind(nano: Embedder) -> None:
     assert [length > 200 for length in prompt_tokens(nano, traffic)] == [True] * 3
     with pytest.raises(OptionError, match="long text"):
         Workload.of(nano, kind="long texts", queries=3, seed=0)
+
+
+def test_a_video_file_among_the_requests_is_read_as_the_bundle_reads_it(nano: Embedder, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    with av.open(clip, "w") as container:
+        stream: Any = container.add_stream("mpeg4", rate=2)
+        stream.width = stream.height = 32
+        for shade in (0, 80, 160, 240):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), shade, np.uint8))))
+        container.mux(stream.encode())
+    row = Maker(nano.encoder, nano.manifest).row({"video": str(clip)})
+    (item,) = nano.prepare([{"video": str(clip)}]).items
+    assert row.visual_tokens > 0
+    assert row.token_ids_S.tolist() == item.row.token_ids_S.tolist()
