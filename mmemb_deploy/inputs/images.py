@@ -6,6 +6,7 @@ EXIF orientation is applied, transparency is laid over white as transformers doe
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import re
@@ -152,6 +153,13 @@ def _check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
         raise InputError(
             f"{name} is {pixel_size(size)} pixels, above max_image_pixels = {max_pixels}; resize it before embedding"
         )
+
+
+def data_uri(image: Image.Image, form: str = "PNG", **options: Any) -> str:
+    """Return an image as a data URI, encoded by Pillow in a form and with the form's options."""
+    encoded = io.BytesIO()
+    image.save(encoded, form, **options)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
 
 def pixel_size(size: tuple[int, int]) -> str:

@@ -41,9 +41,8 @@ MADE_BY = "mmemb.bundle"  # the key of a parquet file's metadata under which its
 REPEATED = ["file", "route", "rationale_source", "fallback", "error"]  # columns of which a dictionary is worth keeping
 ROW_GROUP = 64  # chunks
 ALIGNMENT = 64  # bytes; what numpy's own files keep
-HEADER = (
-    30 + 4 + 20
-)  # bytes of a zip's member before its content: fixed ones, a padding's kind and length, 64-bit sizes
+# Bytes of a zip's member before its content: fixed ones, a padding's kind and length, 64-bit sizes.
+HEADER = 30 + 4 + 20
 PADDED = 0xD935  # the kind of a header's field that is a padding, as Android's zipalign writes it
 
 Columns = dict[str, NDArray[Any]]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import math
 import os
 from collections.abc import Callable, Coroutine, Sequence
@@ -18,6 +16,7 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from mmemb_deploy.errors import BackendError, InputError, MissingExtraError, OptionError
+from mmemb_deploy.inputs.images import data_uri
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -174,10 +173,7 @@ def text_part(text: str) -> dict[str, Any]:
 
 def image_part(image: Image.Image) -> dict[str, Any]:
     """Return an image as part of a message, as a PNG data URL."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    return {"type": "image_url", "image_url": {"url": data_uri(image)}}
 
 
 def _first_problem(error: ValidationError) -> str:

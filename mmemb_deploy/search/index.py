@@ -101,6 +101,11 @@ def _faiss(stored: Stored, path: Path) -> Any:
         raise OptionError(f"{path} has no index: that needs .npz, of which single rows are read; search it without")
     if stored.dtype == np.uint8:
         raise OptionError(f"{path} holds bits, which are searched as they are: leave the index out")
+    return load_faiss()
+
+
+def load_faiss() -> Any:
+    """Return faiss. Raises MissingExtraError without it."""
     try:
         import faiss
     except ModuleNotFoundError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +13,7 @@ from PIL import Image
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.files import write_whole
 from mmemb_deploy.inputs.formats import kind_of
+from mmemb_deploy.inputs.images import data_uri
 from mmemb_deploy.inputs.limits import Limits
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.search.vectors import Hit
@@ -91,8 +90,5 @@ def _picture(image: Image.Image) -> str:
     """Return a picture, made smaller, inside its tag."""
     small = max(image.size) < SMALL
     image.thumbnail((SIDE, SIDE))
-    data = io.BytesIO()
-    image.save(data, "PNG" if small else "JPEG", quality=88)
-    encoded = base64.b64encode(data.getvalue()).decode()
-    form = "png" if small else "jpeg"
-    return f'<img{" class=small" if small else ""} alt="" src="data:image/{form};base64,{encoded}">'
+    shown = data_uri(image) if small else data_uri(image, "JPEG", quality=88)
+    return f'<img{" class=small" if small else ""} alt="" src="{shown}">'

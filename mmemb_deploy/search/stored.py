@@ -15,8 +15,9 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from mmemb_deploy.errors import MissingExtraError, OptionError
+from mmemb_deploy.errors import OptionError
 from mmemb_deploy.jobs.parts import MADE_BY
+from mmemb_deploy.jobs.readers import load_pyarrow
 
 DTYPES = ("float32", "int8", "uint8")
 LOCAL_HEADER = 30  # bytes of a zip member's header before its name
@@ -126,11 +127,7 @@ class Parquet:
     """A `.parquet` file, whose row groups are read one after another."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            import pyarrow
-            from pyarrow import parquet
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("pyarrow", "parquet") from error
+        pyarrow, parquet = load_pyarrow()
         try:
             self._file: Any = parquet.ParquetFile(path)
         except pyarrow.ArrowInvalid as error:

@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from mmemb_benchmarks.timing import timed
-from mmemb_deploy.errors import MissingExtraError
 from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.jobs.parts import write_member
-from mmemb_deploy.search.index import index_path
+from mmemb_deploy.search.index import index_path, load_faiss
 from mmemb_deploy.search.vectors import Vectors
 
 K = 10
@@ -175,10 +174,6 @@ def _recall(found_QK: NDArray[np.int64], right_QK: NDArray[np.int64]) -> float:
 
 
 def _flat(vectors_ND: Floats) -> Any:
-    try:
-        import faiss
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("faiss", "search") from error
-    flat = faiss.IndexFlatIP(vectors_ND.shape[1])
+    flat = load_faiss().IndexFlatIP(vectors_ND.shape[1])
     flat.add(vectors_ND)
     return flat

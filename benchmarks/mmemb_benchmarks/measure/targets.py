@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -15,13 +14,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from PIL import Image
 
 from mmemb_benchmarks.measure.open_loop import Answer, Target
+from mmemb_benchmarks.workload import Maker
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import BackendError, DeadlineError, MissingExtraError, OptionError, OverloadError
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.options import EncodeOptions
+from mmemb_deploy.reasoners.chat import image_part, text_part
 from mmemb_deploy.results import EncodeResult
 from mmemb_deploy.routing.router import Route
 from mmemb_deploy.serve.ask import Ask
@@ -186,9 +186,9 @@ def openai_body(ask: Ask, model: str) -> dict[str, Any]:
     wishes = {name: value for name, value in ask.options.items() if value is not None}
     if ask.deadline is not None:
         wishes["deadline_ms"] = 1000 * ask.deadline
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _uri(image)}} for image in request.images]
+    parts = [image_part(image) for image in request.images]
     if request.text:
-        parts.append({"type": "text", "text": request.text})
+        parts.append(text_part(request.text))
     given = {"messages": [{"role": "user", "content": parts}]} if request.images else {"input": request.text}
     return {"model": model, "encoding_format": "base64", "on_overload": ask.on_overload, **wishes, **given}
 
@@ -198,16 +198,13 @@ def prompt_body(embedder: Embedder) -> Callable[[Ask, str], dict[str, Any]]:
 
     That raises OptionError for an input that is no text.
     """
-    decode = embedder.encoder.prompt.tokenizer.decode
+    maker = Maker(embedder.encoder, embedder.manifest)
 
     def body(ask: Ask, model: str) -> dict[str, Any]:
-        row = embedder.encoder.row(
-            parse(ask.inputs[0], embedder.manifest.limits),
-            ask.options.get("instruction") or embedder.manifest.prompt.query_instruction,
-        )
+        row = maker.row(ask.inputs[0], ask.options.get("instruction"))
         if row.visuals:
             raise OptionError("peers read texts: draw them with --workload 'short text' or 'long text'")
-        return {"model": model, "input": decode(row.token_ids_S.tolist(), skip_special_tokens=False)}
+        return {"model": model, "input": embedder.encoder.prompt.decode(row.token_ids_S.tolist())}
 
     return body
 
@@ -216,16 +213,9 @@ async def least_cosine(target: Target, embedder: Embedder, asks: Sequence[Ask]) 
     """Return the smallest cosine of what a target answers to what `encode` does, one by one."""
     cosines: list[float] = []
     for ask in asks:
-        own_D = embedder.encode(ask.inputs, **ask.options)[0]
         other_D = (await target.ask(ask)).embedding_D
-        cosines.append(float(own_D @ other_D / np.linalg.norm(other_D)))
+        cosines.append(float(embedder.similarity(embedder.encode(ask.inputs, **ask.options), other_D[None])[0, 0]))
     return min(cosines)
-
-
-def _uri(image: Image.Image) -> str:
-    saved = io.BytesIO()
-    image.save(saved, "PNG")
-    return "data:image/png;base64," + base64.b64encode(saved.getvalue()).decode("ascii")
 
 
 AnyTarget = StaticBatches | TwoRoutes | Server
