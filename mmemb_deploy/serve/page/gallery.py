@@ -8,8 +8,6 @@ Axes: N documents, D embedding size.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,14 +20,14 @@ from PIL import Image
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.evaluation.digitchain import MATCH_INSTRUCTION, NAMES, DigitChain
-from mmemb_deploy.inputs.images import load_image
+from mmemb_deploy.inputs.formats import SUFFIXES, kind_of
+from mmemb_deploy.inputs.images import data_uri, load_image
 from mmemb_deploy.inputs.preprocess import Floats
 
 DIGITS = "nano"  # the model whose world is digits
 DRAWINGS = 3  # pictures of every digit
 SEED = 3
 MISREAD = 235  # a three that one look takes for an eight, and the gate for easy
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MOST_PICTURES = 400
 THUMBNAIL = 112  # pixels of its longer side
 
@@ -84,10 +82,11 @@ def open_gallery(embedder: Embedder, folder: Path | None = None) -> Gallery:
 def _of_folder(embedder: Embedder, folder: Path) -> Gallery:
     if not folder.is_dir():
         raise OptionError(f"gallery is {folder}: it is no folder; pass one that holds pictures")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.iterdir() if kind_of(path) == "image")
     if not 1 <= len(paths) <= MOST_PICTURES:
         raise OptionError(
-            f"gallery is {folder}, with {len(paths)} pictures ({', '.join(SUFFIXES)}): pass 1 to {MOST_PICTURES}"
+            f"gallery is {folder}, with {len(paths)} pictures ({', '.join(SUFFIXES['image'])}): "
+            f"pass 1 to {MOST_PICTURES}"
         )
     most = embedder.manifest.limits.max_image_pixels
     documents = [Document(path.stem, _thumbnail(load_image(path, "'gallery'", most))) for path in paths]
@@ -131,11 +130,9 @@ def _drawn(name: str, content: Mapping[str, Any], instruction: str | None = None
 
 def _thumbnail(image: Image.Image) -> str:
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return _png(np.asarray(image))
+    return data_uri(image)
 
 
 def _png(pixels: Any) -> str:
     """Return uint8 pixels, grey or RGB, as a data URI that keeps every value."""
-    encoded = io.BytesIO()
-    Image.fromarray(pixels).save(encoded, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}"
+    return data_uri(Image.fromarray(pixels))
