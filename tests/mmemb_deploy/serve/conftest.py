@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -45,16 +46,18 @@ def data_uri(png: bytes) -> str:
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> Callable[[int], list[dict[str, Any]]]:
-    """What was logged of so many requests since the test began; awaited, as an answer may come before its line."""
+def lines(caplog: pytest.LogCaptureFixture) -> Callable[[list[httpx.Response]], list[dict[str, Any]]]:
+    """What was logged of these answers, in their order; awaited, as an answer may come before its line."""
     caplog.set_level(logging.INFO, logger="mmemb_deploy.serve")
 
-    def logged(count: int) -> list[dict[str, Any]]:
+    def logged(answers: list[httpx.Response]) -> list[dict[str, Any]]:
+        ids = [answer.headers["X-Request-ID"] for answer in answers]
         until = time.monotonic() + 20
         while True:
-            found = [record.__dict__["fields"] for record in caplog.records if record.getMessage() == "request"]
-            if len(found) >= count or time.monotonic() > until:
-                return found
+            said = [record.__dict__["fields"] for record in caplog.records if record.getMessage() == "request"]
+            found = {line["request_id"]: line for line in said}
+            if set(ids) <= set(found) or time.monotonic() > until:
+                return [found[each] for each in ids if each in found]
             time.sleep(0.005)
 
     return logged
