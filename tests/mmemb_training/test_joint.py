@@ -1,6 +1,7 @@
 """The joint loss is the sum that its docstring states, whatever the chunks, and however its gradients are taken."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,11 @@ def test_cached_gradients_are_exact_with_dropout_too(lessons: list[Lesson], tiny
         assert float((cached[name] - gradient).abs().max()) <= 1e-5 * scale, name
 
 
+def copies(states_ND: torch.Tensor) -> torch.Tensor:
+    """Return how often each of the states is among them."""
+    return ((states_ND[:, None] - states_ND).abs().amax(dim=2) < 1e-4).sum(dim=1)
+
+
 def test_the_loss_is_the_sum_of_its_parts_row_by_row(lessons: list[Lesson], tiny: Checkpoint) -> None:
     model, ids = tiny.model, tiny.rows.prompt.ids
     chosen = lessons[4:16]
@@ -92,12 +98,20 @@ def test_the_loss_is_the_sum_of_its_parts_row_by_row(lessons: list[Lesson], tiny
         candidates_CD = torch.stack(
             [prefill(model, collate([target_row(one, tiny.rows)], 0), tiny.vision)[0][0, -1] for one in targets]
         )
+    once = {"copies_Q": copies(torch.stack(direct)), "copies_C": copies(candidates_CD)}
     relevant_QC = torch.tensor([[lesson.sample.wanted in target.labels for target in targets] for lesson in chosen])
     reasons_Q = torch.tensor([lesson.rationale is not None for lesson in chosen])
     assert 0 < int(reasons_Q.sum()) < len(chosen)
     expected = {
-        "direct": info_nce(torch.stack(direct), candidates_CD, relevant_QC, 0.02, OBJECTIVE.dims),
-        "reasoned": info_nce(torch.stack(reasoned), candidates_CD, relevant_QC[reasons_Q], 0.02, OBJECTIVE.dims),
+        "direct": info_nce(torch.stack(direct), candidates_CD, relevant_QC, 0.02, OBJECTIVE.dims, **once),
+        "reasoned": info_nce(
+            torch.stack(reasoned),
+            candidates_CD,
+            relevant_QC[reasons_Q],
+            0.02,
+            OBJECTIVE.dims,
+            copies_C=once["copies_C"],
+        ),
         "rationale": torch.stack(logprobs).mean(),
         "decision": torch.stack(decisions).mean(),
     }
@@ -115,6 +129,29 @@ def test_a_step_without_any_rationale_teaches_to_stop(lessons: list[Lesson], tin
     assert terms["reasoned"].item() == terms["rationale"].item() == 0
     assert terms["decision"].item() > 0
     assert torch.isfinite(loss)
+
+
+def test_what_reads_the_same_as_an_answer_is_no_negative_and_copies_count_once(
+    lessons: list[Lesson], tiny: Checkpoint
+) -> None:
+    chosen = [Lesson(one.sample, None) for one in lessons[:3]]
+    other = replace(chosen[0].sample, target=replace(chosen[0].sample.target, labels=frozenset({"the same, renamed"})))
+    other = replace(other, question=lessons[20].sample.question, wanted="the same, renamed", negatives=())
+    chosen = [*chosen, Lesson(other, None), *chosen[1:2] * 3]
+    encoder, share = Encoder(tiny).eval(), step(chosen, tiny, chunks=1)
+    with torch.no_grad():
+        readings = [encoder(chunk.rows, chunk.paths) for chunk in share.chunks]
+        _, terms = share.loss(readings, plain_accelerator())
+    # By hand: the same as of distinct questions and targets, each copy of which has the loss of its first.
+    queries, targets = (reading.direct_BD for reading in readings)
+    relevant, copies_Q, copies_C = share._relevance(plain_accelerator())  # pyright: ignore[reportPrivateUsage]
+    assert sorted(copies_Q.tolist()) == [1, 1, 1, 4, 4, 4, 4]
+    for place, one in enumerate(targets):
+        same = (targets - one).abs().amax(dim=1) < 1e-5
+        assert int(copies_C[place]) == int(same.sum())
+        assert (relevant[:, same] == relevant[:, same][:, :1]).all()
+    expected = info_nce(queries, targets, relevant, 0.02, OBJECTIVE.dims, copies_Q=copies_Q, copies_C=copies_C)
+    assert terms["direct"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_tokens_of_which_the_model_is_certain_count_among_the_others(lessons: list[Lesson], tiny: Checkpoint) -> None:

@@ -47,3 +47,15 @@ def test_info_nce_falls_as_a_query_nears_its_target() -> None:
     candidates, relevant = torch.eye(3), torch.eye(3).bool()
     near, far = torch.eye(3) + 0.1, torch.eye(3) + 0.9
     assert info_nce(near, candidates, relevant, 0.1, (3,)) < info_nce(far, candidates, relevant, 0.1, (3,))
+
+
+def test_copies_of_questions_and_targets_change_nothing() -> None:
+    torch.manual_seed(0)
+    queries, candidates = torch.randn(4, 8), torch.randn(6, 8)
+    relevant = torch.tensor([[1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]).bool()
+    expected = info_nce(queries, candidates, relevant, 0.5, (8,))
+    twice, thrice = torch.arange(4).repeat(2), torch.arange(6).repeat(3)
+    copied = queries[twice], candidates[thrice], relevant[twice][:, thrice], 0.5, (8,)
+    found = info_nce(*copied, copies_Q=torch.full((8,), 2), copies_C=torch.full((18,), 3))
+    torch.testing.assert_close(found, expected)
+    assert info_nce(*copied) > expected + 0.2

@@ -3,15 +3,17 @@
     L = InfoNCE(z_r) + lambda_g (next-token loss on the rationale + on the decision) + lambda_d InfoNCE(z_d)
 
 z_d and z_r are the direct and the reasoned embedding of a query; targets are embedded by the direct path. A query whose
-rationales were all dropped is taught to stop: it has no z_r, and its decision's label is the stop token. InfoNCE is
-symmetric and over the negatives of all processes (`losses.info_nce`). Axes: Q queries, R of them with a rationale,
-C candidates, D hidden size.
+rationales were all dropped is taught to stop: it has no z_r, and its decision's label is the stop token.
+InfoNCE is symmetric and over the negatives of all processes (`losses.info_nce`). Axes: Q queries, R of them with a
+rationale, C candidates, U and V the distinct ones of both, D hidden size.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +22,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, pad_across_processes
 from torch import Tensor
 
-from mmemb_deploy.inputs.rows import RowEncoder
+from mmemb_deploy.inputs.preprocess import Ints
+from mmemb_deploy.inputs.rows import Row, RowEncoder
 from mmemb_training.encoder import Continuation, Reading
 from mmemb_training.grad_cache import Chunk
 from mmemb_training.losses import info_nce
@@ -66,13 +69,14 @@ class JointStep:
         targets = [lesson.sample.target for lesson in lessons]
         targets += [negative for lesson in lessons for negative in lesson.sample.negatives[:hard_negatives]]
         self._labels = [target.labels for target in targets]
+        target_rows = [target_row(target, encoder) for target in targets]
+        self._digests = [_digest(row) for row in rows], [_digest(row) for row in target_rows]
         self._query_chunks = [
             Chunk([rows[index] for index in indices], _paths([tokens[index] for index in indices]))
             for indices in _split(len(rows), query_chunks)
         ]
         self._target_chunks = [
-            Chunk([target_row(targets[index], encoder) for index in indices], [])
-            for indices in _split(len(targets), target_chunks)
+            Chunk([target_rows[index] for index in indices], []) for indices in _split(len(targets), target_chunks)
         ]
 
     @property
@@ -93,14 +97,15 @@ class JointStep:
         reasoned_RD, logprob_R = reasoned_RD[real_R], logprob_R[real_R]
         everyone_QD, everyone_RD = _gather(direct_QD, accelerator), _gather(reasoned_RD, accelerator)
         candidates_CD = _gather(torch.cat([reading.direct_BD for reading in targets]), accelerator)
-        relevant_QC = self._relevance(accelerator).to(direct_QD.device)
+        relevant_QC, copies_Q, copies_C = (part.to(direct_QD.device) for part in self._relevance(accelerator))
         reasons_everyone_Q = _gather(reasons_Q, accelerator)
         total = _sum(torch.tensor([self._words, len(reasons_Q)], device=direct_QD.device), accelerator)
         label_Q = (~reasons_Q).long()[:, None]
-        settings = objective.temperature, objective.dims
+        contrast = partial(info_nce, temperature=objective.temperature, dims=objective.dims, copies_C=copies_C)
+        reasoned = relevant_QC[reasons_everyone_Q]
         terms = {
-            "direct": info_nce(everyone_QD, candidates_CD, relevant_QC, *settings),
-            "reasoned": info_nce(everyone_RD, candidates_CD, relevant_QC[reasons_everyone_Q], *settings),
+            "direct": contrast(everyone_QD, candidates_CD, relevant_QC, copies_Q=copies_Q),
+            "reasoned": contrast(everyone_RD, candidates_CD, reasoned),  # rationales tell equal questions apart
             "rationale": -logprob_R.sum() / total[0].clamp(min=1),
             "decision": -decision_Q2.gather(1, label_Q).sum() / total[1],
         }
@@ -114,10 +119,34 @@ class JointStep:
         parts = torch.split(self._reasons_Q, [len(chunk.rows) for chunk in self._query_chunks])
         return torch.cat([torch.ones(int(part.sum()), dtype=torch.bool) if part.any() else part[:1] for part in parts])
 
-    def _relevance(self, accelerator: Accelerator) -> Tensor:
-        wanted: list[str] = gather_object(self._wanted) if accelerator.num_processes > 1 else self._wanted
-        labels: list[frozenset[str]] = gather_object(self._labels) if accelerator.num_processes > 1 else self._labels
-        return torch.tensor([[one in found for found in labels] for one in wanted])
+    def _relevance(self, accelerator: Accelerator) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which candidates answer which queries, (Q, C), and how often each of both is there, (Q,) and (C,).
+
+        By their labels, and by what is read: what reads the same as an answer is one, whatever its label.
+        """
+        everyone = gather_object if accelerator.num_processes > 1 else list
+        wanted, labels = everyone(self._wanted), everyone(self._labels)
+        labelled_QC = np.array([[one in found for found in labels] for one in wanted], np.int64)
+        (same_Q, copies_Q), (same_C, copies_C) = (_copies(everyone(digests)) for digests in self._digests)
+        relevant_UV = np.zeros((same_Q.max() + 1, same_C.max() + 1), np.int64)
+        np.maximum.at(relevant_UV, (same_Q[:, None], same_C), labelled_QC)
+        relevant_QC = relevant_UV[same_Q[:, None], same_C].astype(bool)
+        return torch.from_numpy(relevant_QC), torch.from_numpy(copies_Q), torch.from_numpy(copies_C)
+
+
+def _digest(row: Row) -> bytes:
+    """Return a hash of what the encoder reads of a prompt."""
+    pixels = [visual.pixels_THWC for visual in row.visuals]
+    shapes = repr([one.shape for one in pixels]).encode()
+    parts = [row.token_ids_S.tobytes(), shapes, *(one.tobytes() for one in pixels)]
+    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
+
+
+def _copies(digests: Sequence[bytes]) -> tuple[Ints, Ints]:
+    """Return which of the distinct ones each is, and how often that one is there."""
+    distinct = {digest: place for place, digest in enumerate(dict.fromkeys(digests))}
+    which: Ints = np.array([distinct[digest] for digest in digests], np.int64)
+    return which, np.bincount(which)[which]
 
 
 def _paths(tokens: Sequence[list[int] | None]) -> list[Continuation]:
