@@ -122,8 +122,11 @@ def test_sharded_training_in_bf16_stays_close(
     np.testing.assert_allclose(found, alone[1], rtol=3e-3)  # 1.3e-3 here, and 1e-2 where losses are bfloat16 too
 
 
-def test_processes_stop_together_where_the_loss_of_one_is_none(run_briefly: Run, tmp_path: Path) -> None:
-    assert len(run_briefly(tmp_path, "ddp", "spoilt", processes=2, exits=1)) == 2
+@pytest.mark.parametrize("spoilt", ["spoilt", "spoilt norm"])
+def test_processes_stop_together_where_the_loss_or_the_gradients_of_one_are_none(
+    run_briefly: Run, tmp_path: Path, spoilt: str
+) -> None:
+    assert len(run_briefly(tmp_path, "ddp", spoilt, processes=2, exits=1)) == 2
     assert json.loads((tmp_path / STOPPED).read_text())["metrics"]["step"] == 3
 
 

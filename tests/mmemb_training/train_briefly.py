@@ -1,8 +1,8 @@
 """Trains checkpoints for a few steps, as test_trainer.py asks: imports torch and reads the digits once, then forks.
 
 A line of its input is a job in JSON: {"source": checkpoint, "folder": of the run, "mode": "alone", "ddp" or "fsdp2",
-"options": of "lora", "bf16", "checkpointing" and "spoilt", "processes": count, "kill_after": step or null}. A line of
-its output holds the exit codes of the job's processes, whose own output lies in FOLDER/output-RANK.
+"options": of "lora", "bf16", "checkpointing", "spoilt" and "spoilt norm", "processes": count, "kill_after": step or
+null}. A line of its output holds the exit codes of the job's processes, whose own output lies in FOLDER/output-RANK.
 """
 
 import json
@@ -88,6 +88,9 @@ def train(job: dict[str, Any], rank: int, port: int) -> None:
     if "spoilt" in options and rank == 1:
         spoil(trainer, calls=3)
     accelerator = accelerator_for(job["mode"], "bf16" if "bf16" in options else "no")
+    if "spoilt norm" in options and rank == 1:
+        norms = iter([torch.tensor(1.0)] * 2)
+        accelerator.clip_grad_norm_ = lambda *_: next(norms, torch.tensor(torch.nan))  # type: ignore[method-assign]
     for metrics in train_jointly(checkpoint, draw, recipe, folder, weights=weights, accelerator=accelerator):
         if metrics["step"] == job["kill_after"]:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -73,7 +73,7 @@ def run_steps(
             _stop(folder, step, value, terms, describe(step), accelerator)
         recent.append(value)
         norm: Any = accelerator.clip_grad_norm_(weights.parameters(), schedule.gradient_norm)
-        if not math.isfinite(norm.item()):
+        if _anywhere(not math.isfinite(norm.item()), accelerator):
             _stop(folder, step, value, {**terms, "gradient_norm": norm}, describe(step), accelerator)
         optimizer.step()
         seconds += time.perf_counter() - began
