@@ -131,6 +131,20 @@ def test_a_step_without_any_rationale_teaches_to_stop(lessons: list[Lesson], tin
     assert torch.isfinite(loss)
 
 
+def test_a_lesson_that_decides_nothing_teaches_nothing_of_its_decision(lessons: list[Lesson], tiny: Checkpoint) -> None:
+    encoder, chosen = Encoder(tiny).eval(), [Lesson(one.sample, None) for one in lessons[:4]]
+
+    def terms(lessons: Sequence[Lesson]) -> dict[str, torch.Tensor]:
+        share = step(lessons, tiny, chunks=1)
+        with torch.no_grad():
+            return share.loss([encoder(chunk.rows, chunk.paths) for chunk in share.chunks], plain_accelerator())[1]
+
+    alone, both = terms(chosen[:1]), terms([chosen[0], replace(chosen[1], decides=False)])
+    assert both["decision"].item() == pytest.approx(alone["decision"].item(), rel=1e-4)
+    assert both["direct"].item() != pytest.approx(alone["direct"].item(), rel=1e-4)
+    assert terms([replace(one, decides=False) for one in chosen])["decision"] == 0
+
+
 def test_what_reads_the_same_as_an_answer_is_no_negative_and_copies_count_once(
     lessons: list[Lesson], tiny: Checkpoint
 ) -> None:

@@ -175,6 +175,6 @@ def test_every_rationale_fits_the_token_limit() -> None:
 
 def test_a_question_that_kept_nothing_is_taught_to_stop(finished: tuple[Path, dict[str, Any], Watched]) -> None:
     run = NanoRun(finished[0], RECIPE, Watched())
-    kept = kept_rationales(run.selection(), pair_aware, temperature=1.0)
+    kept = kept_rationales(run.selection(), pair_aware, temperature=1.0, unhelped="stop")
     assert KeptRationales() in kept.values()
     assert len(kept) == RECIPE.pool

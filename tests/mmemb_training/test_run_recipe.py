@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from mmemb_training.recipes.machines import Machine
 from mmemb_training.recipes.settings import ControlRecipe, JointRecipe, changed
 from mmemb_training.recipes.shapes import SHAPES
 from mmemb_training.run_recipe import CPU_MICRO_BATCH, Run, read_samples, with_micro_batches
-from mmemb_training.samples import Question, Sample, Target
+from mmemb_training.samples import Question, Sample, Target, held_apart
 from mmemb_training.selection.select import KeptRationales
 from mmemb_training.stage import Metrics
 from mmemb_training.task_batches import TaskBatches
@@ -43,6 +44,7 @@ rank = 4
 [pool]
 samples = 2
 max_tokens = 16
+held_apart = 2
 [[pool.workers]]
 name = "served"
 model = "a-model"
@@ -63,7 +65,7 @@ steps = 3
 dims = [48, 24]
 [control]
 group = 4
-queries = 3
+queries = 2
 [control.schedule]
 steps = 2
 """
@@ -71,6 +73,7 @@ steps = 2
 
 @pytest.fixture
 def public(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint as a public model, whose tokenizer has the markers already."""
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "public"))
     (folder / "mmemb.json").unlink()
     return folder
@@ -120,12 +123,13 @@ def test_a_recipe_runs_from_a_public_model_to_a_controlled_one(
     text = RECIPE.format(source=public, port=endpoint.server_port, method=method, evaluator=evaluator)
     (tmp_path / "recipe.toml").write_text(text)
     recipe = load_recipe(tmp_path / "recipe.toml")
-    samples, folder, watched = read_samples([data], limit=6), tmp_path / "run", Watched()
-    assert len(samples) == 6
+    samples, folder, watched = read_samples([data], limit=8), tmp_path / "run", Watched()
+    assert len(samples) == 8
+    taught, apart = held_apart(samples, 2)
 
     def rambling(body: dict[str, Any]) -> Any:
         status, content = endpoint.answer(body)
-        if endpoint.asked(body).endswith("3"):
+        if endpoint.asked(body).endswith(taught[3].question.key.rpartition("/")[2]):
             content["choices"][1]["message"]["content"] = "on and on " * 200
         return status, content
 
@@ -136,7 +140,10 @@ def test_a_recipe_runs_from_a_public_model_to_a_controlled_one(
 
     run()
     assert watched.stages == ["joint", "control"]
-    assert sorted(read_pool(folder / "pool")) == [f"mmeb/CIRR/{index}" for index in range(6)]
+    assert read_pool(folder / "pool").keys() == {sample.question.key for sample in taught}
+    assert len(apart) == 2
+    drawn = json.loads((folder / "control" / "run.json").read_text())["data"]
+    assert drawn == {"samples": 2}  # which the others never saw
     counts = json.loads((folder / "selection" / "report.json").read_text())["worker"]["served"]
     assert sum(counts.values()) == 11  # 2 of each, but for one that is longer than the runtime writes
     requests = len(endpoint.received)
@@ -161,6 +168,44 @@ def test_a_recipe_runs_from_a_public_model_to_a_controlled_one(
         with pytest.raises(OptionError, match=f"the work of another job, with another {differing}: "):
             other.upto("control")
     assert watched.stages == ["joint", "control"]
+
+
+def test_samples_held_apart_are_the_same_in_any_order_and_of_every_task() -> None:
+    samples = [
+        Sample(
+            question=Question(key=f"{task}/{index}", task=task, content="x"),
+            wanted="a",
+            target=Target(content="y", labels=frozenset("a")),
+        )
+        for task, count in (("large", 80), ("small", 20), ("lone", 1))
+        for index in range(count)
+    ]
+    taught, apart = held_apart(samples, 10)
+    assert {*map(id, taught), *map(id, apart)} == {*map(id, samples)}
+    assert Counter(one.question.task for one in apart) == {"large": 8, "small": 2}
+    assert {one.question.key for one in held_apart(samples[::-1], 10)[1]} == {one.question.key for one in apart}
+    assert len(held_apart(samples, 10_000)[1]) == 16 + 4  # a fifth at most
+    assert held_apart(samples, 0) == (samples, [])
+
+
+def test_an_embedder_that_was_never_taught_to_embed_is_refused_as_evaluator_before_the_pool(
+    endpoint: Any, public: Path, data: str, tmp_path: Path
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # as of a public model, which knows no such marker
+        text = (public / name).read_text().replace("<|disc_emb|>", "<|some_tok|>")
+        (public / name).write_text(text)
+    text = RECIPE.format(source=public, port=endpoint.server_port, method="full", evaluator="embedder")
+    (tmp_path / "recipe.toml").write_text(text)
+    run = Run(
+        load_recipe(tmp_path / "recipe.toml"),
+        read_samples([data], limit=6),
+        tmp_path / "run",
+        Watched(),
+        Console(quiet=True),
+    )
+    with pytest.raises(OptionError, match=r"evaluator is 'embedder', and .* has no trained <\|disc_emb\|>"):
+        run.upto("selection")
+    assert not endpoint.received
 
 
 SMALL_GPU = Machine(name="a GPU", source="a test", memory_gib=24)
@@ -204,7 +249,8 @@ def test_what_fits_the_gpus_that_are_there_is_what_training_is_given(
     public: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = RECIPE.format(source=public, port=1, method="full", evaluator="judge").replace("micro_batch = 2\n", "")
-    text = text.replace("batch = 4\n", "batch = 12\n").replace("queries = 3\n", "queries = 10\n")
+    text = text.replace("held_apart = 2\n", "held_apart = 0\n")
+    text = text.replace("batch = 4\n", "batch = 12\n").replace("queries = 2\n", "queries = 10\n")
     (tmp_path / "recipe.toml").write_text(text)
     recipe, samples = load_recipe(tmp_path / "recipe.toml"), read_samples([data], limit=None)
     begun: list[str] = []
@@ -243,6 +289,7 @@ def test_a_worker_without_an_endpoint_is_loaded_here_and_one_without_a_key_takes
 ) -> None:
     text = RECIPE.format(source=public, port=endpoint.server_port, method="full", evaluator="judge")
     here = f'[[pool.workers]]\nname = "here"\nmodel = "{public}"\n[selection]\n'
+    text = text.replace("held_apart = 2\n", "held_apart = 0\n")
     (tmp_path / "recipe.toml").write_text(text.replace("[selection]\n", here))
     monkeypatch.setenv("OPENAI_API_KEY", "a secret")
     recipe, samples, folder = load_recipe(tmp_path / "recipe.toml"), read_samples([data], limit=2), tmp_path / "run"

@@ -109,7 +109,7 @@ class KnownConfidence:
             own = [
                 value[text.split()[0]] if sample.question.key in text or "hollow" in text else -2.0 for text in texts
             ]
-            found.append(Confidence(0.0, tuple(own), (0.5,) * len(texts)))
+            found.append(Confidence(0.0, tuple(own), found=False, gain_on_negatives=(0.5,) * len(texts)))
         return found
 
 
@@ -145,6 +145,7 @@ def test_content_tells_a_hollow_rationale_from_a_good_one(monkeypatch: pytest.Mo
     counts = report(found, Margins())
     assert counts["worker"]["poser"] == {"kept": 0, "format-only": 6, "useless": 0, "harmful": 0}
     assert counts["task"]["t"] == {"kept": 6, "format-only": 6, "useless": 0, "harmful": 6}
+    assert counts["questions"]["t"] == {"kept": 6, "easy": 0, "unhelped": 0}
     against = next(
         iter(assess(samples, pool, KnownConfidence(), OtherRationales(samples, pool, 2, 0), against_negatives=True))
     )
@@ -180,8 +181,40 @@ def test_an_interrupted_selection_goes_on_and_judges_nothing_twice(
         assess_pool(samples, pool, Counting(), tmp_path / "selection", against, identity="known")
 
 
-def assessed(question: str, gain: float, text: str) -> Assessed:
-    return Assessed(question, "t", Rationale("w", 0, text), gain, gain)
+def assessed(question: str, gain: float, text: str, *, found: bool = False) -> Assessed:
+    return Assessed(question, "t", Rationale("w", 0, text), gain, gain, found)
+
+
+def test_a_question_that_needs_no_rationale_is_told_from_one_that_nobody_helped() -> None:
+    found = [
+        assessed("easy", 0.1, "one", found=True),
+        assessed("easy", -3.0, "two", found=True),
+        assessed("lost", -1.0, "three"),
+        assessed("lost", 0.2, "four"),
+        assessed("helped", -1.0, "five"),
+        assessed("helped", 2.0, "six"),
+        assessed("surer", 2.0, "seven", found=True),
+    ]
+    assert report(found, Margins())["questions"]["t"] == {"kept": 2, "easy": 1, "unhelped": 1}
+    for unhelped in ("undecided", "stop"):
+        kept = kept_rationales(
+            found, lambda one: one.verdict(Margins()) is Verdict.KEPT, temperature=1.0, unhelped=unhelped
+        )
+        taught = {question: one.decides for question, one in kept.items()}
+        assert taught == {"easy": True, "lost": unhelped == "stop", "helped": True, "surer": True}
+        assert [question for question, one in kept.items() if one.texts] == ["helped", "surer"]
+
+
+def test_an_evaluator_finds_a_pair_that_it_ranks_first_or_says_yes_to(mined: list[Sample], model: Checkpoint) -> None:
+    pairs, bank = [replace(sample, negatives=sample.negatives[-1:]) for sample in mined], TargetBank(mined, model)
+    ranked = EmbedderEvaluator(model, bank, temperature=0.05).confidences(pairs, [[] for _ in pairs])
+    for sample, one in zip(pairs, ranked, strict=True):
+        query_D = F.normalize(state(model, query_row(sample.question, model.rows)), dim=0).numpy()
+        similarity_C = bank.candidates(sample) @ query_D
+        assert one.found == (similarity_C.argmax() == 0)
+    assert len({one.found for one in ranked}) == 2
+    plain = [sample for sample in mined if isinstance(sample.question.content, str)] or mined[:4]
+    assert all(one.found == (one.without > 0) for one in JudgeEvaluator(model).confidences(plain, [[] for _ in plain]))
 
 
 def test_a_query_draws_by_gain_and_one_that_kept_nothing_is_taught_to_stop() -> None:
@@ -191,14 +224,15 @@ def test_a_query_draws_by_gain_and_one_that_kept_nothing_is_taught_to_stop() -> 
         assessed("a", -1.0, "worse"),
         assessed("b", -1.0, "bad"),
     ]
-    kept = kept_rationales(found, lambda one: one.gain > 0, temperature=1.0)
+    kept = kept_rationales(found, lambda one: one.gain > 0, temperature=1.0, unhelped="stop")
     assert kept["a"].texts == ("two", "one")
     assert kept["a"].weights == pytest.approx((np.e / (1 + np.e), 1 / (1 + np.e)))
     rng = np.random.default_rng(0)
     drawn = [kept["a"].draw(rng) for _ in range(1000)]
     assert drawn.count("two") == pytest.approx(731, abs=45)
     assert kept["b"].draw(rng) is None
-    assert kept_rationales(found, lambda _: True, temperature=float("inf"))["a"].weights == pytest.approx((1 / 3,) * 3)
+    evenly = kept_rationales(found, lambda _: True, temperature=float("inf"), unhelped="stop")
+    assert evenly["a"].weights == pytest.approx((1 / 3,) * 3)
 
 
 def test_mined_negatives_never_answer_and_the_hardest_come_first(

@@ -3,7 +3,7 @@
     L = InfoNCE(z_r) + lambda_g (next-token loss on the rationale + on the decision) + lambda_d InfoNCE(z_d)
 
 z_d and z_r are the direct and the reasoned embedding of a query; targets are embedded by the direct path. A query whose
-rationales were all dropped is taught to stop: it has no z_r, and its decision's label is the stop token.
+rationales were all dropped has no z_r; the label of its decision is the stop token, or none (`Lesson.decides`).
 InfoNCE is symmetric and over the negatives of all processes (`losses.info_nce`). Axes: Q queries, R of them with a
 rationale, C candidates, U and V the distinct ones of both, D hidden size.
 """
@@ -29,14 +29,24 @@ from mmemb_training.grad_cache import Chunk
 from mmemb_training.losses import info_nce
 from mmemb_training.recipes.settings import Objective
 from mmemb_training.samples import Sample, query_row, target_row
+from mmemb_training.selection.select import KeptRationales
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A sample as a step teaches it: with one of its rationales, or with none where the model is to stop."""
+    """A sample as a step teaches it: with one of its rationales, or with none where the model is to stop.
+
+    Where it does not `decide`, nothing is taught of the choice between the two.
+    """
 
     sample: Sample
     rationale: str | None
+    decides: bool = True
+
+
+def lesson_of(sample: Sample, kept: KeptRationales, rng: np.random.Generator) -> Lesson:
+    """Return a sample with one of the rationales that it kept, or none."""
+    return Lesson(sample, kept.draw(rng), kept.decides)
 
 
 class JointStep:
@@ -64,6 +74,7 @@ class JointStep:
         lessons, rows = [lessons[index] for index in order], [rows[index] for index in order]
         tokens = [tokens[index] for index in order]
         self._reasons_Q = torch.tensor([path is not None for path in tokens])
+        self._decides_Q = torch.tensor([lesson.decides for lesson in lessons])
         self._words = sum(len(path) + 1 for path in tokens if path is not None)  # that are predicted, with `</think>`
         self._wanted = [lesson.sample.wanted for lesson in lessons]
         targets = [lesson.sample.target for lesson in lessons]
@@ -99,7 +110,8 @@ class JointStep:
         candidates_CD = _gather(torch.cat([reading.direct_BD for reading in targets]), accelerator)
         relevant_QC, copies_Q, copies_C = (part.to(direct_QD.device) for part in self._relevance(accelerator))
         reasons_everyone_Q = _gather(reasons_Q, accelerator)
-        total = _sum(torch.tensor([self._words, len(reasons_Q)], device=direct_QD.device), accelerator)
+        decides_Q = self._decides_Q.to(reasons_Q.device)
+        total = _sum(torch.tensor([self._words, int(decides_Q.sum())], device=direct_QD.device), accelerator)
         label_Q = (~reasons_Q).long()[:, None]
         contrast = partial(info_nce, temperature=objective.temperature, dims=objective.dims, copies_C=copies_C)
         reasoned = relevant_QC[reasons_everyone_Q]
@@ -107,7 +119,7 @@ class JointStep:
             "direct": contrast(everyone_QD, candidates_CD, relevant_QC, copies_Q=copies_Q),
             "reasoned": contrast(everyone_RD, candidates_CD, reasoned),  # rationales tell equal questions apart
             "rationale": -logprob_R.sum() / total[0].clamp(min=1),
-            "decision": -decision_Q2.gather(1, label_Q).sum() / total[1],
+            "decision": -(decision_Q2.gather(1, label_Q)[:, 0] * decides_Q).sum() / total[1].clamp(min=1),
         }
         loss = objective.total(terms)
         for name in ("rationale", "decision"):

@@ -26,11 +26,12 @@ from rich.console import Console
 from mmemb_deploy.devices import GIB
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.files import claim
+from mmemb_deploy.inputs.prompts import DISC_EMB
 from mmemb_deploy.progress import counting
-from mmemb_training.checkpoint import FACTS, Checkpoint, load_checkpoint
+from mmemb_training.checkpoint import FACTS, Checkpoint, load_checkpoint, outline_checkpoint
 from mmemb_training.control.grpo import train_control
 from mmemb_training.data.registry import read
-from mmemb_training.joint import Lesson
+from mmemb_training.joint import Lesson, lesson_of
 from mmemb_training.pool.build import Rationale, build_pool, print_report, read_pool
 from mmemb_training.pool.endpoint import EndpointWorker
 from mmemb_training.pool.local import TransformersWorker
@@ -40,7 +41,7 @@ from mmemb_training.recipes.estimate import estimate
 from mmemb_training.recipes.machines import Machine
 from mmemb_training.recipes.settings import RunRecipe, TrainedWeights, WorkerSettings, changed
 from mmemb_training.recipes.shapes import ModelShape, read_shape
-from mmemb_training.samples import Sample
+from mmemb_training.samples import Sample, held_apart
 from mmemb_training.selection.assess import REPORT, assess_pool, read_assessed
 from mmemb_training.selection.bank import TargetBank, mine_negatives
 from mmemb_training.selection.evaluators import EmbedderEvaluator, Evaluator, JudgeEvaluator
@@ -126,6 +127,7 @@ class Run:
     ) -> None:
         self.recipe = recipe
         self.samples = samples
+        self._taught, self._apart = held_apart(samples, recipe.pool.held_apart)
         self.folder = folder
         self._watch = watch
         self._console = console
@@ -141,6 +143,8 @@ class Run:
             raise OptionError(
                 "control with weights.method 'full' decodes with whole weights, and they are sharded: run it on one GPU"
             )
+        if "selection" in names:
+            self._check_evaluator()
         training = [name for name in names if name in ("joint", "control")]
         if training:
             shape = read_shape(self._started())
@@ -151,6 +155,16 @@ class Run:
             self._console.rule(name)
             steps[name]()
 
+    def _check_evaluator(self) -> None:
+        """Raise OptionError for an embedder that has never been taught to embed: where the markers are new."""
+        if self.recipe.selection.evaluator == "judge":
+            return
+        if DISC_EMB in outline_checkpoint(self._started()).facts.provenance["added"]:
+            raise OptionError(
+                f"selection.evaluator is 'embedder', and {self.recipe.model.source} has no trained {DISC_EMB}: nothing "
+                "of its embeddings means anything yet. Set it to 'judge', or start from a checkpoint of stage 3"
+            )
+
     def start(self) -> Checkpoint:
         """Return the checkpoint that training starts from."""
         return load_checkpoint(self._started(), dtype=self._dtype)
@@ -158,7 +172,7 @@ class Run:
     def pool(self) -> None:
         """Stage 1."""
         if self._accelerator.is_main_process:
-            questions = [sample.question for sample in self.samples]
+            questions = [sample.question for sample in self._taught]
             workers = [self._worker(one) for one in self.recipe.pool.workers]
             with counting(len(questions) * len(workers), shown=True, label="writing") as done:
                 report = build_pool(questions, workers, self.folder / "pool", done=done)
@@ -199,6 +213,7 @@ class Run:
             read_assessed(folder),
             lambda one: one.verdict(recipe.margins) is Verdict.KEPT,
             temperature=recipe.sampling_temperature,
+            unhelped=recipe.unhelped,
         )
 
     def joint(self) -> Checkpoint:
@@ -207,13 +222,13 @@ class Run:
 
     def _begin_joint(self) -> tuple[Checkpoint, Metrics, int]:
         recipe, start, kept = self.recipe.joint, self.start(), self.selection()
-        known = [sample for sample in self.samples if sample.question.key in kept]
+        known = [sample for sample in self._taught if sample.question.key in kept]
         batches = TaskBatches(known, recipe.batch, seed=recipe.schedule.seed)
         recipe = replace(recipe, schedule=recipe.schedule.over(batches.per_pass))
 
         def draw(step: int) -> list[Lesson]:
             rng = np.random.default_rng([recipe.schedule.seed, step])
-            return [Lesson(sample, kept[sample.question.key].draw(rng)) for sample in batches(step)]
+            return [lesson_of(sample, kept[sample.question.key], rng) for sample in batches(step)]
 
         steps = train_jointly(
             start,
@@ -221,23 +236,27 @@ class Run:
             recipe,
             self.folder / "joint",
             weights=self.recipe.weights,
-            data={"samples": len(self.samples), "kept": len(kept)},
+            data={"samples": len(self._taught), "kept": len(kept)},
             accelerator=self._accelerator,
         )
         return start, steps, recipe.schedule.length
 
     def control(self) -> Checkpoint:
-        """Stage 4, on as many questions as its steps see. Groups are decoded here: sharded weights cannot be."""
+        """Stage 4, on as many of the questions that are held apart as its steps see."""
         return self._stage("control", self._begin_control)
 
     def _begin_control(self) -> tuple[Checkpoint, Metrics, int]:
         recipe, rng = self.recipe.control, np.random.default_rng(0)
         processes = int(self._accelerator.num_processes)  # accelerate types it as what never returns
-        wanted = min(len(self.samples), recipe.queries * math.ceil(recipe.schedule.length / recipe.updates))
-        chosen = [self.samples[index] for index in rng.choice(len(self.samples), size=wanted, replace=False)]
+        questions = self._apart or self.samples
+        wanted = min(len(questions), recipe.queries * math.ceil(recipe.schedule.length / recipe.updates))
+        chosen = [questions[index] for index in rng.choice(len(questions), size=wanted, replace=False)]
         share = min(recipe.queries, wanted) // processes  # as many for each, so that all read as often
         if not share:
-            raise OptionError(f"control.queries is {recipe.queries}: each of {processes} processes needs at least 1")
+            raise OptionError(
+                f"control.queries is {recipe.queries}, of {len(questions)} questions: each of {processes} processes "
+                "needs at least 1"
+            )
         joint = self.joint()
         joint.model.to(self._accelerator.device)
         samples = self._mined(chosen, joint)
@@ -318,8 +337,8 @@ class Run:
         """Return the frozen evaluator, and the samples as it judges them: the embedder mines its hard negatives."""
         recipe = self.recipe.selection
         if recipe.evaluator == "judge":
-            return self.samples, JudgeEvaluator(model)
-        samples = self._mined(self.samples, model)
+            return self._taught, JudgeEvaluator(model)
+        samples = self._mined(self._taught, model)
         return samples, EmbedderEvaluator(model, TargetBank(samples, model), temperature=recipe.temperature)
 
     def _mined(self, samples: Sequence[Sample], model: Checkpoint) -> list[Sample]:

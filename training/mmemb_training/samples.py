@@ -5,7 +5,10 @@ A worker that writes rationales is handed a Question and nothing else, so that n
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from mmemb_deploy.inputs.parse import parse
@@ -39,6 +42,29 @@ class Sample:
     wanted: str
     target: Target
     negatives: tuple[Target, ...] = ()
+
+
+MOST_HELD = 0.2  # of a task's samples that may be held apart
+
+
+def held_apart(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list[Sample]]:
+    """Return the samples that are taught, and about `count` that are held apart, by their questions' hashes.
+
+    Of every task as large a share, at most MOST_HELD, and at least one sample of two or more. The hashes are of keys
+    alone: the same ones whatever the order, and whatever other data sets there are.
+    """
+    if not count:
+        return list(samples), []
+    tasks: dict[str, list[str]] = {}
+    for sample in samples:
+        tasks.setdefault(sample.question.task, []).append(sample.question.key)
+    share, apart = min(MOST_HELD, count / len(samples)), set[str]()
+    for keys in tasks.values():
+        keys.sort(key=lambda key: hashlib.sha256(key.encode()).digest())
+        apart.update(keys[: ceil(share * len(keys)) if len(keys) > 1 else 0])
+    return [one for one in samples if one.question.key not in apart], [
+        one for one in samples if one.question.key in apart
+    ]
 
 
 def query_row(question: Question, encoder: RowEncoder) -> Row:

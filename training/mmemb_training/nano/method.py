@@ -20,7 +20,7 @@ import numpy as np
 
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.control.grpo import train_control
-from mmemb_training.joint import Lesson
+from mmemb_training.joint import Lesson, lesson_of
 from mmemb_training.nano.digits import RULES, digit_workers, draw_digits, states_only_truths
 from mmemb_training.nano.model import DIMS, nano_checkpoint
 from mmemb_training.pool.build import Rationale, build_pool, read_pool
@@ -168,13 +168,12 @@ class NanoRun:
 
         def begin() -> tuple[Checkpoint, Metrics, int]:
             temperature = SAMPLING_TEMPERATURE if keeps in (pair_aware, gain_only) else float("inf")
-            kept = kept_rationales(self.selection(), keeps, temperature=temperature)
+            kept = kept_rationales(self.selection(), keeps, temperature=temperature, unhelped="stop")
 
             def draw(step: int) -> list[Lesson]:
                 rng = np.random.default_rng([self.recipe.seed, step])
-                return [
-                    Lesson(sample, kept[sample.question.key].draw(rng)) for sample in self._batch(step, recipe.batch)
-                ]
+                batch = self._batch(step, recipe.batch)
+                return [lesson_of(sample, kept[sample.question.key], rng) for sample in batch]
 
             start = self.backbone()
             steps = train_jointly(start, draw, recipe, self.folder / name, data={"rule": keeps.__name__})

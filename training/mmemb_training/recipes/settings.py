@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.optim import AdamW
 
 Method = Literal["full", "lora"]
+Unhelped = Literal["undecided", "stop"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -177,6 +178,9 @@ class PoolRecipe:
     samples: int  # rationales per worker and question
     max_tokens: int  # of one answer
     temperature: float
+    # Questions that reinforcement has to itself: stages 1 to 3 never see them, since a model that has memorised a
+    # question's direct embedding finds no gain in reasoning. At most a fifth of each task's; 0: it sees the same ones.
+    held_apart: int = 8192
 
     def __post_init__(self) -> None:
         names = [worker.name for worker in self.workers]
@@ -185,7 +189,7 @@ class PoolRecipe:
         if len(set(names)) < len(names):
             raise OptionError(f"workers are named {', '.join(names)}: each needs a name of its own")
         check_bounds(self, "samples", "max_tokens", least=1)
-        check_bounds(self, "temperature", least=0)
+        check_bounds(self, "temperature", "held_apart", least=0)
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,9 @@ class SelectionRecipe:
     sampling_temperature: float = 4.0  # nats: kept rationales are drawn in proportion to exp(gain / this)
     hard_negatives: int = 8  # candidates beside the target
     other_rationales: int = 2  # of other questions, that each worker's are compared with
+    # What a question is taught that no rationale helped although it needs one: to stop, as one that needs none, or
+    # nothing of its decision. Its workers failed, which says nothing of what the trained model could write.
+    unhelped: Unhelped = "undecided"
 
     def __post_init__(self) -> None:
         check_bounds(self, "temperature", "sampling_temperature", above=0)

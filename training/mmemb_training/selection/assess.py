@@ -18,7 +18,7 @@ from mmemb_training.selection.evaluators import Evaluator
 from mmemb_training.selection.select import Assessed, report
 from mmemb_training.tables import locked, read_parts, write_part
 
-COLUMNS = ("question", "task", "worker", "sample", "rationale", "gain", "content")
+COLUMNS = ("question", "task", "worker", "sample", "rationale", "gain", "content", "found")
 SELECTION, REPORT = "selection.json", "report.json"
 CHUNK = 2048  # questions; the unit of work that is kept
 BATCH = 64  # questions that the evaluator reads at once
@@ -68,6 +68,7 @@ def read_assessed(folder: Path) -> list[Assessed]:
             Rationale(row["worker"], row["sample"], row["rationale"]),
             row["gain"],
             row["content"],
+            row["found"],
         )
         for row in read_parts(folder, COLUMNS)
     ]
@@ -110,6 +111,7 @@ def assess(
                     one,
                     gain=l_of[one.text] - confidence.without - (aside[one.text] if against_negatives else 0),
                     content=l_of[one.text] - float(np.mean(other_l)) if other_l else 0.0,
+                    found=confidence.found,
                 )
 
 

@@ -31,12 +31,14 @@ Floats = NDArray[np.float32]
 class Confidence:
     """Log-odds or log-probabilities l of a match: without a rationale, and with each of those that were asked about.
 
-    `gain_on_negatives` is, per rationale, the mean of l(with) - l(without) over the question's negatives, where the
-    evaluator has negatives.
+    `found` says whether the evaluator already takes the pair for a match without a rationale: the embedder ranks the
+    target above all negatives, the judge says "yes". `gain_on_negatives` is, per rationale, the mean of l(with) -
+    l(without) over the question's negatives, where the evaluator has negatives.
     """
 
     without: float
     with_each: tuple[float, ...]
+    found: bool
     gain_on_negatives: tuple[float, ...] | None = None
 
 
@@ -75,7 +77,8 @@ class EmbedderEvaluator:
         l_VC = (views_VD @ candidates_CD.T / self._temperature).log_softmax(dim=-1)
         gain_RC = l_VC[1:] - l_VC[0]
         on_negatives = gain_RC[:, 1:].mean(dim=1) if len(candidates_CD) > 1 else gain_RC.new_zeros(len(gain_RC))
-        return Confidence(float(l_VC[0, 0]), tuple(l_VC[1:, 0].tolist()), tuple(on_negatives.tolist()))
+        found = bool(l_VC[0, 0] >= l_VC[0].max())
+        return Confidence(float(l_VC[0, 0]), tuple(l_VC[1:, 0].tolist()), found, tuple(on_negatives.tolist()))
 
 
 JUDGE_INSTRUCTION = "Decide whether the candidate is what the query asks for. The query's images come first."
@@ -105,7 +108,8 @@ class JudgeEvaluator:
             logits_RV = self._encoder.next_logits(prompts, continued)
         yes_R, no_R = logits_RV[:, self._answers].unbind(dim=1)
         odds = iter((yes_R - no_R).tolist())
-        return [Confidence(next(odds), tuple(next(odds) for _ in given)) for given in rationales]
+        each = [(next(odds), tuple(next(odds) for _ in given)) for given in rationales]
+        return [Confidence(without, with_each, found=without > 0) for without, with_each in each]
 
     def _pair_row(self, sample: Sample) -> Row:
         """Return one prompt that shows both sides of a pair, up to where an answer begins."""

@@ -16,7 +16,15 @@ from enum import StrEnum
 import numpy as np
 
 from mmemb_training.pool.build import Rationale
-from mmemb_training.recipes.settings import Margins
+from mmemb_training.recipes.settings import Margins, Unhelped
+
+
+class Outcome(StrEnum):
+    """What selection leaves of a question."""
+
+    KEPT = "kept"  # it has a rationale to learn
+    EASY = "easy"  # none was kept, and none was needed: the evaluator finds the pair without
+    UNHELPED = "unhelped"  # none was kept although one is needed: all workers failed
 
 
 class Verdict(StrEnum):
@@ -30,13 +38,14 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Assessed:
-    """A rationale and what the evaluator found."""
+    """A rationale and what the evaluator found; `found`: it finds the pair without any (`Confidence.found`)."""
 
     question: str
     task: str
     rationale: Rationale
     gain: float
     content: float
+    found: bool
 
     def verdict(self, margins: Margins) -> Verdict:
         """Return what the rationale is, given what it must exceed."""
@@ -49,10 +58,14 @@ class Assessed:
 
 @dataclass(frozen=True)
 class KeptRationales:
-    """The rationales that a question kept, and in what proportion to draw them. None kept: it is taught to stop."""
+    """The rationales that a question kept, and in what proportion to draw them.
+
+    None kept: it is taught to stop, unless `decides` is False: then its decision is taught nothing.
+    """
 
     texts: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
+    decides: bool = True
 
     def draw(self, rng: np.random.Generator) -> str | None:
         """Return one of the rationales, or None where none was kept."""
@@ -62,28 +75,47 @@ class KeptRationales:
 Keeps = Callable[[Assessed], bool]
 
 
-def kept_rationales(assessed: Iterable[Assessed], keeps: Keeps, *, temperature: float) -> dict[str, KeptRationales]:
-    """Return what every assessed question kept, drawn in proportion to exp(gain / temperature) (inf: evenly)."""
+def kept_rationales(
+    assessed: Iterable[Assessed], keeps: Keeps, *, temperature: float, unhelped: Unhelped
+) -> dict[str, KeptRationales]:
+    """Return what every assessed question kept, drawn in proportion to exp(gain / temperature) (inf: evenly).
+
+    `unhelped` says what a question is taught that no rationale helped although it needs one: "stop", or to decide
+    nothing, "undecided".
+    """
     kept: dict[str, list[Assessed]] = {}
+    lost = set[str]()
     for one in assessed:
         kept.setdefault(one.question, [])
         if keeps(one):
             kept[one.question].append(one)
+        if not one.found:
+            lost.add(one.question)
     found = {}
     for question, members in kept.items():
         gain_K = np.array([member.gain for member in members]) / temperature
         odds_K = np.exp(gain_K - gain_K.max(initial=-np.inf))
         weights = tuple((odds_K / odds_K.sum()).tolist()) if members else ()
-        found[question] = KeptRationales(tuple(member.rationale.text for member in members), weights)
+        decides = bool(members) or unhelped == "stop" or question not in lost
+        found[question] = KeptRationales(tuple(member.rationale.text for member in members), weights, decides)
     return found
 
 
 def report(assessed: Iterable[Assessed], margins: Margins) -> dict[str, dict[str, dict[str, int]]]:
-    """Count the verdicts: {"worker": {name: {verdict: count}}, "task": {...}}."""
-    counts: dict[str, dict[str, dict[str, int]]] = {"worker": {}, "task": {}}
+    """Count the verdicts, and what is left of questions, by task.
+
+    {"worker": {name: {verdict: count}}, "task": {name: {verdict: count}}, "questions": {task: {outcome: count}}}
+    """
+    counts: dict[str, dict[str, dict[str, int]]] = {"worker": {}, "task": {}, "questions": {}}
+    outcomes: dict[tuple[str, str], Outcome] = {}
     for one in assessed:
-        verdict = one.verdict(margins)
+        verdict, question = one.verdict(margins), (one.task, one.question)
+        if verdict is Verdict.KEPT:
+            outcomes[question] = Outcome.KEPT
+        outcomes.setdefault(question, Outcome.EASY if one.found else Outcome.UNHELPED)
         for kind, name in (("worker", one.rationale.worker), ("task", one.task)):
             row = counts[kind].setdefault(name, dict.fromkeys(map(str, Verdict), 0))
             row[verdict] += 1
+    for (task, _), outcome in outcomes.items():
+        counts["questions"].setdefault(task, dict.fromkeys(map(str, Outcome), 0))[outcome] += 1
     return counts
