@@ -60,6 +60,15 @@ class Row:
         )
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What the vision tower sees of a request, resized: images, and a video's temporal patches with their seconds."""
+
+    images: list[Visual]
+    frames: list[Visual]
+    times: list[float]
+
+
 class RowEncoder:
     """Turns requests into rows, with one prompt format and one vision tower."""
 
@@ -70,15 +79,14 @@ class RowEncoder:
 
     def row(self, request: Request, instruction: str) -> Row:
         """Resize, tokenise and lay out one request. Raises InputError for an image that cannot be resized."""
-        images = [resize_image(image, self.vision) for image in request.images]
-        frames = self._frames(request) if request.frames else []
-        times = patch_times(request.timestamps, request.next_timestamp, self.vision) if request.frames else []
+        shown = self.shown(request)
         ids = self.prompt.prompt(
             instruction,
             request.text,
-            image_tokens=[image.tokens for image in images],
-            video_tokens=[(seconds, frame.tokens) for seconds, frame in zip(times, frames, strict=True)],
+            image_tokens=[image.tokens for image in shown.images],
+            video_tokens=[(seconds, frame.tokens) for seconds, frame in zip(shown.times, shown.frames, strict=True)],
         )
+        images, frames = shown.images, shown.frames
         visuals = (*frames, *images) if self.prompt.layout.video_first else (*images, *frames)
         token_ids_S = np.asarray(ids, np.int64)
         shown_S = np.isin(token_ids_S, self._pads)
@@ -88,6 +96,14 @@ class RowEncoder:
             visuals,
             np.where(shown_S, shown_S.cumsum(), 0),
             self.prompt.prefix_length(instruction),
+        )
+
+    def shown(self, request: Request) -> Shown:
+        """Resize what a request shows. Raises InputError for an image that cannot be resized."""
+        return Shown(
+            images=[resize_image(image, self.vision) for image in request.images],
+            frames=self._frames(request) if request.frames else [],
+            times=patch_times(request.timestamps, request.next_timestamp, self.vision) if request.frames else [],
         )
 
     def _frames(self, request: Request) -> list[Visual]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
@@ -38,17 +38,36 @@ class Message(BaseModel):
         return self.reasoning or self.reasoning_content or ""
 
 
+class TokenLogprob(BaseModel):
+    """A token that was drawn, and its log-probability; vLLM names it "token_id:7" where that was asked for."""
+
+    token: str
+    logprob: float
+
+
+class Logprobs(BaseModel):
+    """The log-probabilities of an answer's tokens."""
+
+    content: list[TokenLogprob] | None = None
+
+
 class Sample(BaseModel):
-    """One answer to a chat; `finish_reason` is "stop", or "length" where `max_tokens` cut it."""
+    """One answer to a chat; `finish_reason` is "stop", or "length" where `max_tokens` cut it.
+
+    vLLM returns `token_ids`, those that were drawn, where `return_token_ids` asks for them.
+    """
 
     message: Message
     finish_reason: str | None = None
+    token_ids: list[int] | None = None
+    logprobs: Logprobs | None = None
 
 
 class Completion(BaseModel):
     """The parts of a chat completion that are read; others are ignored, as servers differ in them."""
 
     choices: list[Sample]
+    prompt_token_ids: list[int] | None = None  # vLLM's, where `return_token_ids` asks for them
 
 
 @dataclass(frozen=True)
@@ -57,6 +76,7 @@ class Reply:
 
     choices: list[Sample]
     error: str | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,25 +122,43 @@ class ChatClient:
                 f"the environment variable {self.api_key_variable} is not set: put the endpoint's key there"
             )
 
-    def ask(self, chats: Sequence[Chat], *, deadline: float | None = None, **request: Any) -> list[Reply]:
+    def ask(
+        self,
+        chats: Sequence[Chat],
+        *,
+        each: Sequence[Mapping[str, Any]] | None = None,
+        deadline: float | None = None,
+        **request: Any,
+    ) -> list[Reply]:
         """Return the reply to every chat; `request` holds the other parameters of a chat completion.
 
-        `deadline` is in seconds and bounds all attempts at one chat together. A chat that raises InputError fails
-        alone. Raises BackendError where the server refuses the key or does not know the model or address (401, 404).
+        `each` holds, for every chat, those that are its own. `deadline` is in seconds and bounds all attempts at one
+        chat together. A chat that raises InputError fails alone. Raises BackendError where the server refuses the key
+        or does not know the model or address (401, 404).
         """
-        return _run(self._ask_all(chats, deadline, request))
+        requests = [request | dict(own) for own in each or [{}] * len(chats)]
+        return _run(self._ask_all(chats, deadline, requests))
 
-    async def _ask_all(self, chats: Sequence[Chat], deadline: float | None, request: dict[str, Any]) -> list[Reply]:
+    @property
+    def key(self) -> str:
+        """The key that the server is shown."""
+        return "unused" if self.api_key_variable is None else os.environ[self.api_key_variable]
+
+    async def _ask_all(
+        self, chats: Sequence[Chat], deadline: float | None, requests: Sequence[dict[str, Any]]
+    ) -> list[Reply]:
         from openai import AsyncOpenAI
 
-        key = "unused" if self.api_key_variable is None else os.environ[self.api_key_variable]
         slots = asyncio.Semaphore(self.concurrency)
         async with AsyncOpenAI(
-            base_url=self.base_url, api_key=key, max_retries=self.max_retries, timeout=self.timeout
+            base_url=self.base_url, api_key=self.key, max_retries=self.max_retries, timeout=self.timeout
         ) as client:
             try:
                 async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(self._ask_one(client, slots, chat, deadline, request)) for chat in chats]
+                    tasks = [
+                        group.create_task(self._ask_one(client, slots, chat, deadline, request))
+                        for chat, request in zip(chats, requests, strict=True)
+                    ]
             except ExceptionGroup as failed:  # the first cancelled the others
                 raise failed.exceptions[0] from failed.exceptions[0].__cause__
         return [task.result() for task in tasks]
@@ -137,7 +175,8 @@ class ChatClient:
                     answer = await client.chat.completions.with_raw_response.create(
                         model=self.model, messages=messages, **request
                     )
-                return Reply(Completion.model_validate_json(answer.content).choices)
+                found = Completion.model_validate_json(answer.content)
+                return Reply(found.choices, prompt_token_ids=found.prompt_token_ids)
             except (AuthenticationError, NotFoundError) as error:
                 raise BackendError(
                     f"{self.base_url} refused model {self.model!r}: {error.message}. Check the address, the model's "
@@ -174,6 +213,15 @@ def text_part(text: str) -> dict[str, Any]:
 def image_part(image: Image.Image) -> dict[str, Any]:
     """Return an image as part of a message, as a PNG data URL."""
     return {"type": "image_url", "image_url": {"url": data_uri(image)}}
+
+
+def video_part(frames: Sequence[Image.Image]) -> dict[str, Any]:
+    """Return a video as part of a message: its frames as PNG, in the list that vLLM reads under the type video/jpeg.
+
+    What times they have is said beside the messages, by `media_io_kwargs`.
+    """
+    encoded = ",".join(data_uri(frame).partition(",")[2] for frame in frames)
+    return {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{encoded}"}}
 
 
 def _first_problem(error: ValidationError) -> str:

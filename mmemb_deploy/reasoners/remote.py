@@ -16,12 +16,13 @@ from mmemb_deploy.inputs.limits import Limits
 from mmemb_deploy.inputs.parse import Request, parse
 from mmemb_deploy.inputs.prompts import END_THINK, MARKERS, THINK, PromptFormat
 from mmemb_deploy.inputs.rows import RowEncoder
-from mmemb_deploy.reasoners.chat import Chat, ChatClient, Reply, image_part, text_part
+from mmemb_deploy.reasoners.chat import Chat, ChatClient, Reply, image_part, text_part, video_part
 from mmemb_deploy.routing.generation import Generator
 from mmemb_deploy.routing.items import Item, Reasoned
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam
+    from PIL import Image
 
 ON_FAILURE = ("raise", "direct")
 HELD_BYTES = 256 * 2**20  # of decoded pixels, in one call
@@ -138,14 +139,17 @@ class RemoteWriter:
         return self._prompt.tokenize(rationale), sample.finish_reason == "length"
 
 
-def policy_messages(prompt: PromptFormat, instruction: str, request: Request) -> list[ChatCompletionMessageParam]:
+def policy_messages(
+    prompt: PromptFormat, instruction: str, request: Request, video: Sequence[Image.Image] = ()
+) -> list[ChatCompletionMessageParam]:
     """Return the chat that the checkpoint's template renders as `mmemb_deploy.inputs.prompts` lays an input out.
 
-    Images are PNG data URLs of the pixels that were given. Raises InputError for a video.
+    Images are PNG data URLs of the pixels that were given. A video is sent as the frames `video`, to a server that is
+    told their times (vLLM).
     """
-    _check_still(request)
     content: list[Any] = [text_part(f"{instruction}\n")] if instruction else []
     content += map(image_part, request.images)
+    content += [video_part(video)] if video else []
     content += [text_part(request.text)] if request.text else []
     chat = [{"role": "system", "content": prompt.system}, {"role": "user", "content": content}]
     return cast("list[ChatCompletionMessageParam]", chat)

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from mmemb_deploy import OptionError
+from fake_vllm import FakeVllm, serving
+from mmemb_deploy import BackendError, OptionError
 from mmemb_training.checkpoint import load_checkpoint
 from mmemb_training.pool.build import read_pool
 from mmemb_training.recipes.estimate import estimate
@@ -206,6 +207,32 @@ def test_an_embedder_that_was_never_taught_to_embed_is_refused_as_evaluator_befo
     with pytest.raises(OptionError, match=r"evaluator is 'embedder', and .* has no trained <\|disc_emb\|>"):
         run.upto("selection")
     assert not endpoint.received
+
+
+def test_a_recipe_names_the_server_that_writes_its_rollouts(
+    endpoint: Any, public: Path, data: str, tmp_path: Path
+) -> None:
+    text = RECIPE.format(source=public, port=endpoint.server_port, method="lora", evaluator="judge")
+    rollouts = '[control.rollouts]\nbase_url = "{url}"\nmodel = "policy"\n[control.schedule]\n'
+    recipe_of = lambda url: text.replace("[control.schedule]\n", rollouts.format(url=url))  # noqa: E731
+    samples, folder, path = read_samples([data], limit=8), tmp_path / "run", tmp_path / "recipe.toml"
+
+    def run(url: str, upto: str) -> None:
+        path.write_text(recipe_of(url))
+        Run(load_recipe(path), samples, folder, Watched(), Console(quiet=True)).upto(upto)
+
+    with pytest.raises(OptionError, match="base_url is 'nowhere'"):
+        run("nowhere", "control")
+    assert not endpoint.received
+    start = r"Serve what stage 3 left: VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve .*joint/checkpoint .*-rank 4$"
+    with pytest.raises(BackendError, match=start):
+        run("http://127.0.0.1:9/v1", "control")
+    vllm = FakeVllm(folder / "joint" / "checkpoint")
+    with serving(vllm) as url:
+        run(url, "control")
+    assert vllm.prompts
+    assert load_checkpoint(folder / "control" / "checkpoint").facts.provenance["stages"] == ["joint", "control"]
+    run("http://127.0.0.1:9/v1", "control")  # which is done, and asks nobody
 
 
 SMALL_GPU = Machine(name="a GPU", source="a test", memory_gib=24)

@@ -26,11 +26,13 @@ from mmemb_deploy.inputs.prompts import PromptEncoder, PromptFormat
 from mmemb_deploy.inputs.rows import RowEncoder
 
 # The layout of `mmemb_deploy.inputs.prompts` for servers that render chats: system, instruction with its line end,
-# images, text; the answer begins after `<think>`, as the reasoning path does.
+# images, video, text; the answer begins after `<think>`, as the reasoning path does. A video's pad stands alone: since
+# transformers 5.10 a processor puts each patch's time and vision markers in the place of the pad, and of nothing else.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' -}}"
     "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
     "{%- if part.type == 'text' -%}{{- part.text -}}"
+    "{%- elif part.type == 'video' -%}{{- '<|video_pad|>' -}}"
     "{%- else -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}{{- '<|im_end|>\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n<|disc_emb|><think>' -}}{%- endif -%}"

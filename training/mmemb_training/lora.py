@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -18,8 +20,11 @@ from mmemb_training.recipes.settings import LoraSettings, TrainedWeights
 TRAINED_MARKERS = (prompts.DISC_EMB, prompts.GEN_EMB)  # rows that a public checkpoint does not have
 
 
-def add_lora(checkpoint: Checkpoint, settings: LoraSettings) -> Any:
-    """Freeze a checkpoint's model but for new adapters and the markers' rows, in place; return what merges them."""
+def add_lora(checkpoint: Checkpoint, settings: LoraSettings, *, markers: bool = True) -> Any:
+    """Freeze a checkpoint's model but for new adapters, in place; return what merges them.
+
+    With `markers`, the markers' rows of the embedding table train too.
+    """
     try:
         from peft import LoraConfig, LoraModel
     except ModuleNotFoundError as error:
@@ -30,7 +35,7 @@ def add_lora(checkpoint: Checkpoint, settings: LoraSettings) -> Any:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=rf".*language_model.*\.({'|'.join(settings.targets)})",
-        trainable_token_indices={"embed_tokens": [ids[marker] for marker in TRAINED_MARKERS]},
+        trainable_token_indices={"embed_tokens": [ids[marker] for marker in TRAINED_MARKERS]} if markers else None,
     )
     adapter = LoraModel(checkpoint.model, config, "default")
     for weight in checkpoint.model.parameters():
@@ -40,9 +45,12 @@ def add_lora(checkpoint: Checkpoint, settings: LoraSettings) -> Any:
 
 
 @contextmanager
-def trainable(checkpoint: Checkpoint, weights: TrainedWeights) -> Generator[Any]:
-    """Make a checkpoint's model train as `weights` say, and whole again after the block; yield the adapters, if any."""
-    adapter = None if weights.adapters is None else add_lora(checkpoint, weights.adapters)
+def trainable(checkpoint: Checkpoint, weights: TrainedWeights, *, markers: bool = True) -> Generator[Any]:
+    """Make a checkpoint's model train as `weights` say, and whole again after the block; yield the adapters, if any.
+
+    Beside adapters, the markers' rows train where `markers` says so.
+    """
+    adapter = None if weights.adapters is None else add_lora(checkpoint, weights.adapters, markers=markers)
     if weights.gradient_checkpointing:
         checkpoint_layers(checkpoint.model)
     yield adapter
@@ -62,6 +70,19 @@ def merge_lora(adapter: Any) -> None:
             if isinstance(weight, DTensor):
                 module.register_parameter(name, nn.Parameter(weight.full_tensor(), weight.requires_grad))
     adapter.merge_and_unload()
+
+
+def save_lora(adapter: Any, folder: Path) -> None:
+    """Write adapters as peft does, for a server to load: adapter_config.json and adapter_model.safetensors."""
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(adapter, adapter_name="default")
+    folder.mkdir(parents=True)
+    save_file(
+        {f"base_model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    adapter.peft_config["default"].save_pretrained(str(folder))
 
 
 @contextmanager

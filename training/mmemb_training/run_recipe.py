@@ -24,12 +24,14 @@ from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 
 from mmemb_deploy.devices import GIB
-from mmemb_deploy.errors import OptionError
+from mmemb_deploy.errors import BackendError, OptionError
 from mmemb_deploy.files import claim
 from mmemb_deploy.inputs.prompts import DISC_EMB
 from mmemb_deploy.progress import counting
 from mmemb_training.checkpoint import FACTS, Checkpoint, load_checkpoint, outline_checkpoint
+from mmemb_training.control.carried import Carried
 from mmemb_training.control.grpo import train_control
+from mmemb_training.control.publish import check_served, client_of, serve_command
 from mmemb_training.data.registry import read
 from mmemb_training.joint import Lesson, lesson_of
 from mmemb_training.pool.build import Rationale, build_pool, print_report, read_pool
@@ -143,6 +145,8 @@ class Run:
             raise OptionError(
                 "control with weights.method 'full' decodes with whole weights, and they are sharded: run it on one GPU"
             )
+        if "control" in names and self.recipe.control.rollouts is not None:
+            client_of(self.recipe.control.rollouts)  # a wrong address or a missing key shows before hours of work
         if "selection" in names:
             self._check_evaluator()
         training = [name for name in names if name in ("joint", "control")]
@@ -248,7 +252,7 @@ class Run:
     def _begin_control(self) -> tuple[Checkpoint, Metrics, int]:
         recipe, rng = self.recipe.control, np.random.default_rng(0)
         processes = int(self._accelerator.num_processes)  # accelerate types it as what never returns
-        questions = self._apart or self.samples
+        questions = self._carried(self._apart or self.samples)
         wanted = min(len(questions), recipe.queries * math.ceil(recipe.schedule.length / recipe.updates))
         chosen = [questions[index] for index in rng.choice(len(questions), size=wanted, replace=False)]
         share = min(recipe.queries, wanted) // processes  # as many for each, so that all read as often
@@ -258,6 +262,7 @@ class Run:
                 "needs at least 1"
             )
         joint = self.joint()
+        self._check_server()
         joint.model.to(self._accelerator.device)
         samples = self._mined(chosen, joint)
 
@@ -276,6 +281,28 @@ class Run:
             accelerator=self._accelerator,
         )
         return joint, steps, recipe.schedule.length
+
+    def _check_server(self) -> None:
+        """Raise BackendError, with the command that starts it, where the recipe's server of rollouts is not there."""
+        settings = self.recipe.control.rollouts
+        if settings is None:
+            return
+        command = serve_command(self.folder / "joint" / "checkpoint", settings.model, self.recipe.weights.adapters)
+        try:
+            check_served(client_of(settings))
+        except BackendError as error:
+            raise BackendError(f"{error}. Serve what stage 3 left: {command}") from error
+
+    def _carried(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """Return the samples whose questions a server of rollouts reads as we do, and say how many it does not."""
+        if self.recipe.control.rollouts is None:
+            return samples
+        carries = Carried(outline_checkpoint(self._started()).rows.prompt)
+        found = [sample for sample in samples if carries(sample.question)]
+        self._console.print(
+            f"{len(samples) - len(found)} of {len(samples)} questions are left out, whose words a chat cannot carry"
+        )
+        return found
 
     def _started(self) -> Path:
         """Return the folder of the checkpoint that training starts from, made if need be."""
@@ -298,7 +325,7 @@ class Run:
     def _stage(self, name: str, begin: Callable[[], tuple[Checkpoint, Metrics, int]]) -> Checkpoint:
         settings: Any = getattr(self.recipe, name)
         asked = {
-            "recipe": asdict(replace(settings, micro_batch=None)),
+            "recipe": asdict(replace(settings, micro_batch=None, **({"rollouts": None} if name == "control" else {}))),
             "selection": asdict(self.recipe.selection),
             "weights": asdict(replace(self.recipe.weights, gradient_checkpointing=False)),  # saves memory alone
         }

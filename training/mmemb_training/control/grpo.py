@@ -31,8 +31,10 @@ from torch import Tensor
 
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.control.policy import RolloutBatch, chunks_of, merged, policy_terms, read_alone, statistics
+from mmemb_training.control.publish import Publisher, client_of
 from mmemb_training.control.rewards import score_group
-from mmemb_training.control.rollouts import draw_groups
+from mmemb_training.control.rollouts import Group, draw_groups
+from mmemb_training.control.served import ServedRollouts
 from mmemb_training.encoder import Encoder, Reading
 from mmemb_training.grad_cache import Chunk, backward
 from mmemb_training.loop import run_steps
@@ -43,6 +45,7 @@ from mmemb_training.selection.bank import TargetBank
 from mmemb_training.stage import plain_accelerator
 
 Draw = Callable[[int], list[Sample]]  # the questions of a batch of rollouts, a function of its number
+DrawRollouts = Callable[[Any, Sequence[Sample], Sequence[int]], tuple[list[Group], Reading]]  # encoder, samples, seed
 
 
 def train_control(
@@ -59,7 +62,8 @@ def train_control(
     """Train a checkpoint's model in place, yielding every step's metrics; an unfinished run in `folder` goes on.
 
     The samples that `draw` returns carry hard negatives, which `bank` embedded with the model as stage 3 left it.
-    Raises OptionError if the folder holds another run, TrainingError for a loss that is not finite.
+    Raises OptionError if the folder holds another run, TrainingError for a loss that is not finite, BackendError where
+    the server of `recipe.rollouts` fails.
     """
     accelerator = accelerator or plain_accelerator()
     torch.manual_seed(recipe.schedule.seed)
@@ -67,20 +71,13 @@ def train_control(
 
     def roll_out(turn: int) -> RolloutBatch:
         samples, limit = draw(turn), checkpoint.facts.max_rationale_tokens
-        groups = draw_groups(
-            checkpoint,
-            samples,
-            size=recipe.group,
-            paired=recipe.paired,
-            max_tokens=limit,
-            seed=(recipe.schedule.seed, turn, accelerator.process_index),
-        )
+        groups, old = draw_rollouts(encoder, samples, (recipe.schedule.seed, turn, accelerator.process_index))
         scored = [
             score_group(group, bank.candidates(sample), recipe.rewards, limit)
             for sample, group in zip(samples, groups, strict=True)
         ]
         chunks = chunks_of(samples, groups, checkpoint.rows, recipe.micro_batch)
-        return RolloutBatch(samples, groups, scored, read_alone(encoder, chunks), read_reference(chunks))
+        return RolloutBatch(samples, groups, scored, old, read_reference(chunks))
 
     def step_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         nonlocal batch
@@ -106,12 +103,32 @@ def train_control(
     def describe(step: int) -> list[str]:
         return [sample.question.key for sample in draw(step // recipe.updates)]
 
-    identity = {"recipe": asdict(replace(recipe, micro_batch=None)), "weights": asdict(weights), "data": data}
-    with trainable(checkpoint, weights) as adapter:
+    own = asdict(replace(recipe, micro_batch=None, rollouts=None))  # a run may go on with another server
+    identity = {"recipe": own, "weights": asdict(weights), "data": data}
+    with trainable(checkpoint, weights, markers=False) as adapter:  # which stage 3 taught, and no server would follow
+        draw_rollouts = _drawing(checkpoint, adapter, recipe, folder, accelerator)
         read_reference = _reference(checkpoint, adapter)
         model = Encoder(checkpoint).train()
         encoder, optimizer = accelerator.prepare(model, recipe.schedule.optimizer(model))
         yield from run_steps(folder, identity, recipe.schedule, accelerator, encoder, optimizer, step_of, describe)
+
+
+def _drawing(
+    checkpoint: Checkpoint, adapter: Any, recipe: ControlRecipe, folder: Path, accelerator: Accelerator
+) -> DrawRollouts:
+    """Return what draws rollouts from the weights as they are: here, or on a server that is brought up to date."""
+    if recipe.rollouts is not None:
+        client = client_of(recipe.rollouts)
+        publisher = Publisher(checkpoint, adapter, client, folder, accelerator)
+        served = ServedRollouts(checkpoint, client, recipe, accelerator)
+        return lambda encoder, samples, seed: served.draw(encoder, samples, publisher.publish(), seed)
+    limit = checkpoint.facts.max_rationale_tokens
+
+    def draw(encoder: Any, samples: Sequence[Sample], seed: Sequence[int]) -> tuple[list[Group], Reading]:
+        groups = draw_groups(checkpoint, samples, size=recipe.group, paired=recipe.paired, max_tokens=limit, seed=seed)
+        return groups, read_alone(encoder, chunks_of(samples, groups, checkpoint.rows, recipe.micro_batch))
+
+    return draw
 
 
 def _reference(checkpoint: Checkpoint, adapter: Any) -> Callable[[Sequence[Chunk]], Reading]:

@@ -114,6 +114,20 @@ def _clipped(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
+def server_kl(groups: Sequence[Group], reading: Reading) -> float:
+    """Return by how many nats a token a server found its own tokens likelier than `reading` does, 0 without any.
+
+    On average over tokens this is KL(server || policy): rounding alone where both hold the same weights.
+    """
+    said = [one.drawn_logprobs or () for _, one in _reasoning(groups)]
+    if not any(said):
+        return 0.0
+    ours_RT = reading.logprobs_RT.float().numpy(force=True)
+    return float(
+        np.concatenate([np.array(row) - ours_T[: len(row)] for row, ours_T in zip(said, ours_RT, strict=True)]).mean()
+    )
+
+
 def statistics(batch: RolloutBatch) -> dict[str, Tensor]:
     """Return what to log of a batch: each reward term, the reasoning rate, length, and the gap by task."""
     rollouts = [rollout for group in batch.groups for rollout in group]
@@ -126,6 +140,7 @@ def statistics(batch: RolloutBatch) -> dict[str, Tensor]:
         "reward_embedding": np.mean([scored.embedding_G.mean() for scored in batch.scored]),
         "reasoning_rate": np.mean([rollout.token_ids is not None for rollout in drawn]) if drawn else 0.0,
         "rationale_tokens": np.mean(lengths) if lengths else 0.0,
+        "server_kl": server_kl(batch.groups, batch.old),
     }
     for task in sorted({sample.question.task for sample in batch.samples}):
         gaps = [

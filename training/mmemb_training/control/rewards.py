@@ -28,13 +28,15 @@ Floats = NDArray[np.float32]
 class Rollout:
     """One answer to a question: a rationale's token ids, or None where it stopped.
 
-    A `forced` decision was not drawn from the policy, but put there to pair the group.
+    A `forced` decision was not drawn from the policy, but put there to pair the group. `drawn_logprobs` is what a
+    server says of the tokens it drew, with `</think>` where it drew that.
     """
 
     token_ids: tuple[int, ...] | None
     embedding_D: Floats
     truncated: bool = False
     forced: bool = False
+    drawn_logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -288,6 +288,24 @@ class Rewards:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RolloutServer:
+    """The vLLM server that writes stage 4's rationales: it serves what stage 3 left, and reads the run's folder."""
+
+    base_url: str
+    model: str  # the name under which it serves `joint/checkpoint`
+    api_key_variable: str | None = None  # environment variable that holds its key
+    concurrency: int = 64  # questions that are asked at once, by each process
+    timeout: float = 600.0  # seconds without an answer
+
+    def __post_init__(self) -> None:
+        for name in ("base_url", "model"):
+            if not getattr(self, name):
+                raise OptionError(f"{name} is '': it must not be empty")
+        check_bounds(self, "concurrency", least=1)
+        check_bounds(self, "timeout", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ControlRecipe:
     """Stage 4: how adaptive control is learnt."""
 
@@ -302,6 +320,7 @@ class ControlRecipe:
     paired: bool = True  # every group holds a rollout of each kind
     micro_batch: int | None = None  # questions that a process reads at once, each with its group
     log_norms_every: int = 10  # steps between measurements of each term's gradient norm, where all are read at once
+    rollouts: RolloutServer | None = None  # who writes the rationales; None: this process, for small models
 
     def __post_init__(self) -> None:
         check_bounds(self, "queries", "updates", "micro_batch", "log_norms_every", least=1)
