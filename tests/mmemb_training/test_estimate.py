@@ -38,7 +38,7 @@ from mmemb_training.recipes.counts import (
 from mmemb_training.recipes.estimate import Estimate, estimate
 from mmemb_training.recipes.load import load_recipe, recipe_names
 from mmemb_training.recipes.machines import DEVICES, Machine, machine
-from mmemb_training.recipes.settings import PROJECTIONS, LoraSettings, RunRecipe, TrainedWeights
+from mmemb_training.recipes.settings import PROJECTIONS, LoraSettings, RolloutServer, RunRecipe, TrainedWeights
 from mmemb_training.recipes.shapes import HUB, MARKER_ROWS, SHAPES, ModelShape, find_shape, read_shape
 from mmemb_training.samples import Question, query_row
 from mmemb_training.tokenizer import train_tokenizer
@@ -274,7 +274,9 @@ def test_a_real_backward_pass_peaks_just_below_the_estimate(
 def test_the_loss_saves_what_the_formula_says() -> None:
     queries, candidates = torch.randn(60, 16, requires_grad=True), torch.randn(90, 16, requires_grad=True)
     relevant = torch.eye(60, 90).bool()
-    saved = saved_bytes(lambda: info_nce(queries, candidates, relevant, 0.02, (16, 8)), [queries, candidates, relevant])
+    once = {"copies_Q": torch.ones(60), "copies_C": torch.ones(90)}
+    known = [queries, candidates, relevant]
+    saved = saved_bytes(lambda: info_nce(queries, candidates, relevant, 0.02, (16, 8), **once), known)
     both, passing = 2 * saved, 2 * 16 * 60 * 90
     assert loss_bytes(60, 90, 2) - passing <= both <= 1.2 * loss_bytes(60, 90, 2)
 
@@ -447,3 +449,14 @@ def test_the_optimizer_is_the_largest_state_of_full_training_on_one_gpu() -> Non
     states = {name: term.value or 0 for name, term in terms.items() if name != "activations"}
     assert max(states, key=lambda name: states[name]) == "optimizer"
     assert sum(states[name] for name in ("weights", "gradients", "optimizer")) == 16 * shape.parameters()
+
+
+def test_rollouts_that_a_server_writes_take_none_of_the_time_here() -> None:
+    recipe, where = load_recipe("qwen3-vl-2b-lora"), machine(1, device="h100")
+    server = RolloutServer(base_url="http://somewhere:8000/v1", model="policy")
+    served = replace(recipe, control=replace(recipe.control, rollouts=server))
+    here, there = (estimate(SHAPES["qwen3-vl-2b"], one, where).figures for one in (recipe, served))
+    assert (there["time"]["4 control"].value or 0) < 0.9 * (here["time"]["4 control"].value or 0)
+    assert "rollouts by the server at http://somewhere:8000/v1, not counted" in there["arithmetic"]["4 control"].basis
+    assert "[control.rollouts] names a server" in here["arithmetic"]["4 control"].basis
+    assert "instruct, thinking: served, and counted as if by these GPUs" in here["arithmetic"]["1 pool"].basis

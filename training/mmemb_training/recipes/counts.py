@@ -49,7 +49,7 @@ def longest_prompt(shape: ModelShape, model: StartModel) -> PromptSize:
 
     Raises OptionError for pixels whose visual tokens exceed the limit on tokens.
     """
-    left = model.max_tokens - TEXT_TOKENS
+    left = model.planned_tokens - TEXT_TOKENS
     pairs = frame_pairs(shape, model)
     image, frame = _patches(shape, model.max_pixels), _patches(shape, model.video_max_pixels)
     for name, tokens in (
@@ -58,11 +58,11 @@ def longest_prompt(shape: ModelShape, model: StartModel) -> PromptSize:
     ):
         if tokens > left:
             raise OptionError(
-                f"model.{name} is {getattr(model, name)}: that is {tokens} visual tokens, and model.max_tokens "
-                f"({model.max_tokens}) leaves {max(left, 0)} beside {TEXT_TOKENS} of text; lower it or raise max_tokens"
+                f"model.{name} is {getattr(model, name)}: that is {tokens} visual tokens, and model.planned_tokens "
+                f"({model.planned_tokens}) leaves {max(left, 0)} beside {TEXT_TOKENS} of text; lower it or raise that"
             )
-    images = PromptSize(tokens=model.max_tokens, frames=left // _visual_tokens(shape, image), patches=image)
-    video = PromptSize(tokens=model.max_tokens, frames=pairs, patches=frame)
+    images = PromptSize(tokens=model.planned_tokens, frames=left // _visual_tokens(shape, image), patches=image)
+    video = PromptSize(tokens=model.planned_tokens, frames=pairs, patches=frame)
     return max(images, video, key=lambda prompt: prompt.frames * prompt.patches)
 
 

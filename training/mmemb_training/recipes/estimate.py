@@ -263,13 +263,13 @@ def _halves(value: int | None, least: int) -> Iterator[int]:
 def _shorter(shape: ModelShape, model: StartModel) -> Iterator[tuple[str, StartModel]]:
     """Yield shorter prompts, with as many pixels as those leave room for."""
     pairs, unit = frame_pairs(shape, model), (shape.vision.patch * shape.vision.merge) ** 2
-    for tokens in _halves(model.max_tokens, max(SHORTEST_PROMPT, TEXT_TOKENS + pairs)):
+    for tokens in _halves(model.planned_tokens, max(SHORTEST_PROMPT, TEXT_TOKENS + pairs)):
         left = tokens - TEXT_TOKENS
         yield (
             f"prompts of at most {tokens} tokens",
             replace(
                 model,
-                max_tokens=tokens,
+                planned_tokens=tokens,
                 max_pixels=min(model.max_pixels, left * unit),
                 video_max_pixels=min(model.video_max_pixels, max(1, left // pairs) * unit),
                 max_rationale_tokens=min(model.max_rationale_tokens, tokens),
@@ -287,7 +287,7 @@ def _assumptions(shape: ModelShape, recipe: RunRecipe, machine: Machine, fill: f
         "peak": Figure(peak, "FLOP/s", f"dense bf16 of each GPU: {machine.source or 'no device named'}"),
         "utilisation": Figure(machine.utilisation, "", "of the peak, on executed operations; pass another"),
         "memory reserve": Figure(RESERVE, "", "share kept for context, communication, fragments"),
-        "longest prompt": Figure(longest.tokens, "", "tokens, for memory: the recipe's model.max_tokens"),
+        "longest prompt": Figure(longest.tokens, "", "tokens, for memory: the recipe's model.planned_tokens"),
         "mean prompt": Figure(mean_prompt(shape, recipe.model, fill).tokens, "", example),
         "parameters": Figure(shape.parameters(), "", f"counted from the shape; {shape.source}"),
         "trained parameters": Figure(_trained_parameters(shape, recipe.weights), "", rows),

@@ -1,8 +1,9 @@
 """Arithmetic and hours of the four stages, for a mean example.
 
 Hours are operations over what the GPUs do of them: peak x utilisation, counted on executed operations, recomputed ones
-included. Generation takes the longer of its arithmetic and of reading weights and caches from memory. No time is
-counted for data loading, communication that is not hidden, evaluation, or servers that are not this machine.
+included. Generation takes the longer of its arithmetic and of reading weights and caches from memory; workers of the
+pool that are served are counted as if these GPUs served them. No time is counted for data loading, communication that
+is not hidden, evaluation, or the server of rollouts.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from mmemb_training.recipes.machines import Machine
 from mmemb_training.recipes.settings import RunRecipe, TrainedWeights
 from mmemb_training.recipes.shapes import HUB, SHAPES, ModelShape, find_shape
 
+DECODED_HERE = "decoded here, without the copies of caches through host memory: [control.rollouts] names a server"
 MOST_TOGETHER = 256  # sequences that a GPU decodes at once, where its memory holds as many; assumed
 
 
@@ -54,10 +56,11 @@ def stage_costs(
         flops[stage] = Figure(dense + sum(written), "FLOP", basis)
         hours[stage] = Figure(total, "h", how)
 
-    local = [one for one in pool.workers if one.base_url is None and one.model in (*HUB, *SHAPES)]
-    elsewhere = ", ".join(one.name for one in pool.workers if one not in local)
+    known = [one for one in pool.workers if one.model in (*HUB, *SHAPES)]
+    unknown = ", ".join(one.name for one in pool.workers if one not in known)
+    served = ", ".join(one.name for one in known if one.base_url is not None)
     dense, written = 0, list[tuple[ModelShape, PromptSize, float]]()
-    for writer in (find_shape(one.model) for one in local):
+    for writer in (find_shape(one.model) for one in known):
         asked = mean_prompt(writer, recipe.model, fill).followed(0, answer)
         dense += examples * forward_flops(writer, asked)
         written.append((writer, asked, examples * pool.samples * answer))
@@ -65,8 +68,9 @@ def stage_costs(
         "1 pool",
         dense,
         f"{examples} questions x {pool.samples} samples x {answer} tokens ({fill:g} x max_tokens) by each of "
-        f"{', '.join(one.name for one in local) or 'no worker here'}"
-        + (f"; {elsewhere}: on an endpoint or of unknown shape, not counted" if elsewhere else ""),
+        f"{', '.join(one.name for one in known) or 'no worker'}"
+        + (f"; {served}: served, and counted as if by these GPUs" if served else "")
+        + (f"; {unknown}: of unknown shape, not counted" if unknown else ""),
         *written,
     )
     judge = int(selection.evaluator == "judge")  # it reads both sides in one prompt, and answers with a logit
@@ -88,12 +92,15 @@ def stage_costs(
     steps, group = control.schedule.length, prompt.followed(control.group, rationale)
     step, how = _trained_flops(shape, recipe.weights, [(control.queries, group)], cached=False)
     turns = -(-steps // control.updates)
+    drawn = shape, prompt.followed(0, rationale), turns * control.queries * control.group * rationale
+    server = control.rollouts
     add(
         "4 control",
         turns * control.queries * (forward_flops(shape, prompt) + 2 * forward_flops(shape, group)) + steps * step,
         f"{turns} batches of {control.queries} questions x {control.group} rollouts, all of which reason ({rationale} "
-        f"tokens), read by the policy and by the reference; {steps} steps, {how}",
-        (shape, prompt.followed(0, rationale), turns * control.queries * control.group * rationale),
+        f"tokens), read by the policy and by the reference; {steps} steps, {how}; rollouts "
+        + (f"by the server at {server.base_url}, not counted" if server else DECODED_HERE),
+        *([] if server else [drawn]),
     )
     known = [figure.value for figure in hours.values() if figure.value is not None]
     total = sum(known) if len(known) == len(hours) else None

@@ -103,14 +103,14 @@ class StartModel:
 
     source: str  # hub id or folder
     max_pixels: int  # of an image
-    max_tokens: int  # of a prompt, visual tokens included; memory is estimated for it, and longer ones are read whole
+    planned_tokens: int  # of a prompt, visual tokens included: memory is planned for it; longer ones are read whole
     max_rationale_tokens: int
     video_frames: int
     video_max_pixels: int  # of a frame
 
     def __post_init__(self) -> None:
         check_bounds(self, "max_pixels", "max_rationale_tokens", "video_max_pixels", least=1)
-        check_bounds(self, "max_tokens", least=16)
+        check_bounds(self, "planned_tokens", least=16)
         check_bounds(self, "video_frames", least=2)
 
 
@@ -258,7 +258,9 @@ class JointRecipe:
     schedule: Schedule
     objective: Objective
     batch: int  # questions of a step, over all processes
-    hard_negatives: int = 2  # of a question beside its own target: the first so many of its sample's
+    # Of a question beside its own target: the first so many of those that its data set names. None are mined for stage
+    # 3: the public model that it starts from does not embed yet.
+    hard_negatives: int = 2
     micro_batch: int | None = None  # questions that a process reads at once, and apart from them their targets
     length_groups: int = 1  # parts of alike length in which questions are read, for little padding
 
