@@ -59,7 +59,7 @@ class FakeVllm:
     def __post_init__(self) -> None:
         self.checkpoint = load_checkpoint(self.folder)
         self._merged: dict[str, Any] = {}
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(self.folder)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.folder)
 
     def get(self, path: str) -> tuple[int, Any]:
         assert path == "/v1/models"
@@ -152,7 +152,7 @@ class FakeVllm:
             {
                 "index": index,
                 "finish_reason": "stop" if stopped(tokens) else "length",
-                "message": {"role": "assistant", "content": self._tokenizer.decode(tokens)},
+                "message": {"role": "assistant", "content": self.tokenizer.decode(tokens)},
                 "token_ids": tokens,
                 "logprobs": {"content": content[index]},
             }
@@ -169,7 +169,7 @@ class FakeVllm:
             else message | {"content": [part | {"type": kinds[part["type"]]} for part in message["content"]]}
             for message in body["messages"]
         ]
-        rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         parts = [part for message in body["messages"] for part in message["content"] if isinstance(part, dict)]
         images = iter([picture(part["image_url"]["url"]) for part in parts if part["type"] == "image_url"])
         videos = iter([part["video_url"]["url"] for part in parts if part["type"] == "video_url"])
@@ -189,7 +189,7 @@ class FakeVllm:
                 seconds = [index / told["fps"] for index in told["frames_indices"]]
                 for place, visual in enumerate(temporal_patches(frames, spec)):
                     mean = (seconds[2 * place] + seconds[2 * place + 1]) / 2
-                    time = self._tokenizer.encode(f"<{mean:.1f} seconds>", add_special_tokens=False)
+                    time = self.tokenizer.encode(f"<{mean:.1f} seconds>", add_special_tokens=False)
                     tokens += [*time, ids[VISION_START], *[token] * visual.tokens, ids[VISION_END]]
                     shown.append(visual)
             else:

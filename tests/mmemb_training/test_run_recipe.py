@@ -155,7 +155,7 @@ def test_a_recipe_runs_from_a_public_model_to_a_controlled_one(
     assert final.facts.provenance["stages"] == ["joint", "control"]
     assert final.facts.provenance["source"] == str(public)
     assert final.facts.dims == (48, 24)
-    cheaper = changed(changed(recipe, "joint.micro_batch", 1), "model.max_tokens", 1024)
+    cheaper = changed(changed(recipe, "joint.micro_batch", 1), "model.planned_tokens", 1024)
     Run(cheaper, samples, folder, watched, Console(quiet=True)).upto("control")
     assert watched.stages == ["joint", "control"]
     for path, value, differing in (

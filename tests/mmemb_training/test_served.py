@@ -136,7 +136,7 @@ def test_a_server_with_other_weights_is_refused(draw: Draw, vllm: FakeVllm, mixe
 def test_a_server_with_another_template_is_refused_by_where_its_prompt_differs(
     draw: Draw, vllm: FakeVllm, mixed_inputs: list[Any]
 ) -> None:
-    vllm._tokenizer.chat_template = vllm._tokenizer.chat_template.replace("<think>", "<think>\n")
+    vllm.tokenizer.chat_template = vllm.tokenizer.chat_template.replace("<think>", "<think>\n")
     with pytest.raises(BackendError, match=r"^q0: .* read another prompt, .*: from token \d+ on \[.*\], not \[\]"):
         draw(asking(mixed_inputs[:1]))
 

@@ -2,7 +2,8 @@
 
     L = InfoNCE(z_r) + lambda_g (next-token loss on the rationale + on the decision) + lambda_d InfoNCE(z_d)
 
-z_d and z_r are the direct and the reasoned embedding of a query; targets are embedded by the direct path. A query whose
+z_d and z_r are the direct and the reasoned embedding of a query; targets are embedded by the direct path. (The paper
+does not say. UME-R1 reasons on both sides; TRACE, arXiv 2603.02929, found that candidates lose by it.) A query whose
 rationales were all dropped has no z_r; the label of its decision is the stop token, or none (`Lesson.decides`).
 InfoNCE is symmetric and over the negatives of all processes (`losses.info_nce`). Axes: Q queries, R of them with a
 rationale, C candidates, U and V the distinct ones of both, D hidden size.

@@ -10,6 +10,9 @@ negatives are those of a frozen snapshot, and `anchor` keeps the embeddings wher
 rationales: reinforcement learns when to reason and what to write, not what a rationale means. InfoNCE in its place was
 tried, and taught the reasoned embedding to distrust rationales, since some that are drawn are wrong.
 
+Settings of the paper are not known; UME-R1 has groups of 8, KL .04 and clips at 1.28, Embed-RL 4 and .01. Groups are
+paired by force, decision and rationale weighed apart, and embeddings anchored: ours.
+
 TRL's GRPOTrainer (1.16) was read first. Its experimental `rollout_func` could draw these groups, mask a forced token
 and hand embeddings to its rewards; but every token of a rollout shares one advantage there, the loss has no place for
 the anchor, and a prompt with its images is read again for each of its rollouts. Drawing, scoring and loss would all

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,11 +125,11 @@ def _call(client: ChatClient, method: str, url: str, **options: Any) -> httpx.Re
         answer = httpx.request(method, url, headers=headers, timeout=client.timeout, **options)
     except httpx.HTTPError as error:
         raise BackendError(f"{url}: {type(error).__name__}: {error}") from error
-    if answer.status_code == httpx.codes.NOT_FOUND:
+    if answer.status_code == HTTPStatus.NOT_FOUND:
         raise BackendError(
             f"{url} is not there: start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora for "
             "adapters, with VLLM_SERVER_DEV_MODE=1 for all weights"
         )
-    if answer.status_code != httpx.codes.OK:
+    if answer.status_code != HTTPStatus.OK:
         raise BackendError(f"{url} answered {answer.status_code}: {answer.text.strip()[:500]}")
     return answer

@@ -7,7 +7,8 @@
     R      = R_ada + w_f well-formed + w_e embedding reward
     embedding reward = share of positives among the top * max(0, cos(q, t+) - max cos(q, t-))
 
-The gap is paired: it needs a rollout of each kind. In a group that has one kind only, delta is unknown and counts as 0.
+Of the paper, R_ada and that it follows delta are known; the equations are ours. The gap is paired: it needs a rollout
+of each kind. In a group that has one kind only, delta is unknown and counts as 0.
 Axes: G rollouts of a group, D embedding size, C candidates of which the first is the target.
 """
 

@@ -42,7 +42,7 @@ from mmemb_training.samples import Question, Sample
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 FORBIDDEN = -100.0  # the least logit bias of OpenAI's interface: a token that is never drawn
-MOST_APART = 0.05  # nats a token that the server may find its tokens likelier than we do; rounding makes .001
+MOST_APART = 0.05  # nats a token that the server may find its tokens likelier than we do
 TENTHS = 10  # of a second
 
 
@@ -109,15 +109,16 @@ def _written(
 ) -> tuple[list[list[Written]], str | None]:
     """Ask for as many rationales of every question as it needs; return them, or what went wrong with one."""
     asked = [place for place, count in enumerate(counts_Q) if count]
-    prompts, chats, each = [], [], []
+    prompts, chats, each = [], [], list[dict[str, Any]]()
+    neutral = sampling(rows, limit)
     for place in asked:
         question = samples[place].question
         request, instruction = parse(question.content, vision=rows.vision), _instruction(question, rows)
         shown = rows.shown(request)
         prompts.append([*rows.row(request, instruction).token_ids_S.tolist(), rows.prompt.ids[THINK]])
         chats.append(partial(_messages, rows, instruction, request, shown))
-        own = sampling(rows, limit) | {"n": int(counts_Q[place]), "seed": int(rng.integers(2**31))}
-        each.append(own | {"extra_body": own["extra_body"] | _media(shown)})
+        own = {"n": int(counts_Q[place]), "seed": int(rng.integers(2**31))}
+        each.append(neutral | own | {"extra_body": neutral["extra_body"] | _media(shown)})
     found: list[list[Written]] = [[] for _ in samples]
     for place, prompt, own, reply in zip(asked, prompts, each, client.ask(chats, each=each), strict=True):
         read = _read(reply, prompt, own["n"], rows)

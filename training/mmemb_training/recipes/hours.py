@@ -102,8 +102,8 @@ def stage_costs(
         + (f"by the server at {server.base_url}, not counted" if server else DECODED_HERE),
         *([] if server else [drawn]),
     )
-    known = [figure.value for figure in hours.values() if figure.value is not None]
-    total = sum(known) if len(known) == len(hours) else None
+    counted_hours = [figure.value for figure in hours.values() if figure.value is not None]
+    total = sum(counted_hours) if len(counted_hours) == len(hours) else None
     hours["all"] = Figure(total, "h", "the sum; without data loading, evaluation and restarts")
     hours["all, GPU hours"] = Figure(None if total is None else total * machine.gpus, "h", f"x {machine.gpus} GPUs")
     return flops, hours

@@ -51,7 +51,11 @@ class Evaluator(Protocol):
 
 
 class EmbedderEvaluator:
-    """Ours; needs no second model: l = log softmax over {t} and the sample's negatives of cos(z, .) / tau, at t."""
+    """Ours; needs no second model: l = log softmax over {t} and the sample's negatives of cos(z, .) / tau, at t.
+
+    The checkpoint must embed already. The small model's does, after a contrastive stage; a public model does not, since
+    its `<|disc_emb|>` is untrained, and `run_recipe` refuses it.
+    """
 
     def __init__(self, checkpoint: Checkpoint, bank: TargetBank, *, temperature: float) -> None:
         self._encoder = Encoder(checkpoint).eval()
@@ -88,7 +92,8 @@ class JudgeEvaluator:
     """As the paper: a model answers whether q, with r, matches t; l = logit("yes") - logit("no").
 
     The model is any Qwen3-VL in this project's checkpoint format, such as a public Instruct model after
-    `mmemb_training.prepare`. Question and candidate are read once; each rationale follows as the beginning of the
+    `mmemb_training.prepare`. A run takes the model that it starts from, untuned: which evaluator the paper has is not
+    known. Question and candidate are read once; each rationale follows as the beginning of the
     answer.
     """
 
