@@ -68,9 +68,9 @@ class Publisher:
                 outcome[1] = str(error)
         if self._accelerator.num_processes > 1:
             broadcast_object_list(outcome)
-        name, error = outcome
+        name, failure = outcome
         if name is None:
-            raise BackendError(str(error))
+            raise BackendError(str(failure))
         return name
 
     def _publish(self) -> str:
