@@ -18,7 +18,8 @@ from mmemb_training.control.rollouts import decisions, draw_groups
 from mmemb_training.encoder import Encoder, Reading
 from mmemb_training.nano.digits import Digits
 from mmemb_training.recipes.settings import ALL_WEIGHTS, ControlRecipe, LoraSettings, Rewards, Schedule, TrainedWeights
-from mmemb_training.selection.bank import TargetBank, mine_negatives
+from mmemb_training.selection.bank import TargetBank
+from mmemb_training.selection.mining import mine_negatives
 
 CANDIDATES_CD = np.eye(4, dtype=np.float32)
 RECIPE = ControlRecipe(

@@ -42,8 +42,9 @@ from mmemb_training.recipes.settings import RunRecipe, TrainedWeights, WorkerSet
 from mmemb_training.recipes.shapes import ModelShape, read_shape
 from mmemb_training.samples import Sample
 from mmemb_training.selection.assess import REPORT, assess_pool, read_assessed
-from mmemb_training.selection.bank import TargetBank, mine_negatives
+from mmemb_training.selection.bank import TargetBank
 from mmemb_training.selection.evaluators import EmbedderEvaluator, Evaluator, JudgeEvaluator
+from mmemb_training.selection.mining import mine_negatives
 from mmemb_training.selection.select import KeptRationales, Verdict, kept_rationales
 from mmemb_training.stage import Metrics, Watch, run_stage, sharding
 from mmemb_training.task_batches import TaskBatches
@@ -240,7 +241,7 @@ class Run:
             raise OptionError(f"control.queries is {recipe.queries}: each of {processes} processes needs at least 1")
         joint = self.joint()
         joint.model.to(self._accelerator.device)
-        samples = self._mined(chosen, joint)
+        samples, bank = self._mined(chosen, joint, self.folder / "control")
 
         def draw(turn: int) -> list[Sample]:
             drawn = np.random.default_rng([1, turn]).choice(len(samples), size=share * processes, replace=False)
@@ -251,7 +252,7 @@ class Run:
             draw,
             recipe,
             self.folder / "control",
-            bank=TargetBank(samples, joint),
+            bank=bank,
             weights=self.recipe.weights,
             data={"samples": wanted},
             accelerator=self._accelerator,
@@ -319,10 +320,16 @@ class Run:
         recipe = self.recipe.selection
         if recipe.evaluator == "judge":
             return self.samples, JudgeEvaluator(model)
-        samples = self._mined(self.samples, model)
-        return samples, EmbedderEvaluator(model, TargetBank(samples, model), temperature=recipe.temperature)
+        samples, bank = self._mined(self.samples, model, self.folder / "selection")
+        return samples, EmbedderEvaluator(model, bank, temperature=recipe.temperature)
 
-    def _mined(self, samples: Sequence[Sample], model: Checkpoint) -> list[Sample]:
-        """Return samples with hard negatives, and as many drawn evenly: where all hard ones look right, some remain."""
+    def _mined(self, samples: Sequence[Sample], model: Checkpoint, folder: Path) -> tuple[Sequence[Sample], TargetBank]:
+        """Return samples with hard negatives and what they were mined from, whose embeddings lie in `folder`.
+
+        As many negatives are drawn evenly: where all hard ones look right, some remain.
+        """
         count = self.recipe.selection.hard_negatives
-        return mine_negatives(samples, TargetBank(samples, model), model, hard=count, even=max(1, count))
+        process = self._accelerator.process_index
+        targets, queries = (folder / f"{side}-{process}.npy" for side in ("targets", "queries"))
+        bank = TargetBank(samples, model, targets)
+        return mine_negatives(samples, bank, model, hard=count, even=max(1, count), store=queries), bank

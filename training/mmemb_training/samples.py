@@ -5,11 +5,14 @@ A worker that writes rationales is handed a Question and nothing else, so that n
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.rows import Row, RowEncoder
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,27 @@ class Sample:
     wanted: str
     target: Target
     negatives: tuple[Target, ...] = ()
+
+
+class Lazy(Sequence[T]):
+    """A sequence of `length` whose members `make` makes by their index, whenever they are asked for."""
+
+    def __init__(self, length: int, make: Callable[[int], T]) -> None:
+        self._length = length
+        self._make = make
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        if isinstance(index, slice):
+            chosen = range(self._length)[index]
+            return Lazy(len(chosen), lambda place: self._make(chosen[place]))
+        return self._make(range(self._length)[index])
 
 
 def query_row(question: Question, encoder: RowEncoder) -> Row:
