@@ -110,35 +110,46 @@ def decoder_forward(
     language_model: Any,
     token_ids_BS: Tensor,
     position_ids_3BS: Tensor,
-    mask_BK: Tensor,
+    mask_BK: Tensor | None,
     *,
     visual_tokens_VD: Tensor | None = None,
     visual_index_BS: Tensor | None = None,
     deepstack_LVD: Tensor | None = None,
     past: list[KeyValue] | None = None,
+    owners_B: Tensor | None = None,
+    keep: bool = True,
 ) -> tuple[Tensor, list[KeyValue]]:
     """Run a `Qwen3VLTextModel`; return the states after the final norm (B, S, D) and every layer's cache.
 
     `mask_BK` is 1 for tokens that may be attended to, over the cache and the new tokens; rows are padded on the right.
+    Without a cache it may be None: a token then attends to those before it, none of which is padding, and the kernels
+    that take no mask (FlashAttention) may be used. Row b continues row `owners_B[b]` of the cache, row b where that is
+    None: each layer copies what it reads, when it reads it. Without `keep`, no cache is returned.
     Follows `Qwen3VLTextModel.forward` and `Qwen3VLModel.forward`.
     """
+    assert mask_BK is not None or past is None
     hidden_BSD = language_model.embed_tokens(token_ids_BS)
     if visual_tokens_VD is not None and visual_index_BS is not None:
         hidden_BSD = torch.where(visual_index_BS[..., None] > 0, visual_tokens_VD[visual_index_BS], hidden_BSD)
     rotary = tuple(table.to(hidden_BSD.dtype) for table in _rotary_tables(language_model.rotary_emb, position_ids_3BS))
-    new, total = token_ids_BS.shape[1], mask_BK.shape[1]
-    reach_SK = torch.arange(total, device=mask_BK.device) <= torch.arange(new, device=mask_BK.device)[:, None] + (
-        total - new
-    )
-    allowed_B1SK = reach_SK & (mask_BK[:, None, None, :] > 0)
+    allowed_B1SK = None if mask_BK is None else _allowed(mask_BK, token_ids_BS.shape[1])
     present: list[KeyValue] = []
     for depth, layer in enumerate(language_model.layers):
-        cache = _LayerCache(None if past is None else past[depth])
+        cache = _LayerCache(None if past is None else past[depth], owners_B, keep=keep)
         hidden_BSD = layer(hidden_BSD, position_embeddings=rotary, attention_mask=allowed_B1SK, past_key_values=cache)
-        present.append(cache.grown)
+        present += cache.grown
         if deepstack_LVD is not None and visual_index_BS is not None and depth < deepstack_LVD.shape[0]:
             hidden_BSD = hidden_BSD + deepstack_LVD[depth][visual_index_BS]
     return language_model.norm(hidden_BSD), present
+
+
+def _allowed(mask_BK: Tensor, new: int) -> Tensor:
+    """Return which of the cached and the new tokens each of the `new` ones attends to, (B, 1, S, K)."""
+    total = mask_BK.shape[1]
+    reach_SK = torch.arange(total, device=mask_BK.device) <= torch.arange(new, device=mask_BK.device)[:, None] + (
+        total - new
+    )
+    return reach_SK & (mask_BK[:, None, None, :] > 0)
 
 
 def last_state(hidden_BSD: Tensor, last_B: Tensor) -> Tensor:
@@ -175,12 +186,18 @@ def _rotary_tables(rotary: Any, position_ids_3BS: Tensor) -> tuple[Tensor, Tenso
 class _LayerCache:
     """The part of transformers' cache interface that one layer's attention calls: append, and return the whole."""
 
-    def __init__(self, past: KeyValue | None) -> None:
+    def __init__(self, past: KeyValue | None, owners_B: Tensor | None = None, *, keep: bool = True) -> None:
         self._past = past
-        self.grown: KeyValue
+        self._owners_B = owners_B
+        self._keep = keep
+        self.grown: list[KeyValue] = []  # the longer cache, once it is there, if it is kept
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KeyValue:
         if self._past is not None:
-            keys, values = torch.cat((self._past[0], keys), dim=2), torch.cat((self._past[1], values), dim=2)
-        self.grown = keys, values
-        return self.grown
+            before = self._past
+            if self._owners_B is not None:
+                before = before[0].index_select(0, self._owners_B), before[1].index_select(0, self._owners_B)
+            keys, values = torch.cat((before[0], keys), dim=2), torch.cat((before[1], values), dim=2)
+        if self._keep:
+            self.grown = [(keys, values)]
+        return keys, values

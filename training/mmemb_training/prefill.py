@@ -18,18 +18,22 @@ from mmemb_deploy.inputs.rows import Batch, by_shape
 from mmemb_training.model import KeyValue, decoder_forward, vision_forward
 
 
-def prefill(model: Any, batch: Batch, spec: VisionSpec) -> tuple[Tensor, list[KeyValue]]:
-    """Return the states after the final norm, (B, S, D), and every layer's cache."""
+def prefill(model: Any, batch: Batch, spec: VisionSpec, *, keep: bool = True) -> tuple[Tensor, list[KeyValue]]:
+    """Return the states after the final norm, (B, S, D), and every layer's cache, none without `keep`.
+
+    No mask is passed: rows are padded on the right, where no token of theirs attends to.
+    """
     tokens_VD, deepstack_LVD = encode_visuals(model, batch.visuals, spec)
     device = tokens_VD.device
     return decoder_forward(
         model.model.language_model,
         torch.from_numpy(batch.token_ids_BT).to(device),
         torch.from_numpy(batch.position_ids_3BT).to(device),
-        torch.from_numpy(batch.mask_BT).to(device),
+        None,
         visual_tokens_VD=tokens_VD,
         visual_index_BS=torch.from_numpy(batch.visual_index_BT).to(device),
         deepstack_LVD=deepstack_LVD,
+        keep=keep,
     )
 
 

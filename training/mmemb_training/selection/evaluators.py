@@ -102,8 +102,8 @@ class JudgeEvaluator:
         prompts = [self._pair_row(sample) for sample in samples]
         continued = [(index, tail) for index, group in enumerate(tails) for tail in group]
         with torch.inference_mode():
-            logits_RV = self._encoder.next_logits(prompts, continued)
-        yes_R, no_R = logits_RV[:, self._answers].unbind(dim=1)
+            logits_R2 = self._encoder.next_logits(prompts, continued, self._answers)
+        yes_R, no_R = logits_R2.float().unbind(dim=1)
         odds = iter((yes_R - no_R).tolist())
         return [Confidence(next(odds), tuple(next(odds) for _ in given)) for given in rationales]
 
