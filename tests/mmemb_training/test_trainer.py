@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from mmemb_training.lora import add_lora, merge_lora
 from mmemb_training.recipes.settings import JointRecipe, LoraSettings, Objective, Schedule, TrainedWeights
 from mmemb_training.runtime import torch_embedder
 from mmemb_training.trainer import train_jointly
+from mmemb_training.weights import gathered, named_weights, write_weights
 
 SCRIPT = Path(__file__).with_name("train_briefly.py")
 RECIPE = JointRecipe(
@@ -111,13 +113,68 @@ def test_two_processes_give_the_loss_curve_of_one(
         torch.testing.assert_close(tensor, one[name], rtol=1e-2, atol=2e-4)
 
 
+def test_a_state_of_adapters_holds_what_trains_and_goes_on_bit_for_bit(
+    run_briefly: Run, alone_with_lora: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    run_briefly(tmp_path, "alone", "lora", kill_after=3)
+    held = load_file(tmp_path / "state-000002" / "model.safetensors")
+    assert held
+    assert all("lora_" in name or "trainable_tokens" in name for name in held)
+    assert run_briefly(tmp_path, "alone", "lora") == alone_with_lora[1]
+    expected = weights(alone_with_lora[0])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path).items())
+
+
+def test_a_kill_while_a_state_is_written_leaves_the_one_before(
+    tiny: Checkpoint, lessons: list[Lesson], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train_jointly(tiny, lambda step: lessons[8 * step : 8 * step + 8], RECIPE, tmp_path)
+    for _ in range(2):
+        next(run)
+
+    def killed(_self: Accelerator, folder: str) -> None:
+        Path(folder).mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Accelerator, "save_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        list(run)
+    assert [path.name for path in tmp_path.glob("state-*[0-9]")] == ["state-000002"]
+    assert (tmp_path / "state-000002" / "optimizer.bin").is_file()
+
+
+def test_weights_are_written_a_file_at_a_time_and_read_back_by_transformers(tiny: Checkpoint, tmp_path: Path) -> None:
+    outline, asked, most = named_weights(tiny.model), list[str](), 40_000
+    tiny.model.save_pretrained(tmp_path / "transformers")
+    (tmp_path / "ours").mkdir()
+    shutil.copy(tmp_path / "transformers" / "config.json", tmp_path / "ours")
+
+    def value(name: str) -> torch.Tensor:
+        asked.append(name)
+        return gathered(outline[name])
+
+    write_weights(outline, value, tmp_path / "ours", file_bytes=most)
+    files = list((tmp_path / "ours").glob("model-*.safetensors"))
+    assert len(files) > 3
+    assert sorted(asked) == sorted(load_file(tmp_path / "transformers" / "model.safetensors"))
+    read = type(tiny.model).from_pretrained(tmp_path / "ours")
+    assert all(torch.equal(weight, outline[name]) for name, weight in read.named_parameters())
+    helper = tmp_path / "helper"
+    helper.mkdir()
+    write_weights(outline, value, helper, file_bytes=most, writes=False)
+    assert asked[len(asked) // 2 :] == asked[: len(asked) // 2]
+    assert not list(helper.iterdir())
+
+
 def test_training_in_bf16_stays_close(run_briefly: Run, alone: tuple[Path, list[float]], tmp_path: Path) -> None:
     np.testing.assert_allclose(run_briefly(tmp_path, "alone", "bf16"), alone[1], rtol=0.05)
 
 
-def test_sharded_training_in_bf16_stays_close(
+def test_sharded_training_in_bf16_stays_close_and_goes_on_from_what_each_process_wrote_of_a_state(
     run_briefly: Run, alone: tuple[Path, list[float]], tmp_path: Path
 ) -> None:
+    run_briefly(tmp_path, "fsdp2", "bf16", processes=2, kill_after=3)
+    assert len(list((tmp_path / "state-000002" / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
     found = run_briefly(tmp_path, "fsdp2", "bf16", processes=2)
     np.testing.assert_allclose(found, alone[1], rtol=3e-3)  # 1.3e-3 here, and 1e-2 where losses are bfloat16 too
 
