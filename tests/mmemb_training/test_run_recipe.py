@@ -16,14 +16,14 @@ from rich.console import Console
 
 from mmemb_deploy import OptionError
 from mmemb_training.checkpoint import load_checkpoint
+from mmemb_training.data.table import read_samples
 from mmemb_training.pool.build import read_pool
 from mmemb_training.recipes.estimate import estimate
 from mmemb_training.recipes.load import load_recipe
 from mmemb_training.recipes.machines import Machine
 from mmemb_training.recipes.settings import ControlRecipe, JointRecipe, changed
 from mmemb_training.recipes.shapes import SHAPES
-from mmemb_training.run_recipe import CPU_MICRO_BATCH, Run, read_samples, with_micro_batches
-from mmemb_training.samples import Question, Sample, Target
+from mmemb_training.run_recipe import CPU_MICRO_BATCH, Run, with_micro_batches
 from mmemb_training.selection.select import KeptRationales
 from mmemb_training.stage import Metrics
 from mmemb_training.task_batches import TaskBatches
@@ -120,7 +120,7 @@ def test_a_recipe_runs_from_a_public_model_to_a_controlled_one(
     text = RECIPE.format(source=public, port=endpoint.server_port, method=method, evaluator=evaluator)
     (tmp_path / "recipe.toml").write_text(text)
     recipe = load_recipe(tmp_path / "recipe.toml")
-    samples, folder, watched = read_samples([data], limit=6), tmp_path / "run", Watched()
+    samples, folder, watched = read_samples([data], 6, tmp_path / "samples"), tmp_path / "run", Watched()
     assert len(samples) == 6
 
     def rambling(body: dict[str, Any]) -> Any:
@@ -206,7 +206,7 @@ def test_what_fits_the_gpus_that_are_there_is_what_training_is_given(
     text = RECIPE.format(source=public, port=1, method="full", evaluator="judge").replace("micro_batch = 2\n", "")
     text = text.replace("batch = 4\n", "batch = 12\n").replace("queries = 3\n", "queries = 10\n")
     (tmp_path / "recipe.toml").write_text(text)
-    recipe, samples = load_recipe(tmp_path / "recipe.toml"), read_samples([data], limit=None)
+    recipe, samples = load_recipe(tmp_path / "recipe.toml"), read_samples([data], None, tmp_path / "samples")
     begun: list[str] = []
     given: list[JointRecipe | ControlRecipe] = []
 
@@ -215,7 +215,7 @@ def test_what_fits_the_gpus_that_are_there_is_what_training_is_given(
             begun.append("pool")
 
         def selection(self) -> dict[str, KeptRationales]:
-            return {sample.question.key: KeptRationales() for sample in samples}
+            return {key: KeptRationales() for key in samples.question_keys()}
 
     def train(_checkpoint: Any, _draw: Any, recipe: JointRecipe | ControlRecipe, *_: Any, **__: Any) -> Metrics:
         given.append(recipe)
@@ -245,7 +245,11 @@ def test_a_worker_without_an_endpoint_is_loaded_here_and_one_without_a_key_takes
     here = f'[[pool.workers]]\nname = "here"\nmodel = "{public}"\n[selection]\n'
     (tmp_path / "recipe.toml").write_text(text.replace("[selection]\n", here))
     monkeypatch.setenv("OPENAI_API_KEY", "a secret")
-    recipe, samples, folder = load_recipe(tmp_path / "recipe.toml"), read_samples([data], limit=2), tmp_path / "run"
+    recipe, samples, folder = (
+        load_recipe(tmp_path / "recipe.toml"),
+        read_samples([data], 2, tmp_path / "samples"),
+        tmp_path / "run",
+    )
     Run(recipe, samples, folder, Watched(), Console(quiet=True)).upto("pool")
     assert {one.worker for row in read_pool(folder / "pool").values() for one in row} == {"served", "here"}
     assert len(endpoint.received) == len(samples)
@@ -253,30 +257,22 @@ def test_a_worker_without_an_endpoint_is_loaded_here_and_one_without_a_key_takes
     assert endpoint.keys == {"Bearer unused"}
 
 
-def test_data_that_is_not_a_name_and_a_folder_is_refused() -> None:
+def test_data_that_is_not_a_name_and_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="is not NAME=FOLDER"):
-        read_samples(["mmeb/CIRR"], limit=None)
+        read_samples(["mmeb/CIRR"], None, tmp_path)
     with pytest.raises(OptionError, match="data holds no sample"):
-        read_samples([], limit=None)
+        read_samples([], None, tmp_path)
 
 
 def test_batches_are_of_one_task_and_a_pass_holds_no_sample_twice() -> None:
-    samples = [
-        Sample(
-            question=Question(key=f"{task}{index}", task=task, content="x"),
-            wanted="a",
-            target=Target(content="y", labels=frozenset("a")),
-        )
-        for task, count in (("long", 11), ("short", 4), ("tiny", 2))
-        for index in range(count)
-    ]
-    batches = TaskBatches(samples, 3, seed=0)
+    task_N = np.repeat([2, 0, 1], [11, 4, 2])
+    batches = TaskBatches(task_N, 3, seed=0)
     assert batches.per_pass == 3 + 1
     for passes in range(3):
         drawn = [batches(passes * batches.per_pass + index) for index in range(batches.per_pass)]
-        assert all(len({sample.question.task for sample in batch}) == 1 for batch in drawn)
-        keys = [sample.question.key for batch in drawn for sample in batch]
-        assert len(keys) == len(set(keys)) == 12
-    assert {one.question.key for step in range(40) for one in batches(step)} >= {f"long{index}" for index in range(11)}
+        assert all(len(set(task_N[batch])) == 1 for batch in drawn)
+        places = [place for batch in drawn for place in batch]
+        assert len(places) == len(set(places)) == 12
+    assert {place for step in range(40) for place in batches(step)} >= set(range(11))
     with pytest.raises(OptionError, match="batch is 12: the largest task has 11 samples"):
-        TaskBatches(samples, 12, seed=0)
+        TaskBatches(task_N, 12, seed=0)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -19,12 +20,14 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from mmemb_deploy import OptionError
+from mmemb_training.ahead import Ahead
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint
 from mmemb_training.joint import Lesson
 from mmemb_training.loop import METRICS, STOPPED, TrainingError
 from mmemb_training.lora import add_lora, merge_lora
 from mmemb_training.recipes.settings import JointRecipe, LoraSettings, Objective, Schedule, TrainedWeights
 from mmemb_training.runtime import torch_embedder
+from mmemb_training.samples import Lazy
 from mmemb_training.trainer import train_jointly
 from mmemb_training.weights import gathered, named_weights, write_weights
 
@@ -214,6 +217,48 @@ def test_a_merged_adapter_loses_nothing_to_half_precision(tiny_checkpoint: Path)
     torch.testing.assert_close(after - before, learnt, rtol=1e-3, atol=1e-8)
 
 
+def test_the_next_step_is_made_while_one_runs_and_its_error_is_its_own() -> None:
+    begun = {number: threading.Event() for number in range(4)}
+
+    def make(number: int) -> int:
+        begun[number].set()
+        if number == 2:
+            raise ValueError("two")
+        return 10 * number
+
+    ahead = Ahead(make, 4)
+    assert ahead(0) == 0
+    assert begun[1].wait(5)
+    assert not begun[2].is_set()
+    assert ahead(1) == 10
+    with pytest.raises(ValueError, match="two"):
+        ahead(2)
+    assert ahead(3) == 30
+    assert Ahead(make, 4)(3) == 30  # a run may begin anywhere
+
+
+def test_a_process_reads_the_images_of_its_own_share_alone(
+    tiny: Checkpoint, lessons: list[Lesson], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def lesson(index: int) -> Lesson:
+        made.append(index)
+        return lessons[index]
+
+    class Second(Accelerator):
+        process_index = 1
+        num_processes = 2
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmemb_training.trainer.backward", stop)
+    with pytest.raises(KeyboardInterrupt):
+        next(train_jointly(tiny, lambda _: Lazy(8, lesson), RECIPE, tmp_path, accelerator=Second(cpu=True)))
+    assert sorted(set(made)) == [1, 3, 5, 7]
+
+
 @pytest.fixture
 def own_precision() -> Iterator[None]:
     """Let a test choose its precision, which accelerate holds for a whole process."""
@@ -242,14 +287,13 @@ def test_adapters_over_bf16_weights_are_float32_and_so_is_what_they_merge_into(
 def test_a_loss_that_is_not_finite_stops_with_its_batch_saved(
     tiny: Checkpoint, lessons: list[Lesson], tmp_path: Path
 ) -> None:
-    def draw(step: int) -> list[Lesson]:
-        if step == 2:
-            with torch.no_grad():
-                tiny.model.lm_head.weight[0, 0] = torch.nan
-        return lessons[8 * step : 8 * step + 8]
-
+    run = train_jointly(tiny, lambda step: lessons[8 * step : 8 * step + 8], RECIPE, tmp_path)
+    for _ in range(2):
+        next(run)
+    with torch.no_grad():
+        tiny.model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(TrainingError, match=r"step 3 has a loss of nan.*stopped\.json"):
-        list(train_jointly(tiny, draw, RECIPE, tmp_path))
+        next(run)
     saved = json.loads((tmp_path / STOPPED).read_text())
     assert [one["question"] for one in saved["batch"]] == [lesson.sample.question.key for lesson in lessons[16:24]]
     assert (tmp_path / "state-000002").is_dir()
@@ -261,14 +305,13 @@ def test_a_spike_stops_the_run(
     monkeypatch.setattr("mmemb_training.loop.RECENT", 2)
     recipe = replace(RECIPE, schedule=replace(RECIPE.schedule, spike=1.5, learning_rate=1e-6))
 
-    def draw(step: int) -> list[Lesson]:
-        if step == 3:
-            with torch.no_grad():
-                tiny.model.lm_head.weight.mul_(30)
-        return lessons[:8]
-
+    run = train_jointly(tiny, lambda _: lessons[:8], recipe, tmp_path)
+    for _ in range(3):
+        next(run)
+    with torch.no_grad():
+        tiny.model.lm_head.weight.mul_(30)
     with pytest.raises(TrainingError, match="step 4"):
-        list(train_jointly(tiny, draw, recipe, tmp_path))
+        next(run)
 
 
 def test_a_folder_with_another_run_is_refused_by_what_differs(

@@ -21,6 +21,7 @@ from accelerate.utils import gather_object, pad_across_processes
 from torch import Tensor
 
 from mmemb_deploy.inputs.rows import RowEncoder
+from mmemb_training.ahead import in_threads
 from mmemb_training.encoder import Continuation, Reading
 from mmemb_training.grad_cache import Chunk
 from mmemb_training.losses import info_nce
@@ -54,7 +55,8 @@ class JointStep:
         target_chunks: int,
     ) -> None:
         self._objective = objective
-        rows = [query_row(lesson.sample.question, encoder) for lesson in lessons]
+        lessons = list(lessons)
+        rows = in_threads(lambda lesson: query_row(lesson.sample.question, encoder), lessons)
         tokens = [None if lesson.rationale is None else encoder.prompt.tokenize(lesson.rationale) for lesson in lessons]
         # Alike lengths share a chunk, the rationale's first: little padding.
         order = sorted(range(len(rows)), key=lambda index: (len(tokens[index] or []), rows[index].length))
@@ -70,9 +72,9 @@ class JointStep:
             Chunk([rows[index] for index in indices], _paths([tokens[index] for index in indices]))
             for indices in _split(len(rows), query_chunks)
         ]
+        target_rows = in_threads(lambda target: target_row(target, encoder), targets)
         self._target_chunks = [
-            Chunk([target_row(targets[index], encoder) for index in indices], [])
-            for indices in _split(len(targets), target_chunks)
+            Chunk([target_rows[index] for index in indices], []) for indices in _split(len(targets), target_chunks)
         ]
 
     @property

@@ -29,7 +29,7 @@ from mmemb_deploy.files import claim
 from mmemb_deploy.progress import counting
 from mmemb_training.checkpoint import FACTS, Checkpoint, load_checkpoint
 from mmemb_training.control.grpo import train_control
-from mmemb_training.data.registry import read
+from mmemb_training.data.table import SampleTable
 from mmemb_training.joint import Lesson
 from mmemb_training.pool.build import Rationale, build_pool, print_report, read_pool
 from mmemb_training.pool.endpoint import EndpointWorker
@@ -40,7 +40,7 @@ from mmemb_training.recipes.estimate import estimate
 from mmemb_training.recipes.machines import Machine
 from mmemb_training.recipes.settings import RunRecipe, TrainedWeights, WorkerSettings, changed
 from mmemb_training.recipes.shapes import ModelShape, read_shape
-from mmemb_training.samples import Sample
+from mmemb_training.samples import Lazy, Sample
 from mmemb_training.selection.assess import REPORT, assess_pool, read_assessed
 from mmemb_training.selection.bank import TargetBank
 from mmemb_training.selection.evaluators import EmbedderEvaluator, Evaluator, JudgeEvaluator
@@ -53,22 +53,6 @@ from mmemb_training.trainer import train_jointly
 STAGES = ("pool", "selection", "joint", "control")
 PATIENCE = timedelta(days=14)  # that processes wait for the main one, which writes the pool and selects alone
 CPU_MICRO_BATCH = 8  # questions that a process reads at once where there is no GPU, whose memory could be asked for
-
-
-def read_samples(data: Sequence[str], limit: int | None) -> list[Sample]:
-    """Read "NAME=FOLDER" data sets, at most `limit` samples of each. Raises OptionError for anything else."""
-    samples: list[Sample] = []
-    for one in data:
-        name, found, folder = one.partition("=")
-        if not found:
-            raise OptionError(f"data {one!r} is not NAME=FOLDER, such as mmeb/CIRR=downloads/MMEB-train")
-        for index, sample in enumerate(read(name, Path(folder))):
-            if index == limit:
-                break
-            samples.append(sample)
-    if not samples:
-        raise OptionError("data holds no sample: pass --data NAME=FOLDER")
-    return samples
 
 
 def accelerator_of(weights: TrainedWeights) -> Accelerator:
@@ -122,9 +106,7 @@ def with_micro_batches(
 class Run:
     """A recipe's stages on some samples, in a folder."""
 
-    def __init__(
-        self, recipe: RunRecipe, samples: Sequence[Sample], folder: Path, watch: Watch, console: Console
-    ) -> None:
+    def __init__(self, recipe: RunRecipe, samples: SampleTable, folder: Path, watch: Watch, console: Console) -> None:
         self.recipe = recipe
         self.samples = samples
         self.folder = folder
@@ -159,7 +141,7 @@ class Run:
     def pool(self) -> None:
         """Stage 1."""
         if self._accelerator.is_main_process:
-            questions = [sample.question for sample in self.samples]
+            questions = Lazy(len(self.samples), lambda index: self.samples[index].question)
             workers = [self._worker(one) for one in self.recipe.pool.workers]
             with counting(len(questions) * len(workers), shown=True, label="writing") as done:
                 report = build_pool(questions, workers, self.folder / "pool", done=done)
@@ -208,13 +190,19 @@ class Run:
 
     def _begin_joint(self) -> tuple[Checkpoint, Metrics, int]:
         recipe, start, kept = self.recipe.joint, self.start(), self.selection()
-        known = [sample for sample in self.samples if sample.question.key in kept]
-        batches = TaskBatches(known, recipe.batch, seed=recipe.schedule.seed)
+        known_K = np.array([index for index, key in enumerate(self.samples.question_keys()) if key in kept], np.int64)
+        batches = TaskBatches(self.samples.task_N[known_K], recipe.batch, seed=recipe.schedule.seed)
         recipe = replace(recipe, schedule=recipe.schedule.over(batches.per_pass))
 
-        def draw(step: int) -> list[Lesson]:
-            rng = np.random.default_rng([recipe.schedule.seed, step])
-            return [Lesson(sample, kept[sample.question.key].draw(rng)) for sample in batches(step)]
+        def draw(step: int) -> Sequence[Lesson]:
+            places = known_K[batches(step)].tolist()
+
+            def lesson(index: int) -> Lesson:
+                sample = self.samples[places[index]]
+                rng = np.random.default_rng([recipe.schedule.seed, step, index])
+                return Lesson(sample, kept[sample.question.key].draw(rng))
+
+            return Lazy(len(places), lesson)
 
         steps = train_jointly(
             start,

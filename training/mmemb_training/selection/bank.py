@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mmemb_deploy.inputs.preprocess import Ints
 from mmemb_deploy.inputs.rows import Row
+from mmemb_training.ahead import Ahead, in_threads
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.encoder import Encoder
 from mmemb_training.samples import Lazy, Sample, Target, target_row
@@ -82,7 +83,8 @@ class TargetBank:
 def embed_rows(checkpoint: Checkpoint, rows: Sequence[Row], store: Path | None = None) -> Floats:
     """Return the direct embeddings of prompts, L2-normalised, in their order, (N, D).
 
-    `rows` are taken SHARD at a time. With `store`, the array is mapped from that .npy file, which is written anew.
+    `rows` are taken SHARD at a time, in threads, while those before are read. With `store`, the array is mapped from
+    that .npy file, which is written anew.
     """
     encoder = Encoder(checkpoint).eval()
     shape = len(rows), int(checkpoint.model.config.text_config.hidden_size)
@@ -91,8 +93,14 @@ def embed_rows(checkpoint: Checkpoint, rows: Sequence[Row], store: Path | None =
         if store is None
         else np.lib.format.open_memmap(store, mode="w+", dtype=np.float32, shape=shape)
     )
-    for start in range(0, len(rows), SHARD):
-        shard = [rows[index] for index in range(start, min(start + SHARD, len(rows)))]
+    starts = range(0, len(rows), SHARD)
+
+    def read(number: int) -> list[Row]:
+        return in_threads(rows.__getitem__, range(starts[number], min(starts[number] + SHARD, len(rows))))
+
+    shards = Ahead(read, len(starts))
+    for number, start in enumerate(starts):
+        shard = shards(number)
         order = np.argsort([row.length for row in shard], kind="stable")
         for first in range(0, len(shard), BATCH):
             chosen = order[first : first + BATCH]
