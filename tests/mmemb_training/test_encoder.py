@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,12 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmemb_deploy.inputs import prompts
 from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.inputs.preprocess import Visual
 from mmemb_deploy.inputs.rows import collate
 from mmemb_training import encoder as module
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.encoder import Continuation, Encoder
 from mmemb_training.model import checkpoint_layers, decoder_forward
-from mmemb_training.prefill import prefill
+from mmemb_training.prefill import encode_visuals, prefill
 
 RATIONALES: tuple[list[int], ...] = ([5, 6, 7], [], [9, 8, 7, 6, 5, 4, 3])
 
@@ -109,3 +111,36 @@ def test_a_batch_without_images_still_has_a_gradient_for_every_weight(tiny: Chec
     torch.stack([value.sum() for value in Encoder(tiny).train()(rows, [Continuation(0, [5])])]).sum().backward()
     assert all(weight.grad is not None for weight in tiny.model.parameters())
     assert not any(weight.grad.any() for weight in tiny.model.model.visual.parameters())
+
+
+def test_images_of_all_shapes_are_encoded_together_as_they_are_alone(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, spec, visual = np.random.default_rng(0), tiny.vision, tiny.model.model.visual
+    sides = [(2, 2), (4, 2), (2, 2), (2, 4), (6, 2), (2, 4)]  # visual tokens along height and width: of 4, 8 and 12
+    visuals = [
+        Visual(rng.integers(0, 256, (1, rows * spec.factor, columns * spec.factor, 3), np.uint8), grid, rows * columns)
+        for rows, columns in sides
+        for grid in [(rows * spec.merge_size, columns * spec.merge_size)]
+    ]
+    linear, attend, runs, calls = visual.blocks[0].mlp.forward, F.scaled_dot_product_attention, list[int](), list[int]()
+
+    def counted(states: torch.Tensor) -> torch.Tensor:
+        runs.append(1)
+        found: torch.Tensor = linear(states)
+        return found
+
+    def flash(*args: torch.Tensor) -> torch.Tensor:
+        calls.append(len(args[0]))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return attend(*args)
+
+    with torch.no_grad():
+        alone = [encode_visuals(tiny.model, [one], spec) for one in visuals]
+        monkeypatch.setattr(visual.blocks[0].mlp, "forward", counted)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
+        tokens_VD, deepstack_LVD = encode_visuals(tiny.model, visuals, spec)
+    assert len(runs) == 1
+    assert calls == [2, 3, 1] * len(visual.blocks)
+    expected = torch.cat([tokens[1:] for tokens, _ in alone]), torch.cat([levels[:, 1:] for _, levels in alone], dim=1)
+    torch.testing.assert_close((tokens_VD[1:], deepstack_LVD[:, 1:]), expected, rtol=1e-4, atol=1e-5)
