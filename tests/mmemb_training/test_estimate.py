@@ -447,3 +447,28 @@ def test_the_optimizer_is_the_largest_state_of_full_training_on_one_gpu() -> Non
     states = {name: term.value or 0 for name, term in terms.items() if name != "activations"}
     assert max(states, key=lambda name: states[name]) == "optimizer"
     assert sum(states[name] for name in ("weights", "gradients", "optimizer")) == 16 * shape.parameters()
+
+
+def with_full_control(name: str) -> RunRecipe:
+    recipe = load_recipe(name)
+    return replace(recipe, control=replace(recipe.control, method="full"))
+
+
+def test_all_weights_train_sharded_but_control_s_are_adapters_beside_the_weights_that_are_their_reference() -> None:
+    stages = made_of("qwen3-vl-4b-full").stages
+    assert stages["joint"].terms["optimizer"].value == 8 * SHAPES["qwen3-vl-4b"].parameters() / 8
+    control = stages["control"].terms
+    assert control["frozen weights"].value == 2 * SHAPES["qwen3-vl-4b"].parameters()
+    assert "reference" not in control
+
+
+def test_control_of_all_weights_is_refused_on_several_gpus_and_adapters_are_what_makes_it_fit_one() -> None:
+    recipe, shape = with_full_control("qwen3-vl-4b-full"), SHAPES["qwen3-vl-4b"]
+    with pytest.raises(OptionError, match=r"control trains all weights on 8 GPUs: .*set control\.method = 'lora'"):
+        estimate(shape, recipe, H100S)
+    lora = replace(recipe, weights=replace(recipe.weights, method="lora"))
+    made = estimate(shape, lora, machine(1, device="h100"))
+    assert made.stages["joint"].fits
+    assert not made.stages["control"].fits
+    assert "control.method = lora" in made.changes
+    assert not any("GPUs" in change for change in made.changes)

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from accelerate import Accelerator, DistributedType
 from PIL import Image
 from rich.console import Console
 
@@ -236,6 +237,21 @@ def test_what_fits_the_gpus_that_are_there_is_what_training_is_given(
     assert [(one.micro_batch, one.schedule.length) for one in given] == [(12, 3), (10, 2)]  # all of a step at once
     assert isinstance(given[0], JointRecipe)
     assert given[0].chunks(processes=1) == 1
+
+
+def test_one_start_does_not_shard_all_weights_and_train_adapters_beside_whole_ones(
+    public: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(source=public, port=1, method="full", evaluator="judge"))
+    recipe, samples = load_recipe(tmp_path / "recipe.toml"), read_samples([data], None, tmp_path / "samples")
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    run = Run(recipe, samples, tmp_path / "run", lambda *_: None, Console(quiet=True))
+    with pytest.raises(OptionError, match="add --upto joint, and then run the same command without it"):
+        run.upto("control")
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    full = replace(recipe, control=replace(recipe.control, method=None))
+    with pytest.raises(OptionError, match="control trains all weights on 2 GPUs"):
+        Run(full, samples, tmp_path / "run", lambda *_: None, Console(quiet=True)).upto("control")
 
 
 def test_a_worker_without_an_endpoint_is_loaded_here_and_one_without_a_key_takes_none_from_the_environment(

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 
@@ -112,18 +112,20 @@ class Run:
         self.folder = folder
         self._watch = watch
         self._console = console
-        self._accelerator = accelerator_of(recipe.weights)
-        half = recipe.weights.adapters is not None and recipe.weights.precision == "bf16"
-        self._dtype = "bfloat16" if half else "float32"
+        next_to_train = "control" if (folder / "joint" / "checkpoint" / FACTS).exists() else "joint"
+        self._accelerator = accelerator_of(recipe.weights_of(next_to_train))
 
     def upto(self, stage: str) -> None:
         """Run the stages up to and including `stage`. Raises OptionError before the first if one that trains cannot."""
         names = STAGES[: STAGES.index(stage) + 1]
         processes = self._accelerator.num_processes
-        if "control" in names and self.recipe.weights.adapters is None and processes > 1:
-            raise OptionError(
-                "control with weights.method 'full' decodes with whole weights, and they are sharded: run it on one GPU"
-            )
+        if "control" in names:
+            self.recipe.check_control(processes)
+            if self._accelerator.distributed_type == DistributedType.FSDP:
+                raise OptionError(
+                    "joint shards all weights and control trains adapters beside whole ones, which one start cannot "
+                    "both: add --upto joint, and then run the same command without it"
+                )
         training = [name for name in names if name in ("joint", "control")]
         if training:
             shape = read_shape(self._started())
@@ -136,7 +138,12 @@ class Run:
 
     def start(self) -> Checkpoint:
         """Return the checkpoint that training starts from."""
-        return load_checkpoint(self._started(), dtype=self._dtype)
+        half = self.recipe.weights.adapters is not None
+        return load_checkpoint(self._started(), dtype=self._held(frozen=half))
+
+    def _held(self, *, frozen: bool) -> str:
+        """Return the type of weights in memory: what trains is float32, and what is frozen as it is computed with."""
+        return "bfloat16" if frozen and self.recipe.weights.precision == "bf16" else "float32"
 
     def pool(self) -> None:
         """Stage 1."""
@@ -162,7 +169,7 @@ class Run:
             more = {"other_rationales": recipe.other_rationales, "against_negatives": recipe.margins.against_negatives}
             claim(folder, {"evaluator": evaluator} | more, begun=None if finished else False)
         if self._accelerator.is_main_process and not finished:
-            model = self.start()
+            model = load_checkpoint(self._started(), dtype=self._held(frozen=True))
             model.model.to(self._accelerator.device)
             samples, loaded = self._evaluator(model)
             with counting(len(samples), shown=True, label="assessing") as done:
@@ -209,7 +216,7 @@ class Run:
             draw,
             recipe,
             self.folder / "joint",
-            weights=self.recipe.weights,
+            weights=self.recipe.weights_of("joint"),
             data={"samples": len(self.samples), "kept": len(kept)},
             accelerator=self._accelerator,
         )
@@ -241,7 +248,7 @@ class Run:
             recipe,
             self.folder / "control",
             bank=bank,
-            weights=self.recipe.weights,
+            weights=self.recipe.weights_of("control"),
             data={"samples": wanted},
             accelerator=self._accelerator,
         )
@@ -279,7 +286,7 @@ class Run:
             self._accelerator,
             asked,
             {"recipe": asdict(self.recipe)},
-            dtype=self._dtype,
+            dtype=self._held(frozen=self.recipe.weights_of("control").adapters is not None),
         )
 
     def _worker(self, settings: WorkerSettings) -> Worker:
