@@ -96,8 +96,9 @@ def drawn(tiny: Checkpoint, digits: Digits) -> tuple[Any, TargetBank, RolloutBat
     scored = [
         score_group(group, bank.candidates(sample), Rewards(), 9) for sample, group in zip(samples, groups, strict=True)
     ]
-    reading = read_alone(Encoder(tiny).eval(), chunks_of(samples, groups, tiny.rows, 3))
-    return samples, bank, RolloutBatch(samples, groups, scored, reading, reading)
+    chunks = chunks_of(samples, groups, tiny.rows, 3)
+    reading = read_alone(Encoder(tiny).eval(), chunks)
+    return samples, bank, RolloutBatch(samples, chunks, groups, scored, reading, reading)
 
 
 def test_rollouts_carry_the_embedding_that_the_encoder_gives_them(drawn: Any, tiny: Checkpoint) -> None:

@@ -1,7 +1,9 @@
 """Selection scores pairs by counterfactuals, keeps what helps by what it says, and never mines a right answer."""
 
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
@@ -18,6 +20,7 @@ from mmemb_training.checkpoint import Checkpoint, load_checkpoint
 from mmemb_training.nano.digits import Digits
 from mmemb_training.pool.build import Rationale
 from mmemb_training.prefill import prefill
+from mmemb_training.processes import Processes
 from mmemb_training.recipes.settings import Margins
 from mmemb_training.samples import Question, Sample, Target, query_row, target_row
 from mmemb_training.selection import assess as module
@@ -183,6 +186,25 @@ def test_an_interrupted_selection_goes_on_and_judges_nothing_twice(
         assess_pool(samples, pool, Counting(), tmp_path / "selection", against, identity="known")
 
 
+def test_processes_that_share_a_selection_assess_each_question_once_and_report_them_all(tmp_path: FilePath) -> None:
+    samples, asked = questions(7), list[str]()
+    pool = {one.question.key: [Rationale("solver", 0, f"good {one.question.key}")] for one in samples}
+
+    class Counting(KnownConfidence):
+        def confidences(self, samples: Sequence[Sample], rationales: Sequence[Sequence[str]]) -> list[Confidence]:
+            asked.extend(sample.question.key for sample in samples)
+            return super().confidences(samples, rationales)
+
+    together(
+        lambda processes: assess_pool(
+            samples, pool, Counting(), tmp_path, Margins(), identity="known", processes=processes
+        )
+    )
+    assert sorted(asked) == [f"q{index}" for index in range(7)]
+    assert len(list(tmp_path.glob("part-*.parquet"))) == 2
+    assert json.loads((tmp_path / "report.json").read_text())["worker"]["solver"]["kept"] == 7
+
+
 def assessed(question: str, gain: float, text: str) -> Assessed:
     return Assessed(question, "t", Rationale("w", 0, text), gain, gain)
 
@@ -231,10 +253,18 @@ def test_a_target_too_like_the_right_one_is_taken_for_an_unlabelled_right_one(
             assert float(bank.embeddings_CD[bank.index(negative)] @ query_D) <= 0.9 * own + 1e-6
 
 
+def together(work: Callable[[Processes], object]) -> None:
+    """Do a job as two processes share it, each a thread here."""
+    barrier = threading.Barrier(2, timeout=60)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda index: work(Processes(index, 2, barrier.wait)), range(2)))
+
+
 def one_by_one(samples: Sequence[Sample], bank: TargetBank, queries_QD: Any, share: float) -> list[list[int]]:
     """The negatives of every question, 3 hard and 4 even, each from a sort of all targets: what mining must equal."""
-    rng, found = np.random.default_rng(0), []
-    for sample, query_D in zip(samples, queries_QD, strict=True):
+    rng, found = np.random.default_rng(), list[list[int]]()
+    for index, (sample, query_D) in enumerate(zip(samples, queries_QD, strict=True)):
+        rng = rng if index % 10 else np.random.default_rng([0, index])  # of a block
         similarity_C = bank.embeddings_CD @ query_D
         wrong_C = np.array([sample.wanted not in target.labels for target in bank.targets])
         usable = np.flatnonzero(wrong_C & (similarity_C <= share * similarity_C[bank.index(sample.target)]))
@@ -251,7 +281,14 @@ def test_mining_in_shards_and_blocks_finds_what_a_sort_of_all_targets_finds(
     monkeypatch.setattr(bank_module, "SHARD", 20)
     monkeypatch.setattr(mining, "BLOCK", 10)
     bank = TargetBank(digits.samples, model, tmp_path / "targets.npy")
-    mined = mine_negatives(digits.samples, bank, model, hard=3, even=4, share_of_positive=0.9, store=tmp_path / "q.npy")
+    done: list[Sequence[Sample]] = []
+
+    def mine(processes: Processes) -> None:
+        options: Any = {"hard": 3, "even": 4, "share_of_positive": 0.9, "store": tmp_path / "q.npy"}
+        done.append(mine_negatives(digits.samples, bank, model, **options, processes=processes))
+
+    together(mine)
+    mined = done[0]
     np.testing.assert_allclose(np.load(tmp_path / "q.npy"), whole, atol=1e-5)
     expected = one_by_one(digits.samples, bank, whole, 0.9)
     for before, after, rows in zip(digits.samples, mined, expected, strict=True):

@@ -5,7 +5,7 @@
     joint/checkpoint      what was kept, learnt
     control/checkpoint    adaptive control: the model to export
 
-Under torchrun, the stages that train are shared by all processes; the pool and the selection are the main process's.
+Under torchrun, all processes share every stage: the questions of the pool and of the selection, the steps of training.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from mmemb_training.pool.endpoint import EndpointWorker
 from mmemb_training.pool.local import TransformersWorker
 from mmemb_training.pool.workers import Worker
 from mmemb_training.prepare import prepare
+from mmemb_training.processes import Processes
 from mmemb_training.recipes.estimate import estimate
 from mmemb_training.recipes.machines import Machine
 from mmemb_training.recipes.settings import RunRecipe, TrainedWeights, WorkerSettings, changed
@@ -51,7 +52,7 @@ from mmemb_training.task_batches import TaskBatches
 from mmemb_training.trainer import train_jointly
 
 STAGES = ("pool", "selection", "joint", "control")
-PATIENCE = timedelta(days=14)  # that processes wait for the main one, which writes the pool and selects alone
+PATIENCE = timedelta(days=14)  # that processes wait for each other: one may have had the longer answers to write
 CPU_MICRO_BATCH = 8  # questions that a process reads at once where there is no GPU, whose memory could be asked for
 
 
@@ -114,6 +115,11 @@ class Run:
         self._console = console
         next_to_train = "control" if (folder / "joint" / "checkpoint" / FACTS).exists() else "joint"
         self._accelerator = accelerator_of(recipe.weights_of(next_to_train))
+        self._processes = Processes(
+            int(self._accelerator.process_index),
+            int(self._accelerator.num_processes),
+            self._accelerator.wait_for_everyone,
+        )
 
     def upto(self, stage: str) -> None:
         """Run the stages up to and including `stage`. Raises OptionError before the first if one that trains cannot."""
@@ -147,13 +153,13 @@ class Run:
 
     def pool(self) -> None:
         """Stage 1."""
-        if self._accelerator.is_main_process:
-            questions = Lazy(len(self.samples), lambda index: self.samples[index].question)
-            workers = [self._worker(one) for one in self.recipe.pool.workers]
-            with counting(len(questions) * len(workers), shown=True, label="writing") as done:
-                report = build_pool(questions, workers, self.folder / "pool", done=done)
+        questions = Lazy(len(self.samples), lambda index: self.samples[index].question)
+        workers = [self._worker(one) for one in self.recipe.pool.workers]
+        own = len(self._processes.share(questions)) * len(workers)
+        with counting(own, shown=self._processes.main, label="writing") as done:
+            report = build_pool(questions, workers, self.folder / "pool", processes=self._processes, done=done)
+        if self._processes.main:
             print_report(self._console, report)
-        self._accelerator.wait_for_everyone()
 
     def selection(self) -> dict[str, KeptRationales]:
         """Stage 2: return what every question kept. A question that no worker wrote for is not among them."""
@@ -168,11 +174,13 @@ class Run:
         if self._accelerator.is_main_process:
             more = {"other_rationales": recipe.other_rationales, "against_negatives": recipe.margins.against_negatives}
             claim(folder, {"evaluator": evaluator} | more, begun=None if finished else False)
-        if self._accelerator.is_main_process and not finished:
+        self._accelerator.wait_for_everyone()
+        if not finished:
             model = load_checkpoint(self._started(), dtype=self._held(frozen=True))
             model.model.to(self._accelerator.device)
             samples, loaded = self._evaluator(model)
-            with counting(len(samples), shown=True, label="assessing") as done:
+            own = len(self._processes.share(samples))
+            with counting(own, shown=self._processes.main, label="assessing") as done:
                 assess_pool(
                     samples,
                     self._within_limit(read_pool(self.folder / "pool"), model),
@@ -181,10 +189,12 @@ class Run:
                     recipe.margins,
                     other_rationales=recipe.other_rationales,
                     identity=evaluator,
+                    processes=self._processes,
                     done=done,
                 )
-            self._console.print_json((folder / REPORT).read_text())
-        self._accelerator.wait_for_everyone()
+            self._accelerator.wait_for_everyone()
+            if self._processes.main:
+                self._console.print_json((folder / REPORT).read_text())
         return kept_rationales(
             read_assessed(folder),
             lambda one: one.verdict(recipe.margins) is Verdict.KEPT,
@@ -307,7 +317,8 @@ class Run:
         limit, tokenize = model.facts.max_rationale_tokens, model.rows.prompt.tokenize
         kept = {key: [one for one in found if len(tokenize(one.text)) <= limit] for key, found in pool.items()}
         before, after = (sum(map(len, found.values())) for found in (pool, kept))
-        self._console.print(f"{before - after} of {before} rationales have more than {limit} tokens: left out")
+        if self._processes.main:
+            self._console.print(f"{before - after} of {before} rationales have more than {limit} tokens: left out")
         return kept
 
     def _evaluator(self, model: Checkpoint) -> tuple[Sequence[Sample], Evaluator]:
@@ -324,7 +335,9 @@ class Run:
         As many negatives are drawn evenly: where all hard ones look right, some remain.
         """
         count = self.recipe.selection.hard_negatives
-        process = self._accelerator.process_index
-        targets, queries = (folder / f"{side}-{process}.npy" for side in ("targets", "queries"))
-        bank = TargetBank(samples, model, targets)
-        return mine_negatives(samples, bank, model, hard=count, even=max(1, count), store=queries), bank
+        targets, queries = folder / "targets.npy", folder / "queries.npy"
+        bank = TargetBank(samples, model, targets, self._processes)
+        mined = mine_negatives(
+            samples, bank, model, hard=count, even=max(1, count), store=queries, processes=self._processes
+        )
+        return mined, bank

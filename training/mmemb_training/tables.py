@@ -13,13 +13,13 @@ from mmemb_deploy.files import whole
 LOCK = ".lock"
 
 
-def write_part(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows as a new part. No rows, no part."""
+def write_part(folder: Path, rows: Sequence[Mapping[str, Any]], process: int = 0) -> None:
+    """Add rows as a new part, named by the process that adds it, so that several may. No rows, no part."""
     if not rows:
         return
     arrow = load_arrow()
-    number = 1 + max((int(path.stem.rpartition("-")[2]) for path in folder.glob("part-*.parquet")), default=-1)
-    with whole(folder / f"part-{number:05d}.parquet") as new:
+    number = 1 + max((int(path.stem.split("-")[1]) for path in folder.glob("part-*.parquet")), default=-1)
+    with whole(folder / f"part-{number:05d}{f'-{process}' if process else ''}.parquet") as new:
         arrow.parquet.write_table(arrow.Table.from_pylist([dict(row) for row in rows]), new)
 
 
@@ -38,15 +38,15 @@ def read_parts(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]
 
 
 @contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Generator[None]:
-    """Hold a folder for one process. A process that dies lets go.
+def locked(folder: Path, process: int = 0, *, wait: bool = False) -> Generator[None]:
+    """Hold a folder for one process, or for the process of a number. A process that dies lets go.
 
     Where another has it, raises OptionError, or waits for it.
     """
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
+    with (folder / f"{LOCK}{process or ''}").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:

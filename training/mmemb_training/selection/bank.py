@@ -19,6 +19,7 @@ from mmemb_deploy.inputs.rows import Row
 from mmemb_training.ahead import Ahead, in_threads
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.encoder import Encoder
+from mmemb_training.processes import ALONE, Processes
 from mmemb_training.samples import Lazy, Sample, Target, target_row
 
 Floats = NDArray[np.float32]
@@ -35,7 +36,9 @@ class TargetBank:
     `store`, a .npy file, where one is given; its content is read from `samples` when it is asked for.
     """
 
-    def __init__(self, samples: Sequence[Sample], checkpoint: Checkpoint, store: Path | None = None) -> None:
+    def __init__(
+        self, samples: Sequence[Sample], checkpoint: Checkpoint, store: Path | None = None, processes: Processes = ALONE
+    ) -> None:
         entries: list[tuple[int, int, int]] = []  # a target's hash, its sample, and its place among the sample's
         labels: list[tuple[int, int]] = []  # a label's hash, and the entry that bears it
         for number, sample in enumerate(samples):
@@ -60,7 +63,7 @@ class TargetBank:
         self._label_L, self._labelled_L = pairs_L2[:, 0].copy(), pairs_L2[:, 1].astype(np.int64)
         self.targets = Lazy(len(first_C), target_of)
         rows = Lazy(len(first_C), lambda row: target_row(target_of(row), checkpoint.rows))
-        self.embeddings_CD = embed_rows(checkpoint, rows, store)
+        self.embeddings_CD = embed_rows(checkpoint, rows, store, processes)
 
     def index(self, target: Target) -> int:
         """Return a target's row of `embeddings_CD`."""
@@ -80,20 +83,18 @@ class TargetBank:
         return self.embeddings_CD[[self.index(target) for target in (sample.target, *sample.negatives)]]
 
 
-def embed_rows(checkpoint: Checkpoint, rows: Sequence[Row], store: Path | None = None) -> Floats:
+def embed_rows(
+    checkpoint: Checkpoint, rows: Sequence[Row], store: Path | None = None, processes: Processes = ALONE
+) -> Floats:
     """Return the direct embeddings of prompts, L2-normalised, in their order, (N, D).
 
     `rows` are taken SHARD at a time, in threads, while those before are read. With `store`, the array is mapped from
-    that .npy file, which is written anew.
+    that .npy file, which is written anew, by several processes where they share it.
     """
     encoder = Encoder(checkpoint).eval()
     shape = len(rows), int(checkpoint.model.config.text_config.hidden_size)
-    embedded_ND: Floats = (
-        np.empty(shape, np.float32)
-        if store is None
-        else np.lib.format.open_memmap(store, mode="w+", dtype=np.float32, shape=shape)
-    )
-    starts = range(0, len(rows), SHARD)
+    embedded_ND: Floats = processes.array(store, shape, np.float32)
+    starts = processes.share(range(0, len(rows), SHARD))
 
     def read(number: int) -> list[Row]:
         return in_threads(rows.__getitem__, range(starts[number], min(starts[number] + SHARD, len(rows))))
@@ -107,6 +108,7 @@ def embed_rows(checkpoint: Checkpoint, rows: Sequence[Row], store: Path | None =
             with torch.inference_mode():
                 direct_BD, _ = encoder.embed([shard[index] for index in chosen], [])
             embedded_ND[start + chosen] = F.normalize(direct_BD.float(), dim=-1).numpy(force=True)
+    processes.wait()
     return embedded_ND
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mmemb_deploy.inputs.preprocess import Ints
 from mmemb_deploy.search.index import TRAINED_ON, VISITED, load_faiss, trained_index
 from mmemb_training.checkpoint import Checkpoint
+from mmemb_training.processes import ALONE, Processes
 from mmemb_training.samples import Lazy, Sample, query_row
 from mmemb_training.selection.bank import Floats, TargetBank, embed_rows
 
@@ -40,20 +41,22 @@ def mine_negatives(
     share_of_positive: float | None = 0.95,
     seed: int = 0,
     store: Path | None = None,
+    processes: Processes = ALONE,
 ) -> Sequence[Sample]:
     """Return the samples with more negatives: the `hard` most similar targets of others, and `even` drawn evenly.
 
     A target that answers the question by its labels is never a negative. Labels miss some, so a target whose cosine
     exceeds `share_of_positive` times that of the question's own target is not taken as a hard one (NV-Retriever, arXiv
-    2407.15831); None trusts the labels. Of a question only its negatives' rows are held; questions are embedded into
-    `store`, a .npy file, where one is given. Raises MissingExtraError without faiss.
+    2407.15831); None trusts the labels. Questions are embedded into `store`, a .npy file, where one is given, and their
+    negatives' rows lie beside it; several processes share the work. Raises MissingExtraError without faiss.
     """
     rows = Lazy(len(samples), lambda index: query_row(samples[index].question, checkpoint.rows))
-    queries_QD = embed_rows(checkpoint, rows, store)
+    queries_QD = embed_rows(checkpoint, rows, store, processes)
     nearest, most = nearest_of(bank.embeddings_CD)
-    rng, count = np.random.default_rng(seed), len(bank.targets)
-    negatives_QN = np.full((len(samples), hard + even), NONE, np.int32)
-    for start in range(0, len(samples), BLOCK):
+    count, beside = len(bank.targets), None if store is None else store.with_suffix(".negatives.npy")
+    negatives_QN = processes.array(beside, (len(samples), hard + even), np.int32)
+    for start in processes.share(range(0, len(samples), BLOCK)):
+        rng = np.random.default_rng([seed, start])
         block = range(start, min(start + BLOCK, len(samples)))
         answers = [bank.answers(samples[index].wanted) for index in block]
         own_Q = np.array([bank.index(samples[index].target) for index in block])
@@ -64,7 +67,9 @@ def mine_negatives(
         hardest = _hardest(query_QD, answers, bound_Q, nearest, min(most, count), hard)
         for index, wrong_not, found in zip(block, answers, hardest, strict=True):
             drawn = drawn_evenly(count, np.union1d(wrong_not, found), even, rng)
-            negatives_QN[index, : len(found) + len(drawn)] = (*found, *drawn)
+            rows_N = np.concatenate([found, drawn])
+            negatives_QN[index] = np.pad(rows_N, (0, hard + even - len(rows_N)), constant_values=NONE)
+    processes.wait()
 
     def mined(index: int) -> Sample:
         sample = samples[index]
