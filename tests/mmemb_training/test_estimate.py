@@ -36,6 +36,7 @@ from mmemb_training.recipes.counts import (
     vision_layer_bytes,
 )
 from mmemb_training.recipes.estimate import Estimate, estimate
+from mmemb_training.recipes.host import DECODED
 from mmemb_training.recipes.load import load_recipe, recipe_names
 from mmemb_training.recipes.machines import DEVICES, Machine, machine
 from mmemb_training.recipes.settings import PROJECTIONS, LoraSettings, RunRecipe, TrainedWeights
@@ -460,6 +461,19 @@ def test_all_weights_train_sharded_but_control_s_are_adapters_beside_the_weights
     control = stages["control"].terms
     assert control["frozen weights"].value == 2 * SHAPES["qwen3-vl-4b"].parameters()
     assert "reference" not in control
+
+
+def test_what_a_million_pairs_take_beside_the_gpus_grows_with_them_but_for_a_step() -> None:
+    few, many = (
+        made_of("qwen3-vl-4b-full", examples=count).figures["beside the GPUs"] for count in (100_000, 1_000_000)
+    )
+    for name in ("samples, on disk", "rationales, in memory"):
+        assert many[name].value == 10 * (few[name].value or 0)
+    for name in ("images of two steps", "a state of stage 3, on disk", "embeddings, on disk"):
+        assert many[name].value == few[name].value
+    assert many["a state of stage 3, on disk"].value == 2 * 12 * SHAPES["qwen3-vl-4b"].parameters()
+    assert many["images a second"].value == pytest.approx(few["images a second"].value, rel=0.02)
+    assert many["cores that decode"].value == (many["images a second"].value or 0) / DECODED
 
 
 def test_control_of_all_weights_is_refused_on_several_gpus_and_adapters_are_what_makes_it_fit_one() -> None:

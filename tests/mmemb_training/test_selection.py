@@ -175,7 +175,7 @@ def test_an_interrupted_selection_goes_on_and_judges_nothing_twice(
     with pytest.raises(KeyboardInterrupt):
         assess_pool(samples, pool, Counting(), tmp_path / "selection", Margins(), identity="known")
     (tmp_path / "resumed").touch()
-    found = assess_pool(samples, pool, Counting(), tmp_path / "selection", Margins(), identity="known")
+    found = list(assess_pool(samples, pool, Counting(), tmp_path / "selection", Margins(), identity="known"))
     assert asked == ["q0", "q1", "q2", "q3"]  # q4 has no candidate
     assert [one.question for one in found] == asked
     assert json.loads((tmp_path / "selection" / "report.json").read_text())["worker"]["solver"]["kept"] == 4

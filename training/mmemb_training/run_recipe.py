@@ -179,11 +179,11 @@ class Run:
             model = load_checkpoint(self._started(), dtype=self._held(frozen=True))
             model.model.to(self._accelerator.device)
             samples, loaded = self._evaluator(model)
-            own = len(self._processes.share(samples))
-            with counting(own, shown=self._processes.main, label="assessing") as done:
+            own = set(self._processes.share(list(self.samples.question_keys())))
+            with counting(len(own), shown=self._processes.main, label="assessing") as done:
                 assess_pool(
                     samples,
-                    self._within_limit(read_pool(self.folder / "pool"), model),
+                    self._within_limit(read_pool(self.folder / "pool", own), model),
                     loaded,
                     folder,
                     recipe.margins,

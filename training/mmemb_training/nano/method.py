@@ -151,11 +151,11 @@ class NanoRun:
         """Stages 1 and 2: every rationale of the pool, assessed by the backbone."""
         folder = self.folder / "selection"
         if (folder / REPORT).exists():
-            return read_assessed(folder)
+            return list(read_assessed(folder))
         backbone = self.backbone()
         samples = self.mined(backbone)
         evaluator = EmbedderEvaluator(backbone, TargetBank(samples, backbone), temperature=0.02)
-        return assess_pool(samples, self._pool(), evaluator, folder, MARGINS, seed=self.recipe.seed)
+        return list(assess_pool(samples, self._pool(), evaluator, folder, MARGINS, seed=self.recipe.seed))
 
     def mined(self, backbone: Checkpoint) -> Sequence[Sample]:
         """Return the pool's samples with hard negatives, mined with the backbone; the labels of digits are exact."""

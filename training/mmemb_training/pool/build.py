@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,11 +80,12 @@ def build_pool(
         return pool_report(folder, workers, len(keys))
 
 
-def read_pool(folder: Path) -> dict[str, list[Rationale]]:
-    """Return the candidates of every question, by worker and sample."""
+def read_pool(folder: Path, only: Container[str] | None = None) -> dict[str, list[Rationale]]:
+    """Return the candidates of every question, or of those whose keys are in `only`, by worker and sample."""
     pool: dict[str, list[Rationale]] = defaultdict(list)
     for row in read_parts(folder, COLUMNS):
-        pool[row["question"]].append(Rationale(row["worker"], row["sample"], row["rationale"]))
+        if only is None or row["question"] in only:
+            pool[row["question"]].append(Rationale(row["worker"], row["sample"], row["rationale"]))
     return {key: sorted(found, key=lambda one: (one.worker, one.sample)) for key, found in pool.items()}
 
 

@@ -24,6 +24,7 @@ from mmemb_training.recipes.counts import (
     loss_bytes,
     mean_prompt,
 )
+from mmemb_training.recipes.host import host_figures
 from mmemb_training.recipes.hours import stage_costs
 from mmemb_training.recipes.machines import Machine
 from mmemb_training.recipes.settings import RunRecipe, StartModel, TrainedWeights, changed
@@ -134,6 +135,7 @@ def estimate(
         **{f"memory of a GPU, stage {stage.name}": stage.figures() for stage in stages.values()},
         "arithmetic": flops,
         "time": hours,
+        "beside the GPUs": host_figures(shape, recipe, machine, examples, fill, hours["3 joint"].value),
     }
     fits = all(stage.fits for stage in stages.values())
     changes = () if fits else tuple(_changes_that_fit(shape, recipe, machine))

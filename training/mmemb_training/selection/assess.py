@@ -39,8 +39,8 @@ def assess_pool(
     identity: Any = None,
     processes: Processes = ALONE,
     done: Callable[[int], None] = lambda _: None,
-) -> list[Assessed]:
-    """Assess a pool into `folder` and write `report.json`; return every assessed rationale. A later call goes on.
+) -> Iterator[Assessed]:
+    """Assess a pool into `folder` and write `report.json`; yield every assessed rationale. A later call goes on.
 
     Several processes that call it share the samples, and return when all are done. `identity` says, in JSON, what the
     evaluator is. Raises OptionError if the folder was assessed by another.
@@ -66,24 +66,16 @@ def assess_pool(
             write_part(folder, [_row(one) for one in found], processes.index)
             done(len(part))
         processes.wait()
-        assessed = read_assessed(folder)
         if processes.main:
-            write_whole(folder / REPORT, json.dumps(report(assessed, margins), indent=1))
-    return assessed
+            write_whole(folder / REPORT, json.dumps(report(read_assessed(folder), margins), indent=1))
+    return read_assessed(folder)
 
 
-def read_assessed(folder: Path) -> list[Assessed]:
-    """Return what a folder holds of assessed rationales."""
-    return [
-        Assessed(
-            row["question"],
-            row["task"],
-            Rationale(row["worker"], row["sample"], row["rationale"]),
-            row["gain"],
-            row["content"],
-        )
-        for row in read_parts(folder, COLUMNS)
-    ]
+def read_assessed(folder: Path) -> Iterator[Assessed]:
+    """Yield what a folder holds of assessed rationales."""
+    for row in read_parts(folder, COLUMNS):
+        own = Rationale(row["worker"], row["sample"], row["rationale"])
+        yield Assessed(row["question"], row["task"], own, row["gain"], row["content"])
 
 
 def _row(one: Assessed) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Axes: N embedded prompts, C distinct targets, D embedding size, E targets of sam
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -39,13 +40,14 @@ class TargetBank:
     def __init__(
         self, samples: Sequence[Sample], checkpoint: Checkpoint, store: Path | None = None, processes: Processes = ALONE
     ) -> None:
-        entries: list[tuple[int, int, int]] = []  # a target's hash, its sample, and its place among the sample's
-        labels: list[tuple[int, int]] = []  # a label's hash, and the entry that bears it
+        entries = array("Q")  # of each target its hash, its sample, and its place among the sample's
+        labels = array("Q")  # of each label its hash, and the entry that bears it
         for number, sample in enumerate(samples):
             for place, target in enumerate((sample.target, *sample.negatives)):
-                labels += ((_hash([label]), len(entries)) for label in target.labels)
-                entries.append((_hash([target.instruction, *sorted(target.labels)]), number, place))
-        hash_E, sample_E, place_E = np.array(entries, np.uint64).reshape(-1, 3).T
+                for label in target.labels:
+                    labels.extend((_hash([label]), len(entries) // 3))
+                entries.extend((_hash([target.instruction, *sorted(target.labels)]), number, place))
+        hash_E, sample_E, place_E = np.frombuffer(entries, np.uint64).reshape(-1, 3).T
         self._hash_C, first_C, member_E = np.unique(hash_E, return_index=True, return_inverse=True)
         self._row_C = np.argsort(np.argsort(first_C))  # rows in the order in which targets are first met
         row_E = self._row_C[member_E]
@@ -58,7 +60,7 @@ class TargetBank:
             sample = samples[number]
             return (sample.target, *sample.negatives)[place]
 
-        label_L, entry_L = np.array(labels, np.uint64).reshape(-1, 2).T
+        label_L, entry_L = np.frombuffer(labels, np.uint64).reshape(-1, 2).T
         pairs_L2 = np.unique(np.stack([label_L, row_E[entry_L.astype(np.int64)].astype(np.uint64)], axis=1), axis=0)
         self._label_L, self._labelled_L = pairs_L2[:, 0].copy(), pairs_L2[:, 1].astype(np.int64)
         self.targets = Lazy(len(first_C), target_of)

@@ -1,7 +1,7 @@
 """Hard negatives: for every question, the wrong targets that are most similar to it, found by faiss.
 
 Up to EXACT_UP_TO targets every one is compared; beyond, an index of lists (IVF, 8 bits) names some, whose stored
-embeddings are then compared, so that what it misses is the whole difference: `mmemb bench scale` measures it.
+embeddings are then compared, so that what it misses is the whole difference: `benchmarks/scale.py` measures it.
 Axes: Q questions, C distinct targets, D embedding size, K targets looked at.
 """
 
