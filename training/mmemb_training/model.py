@@ -103,7 +103,8 @@ def _embed_patches(
     weight_DF = projection.weight.permute(0, 2, 3, 4, 1).flatten(1)  # to move a weight once is faster than every pixel
     hidden_NPD = F.linear(patches_NPF, weight_DF, projection.bias)
     table_PD = (visual.pos_embed(interpolation_index_P4) * interpolation_weight_P4[:, :, None]).sum(1)
-    return hidden_NPD + table_PD.to(hidden_NPD.dtype)
+    placed_NPD: Tensor = hidden_NPD + table_PD.to(hidden_NPD.dtype)
+    return placed_NPD
 
 
 def _vision_layers(

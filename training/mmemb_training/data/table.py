@@ -67,10 +67,10 @@ def read_samples(data: Sequence[str], limit: int | None, folder: Path) -> Sample
     """
     sets: list[tuple[str, Path]] = []
     for one in data:
-        name, found, source = one.partition("=")
+        name, found, where = one.partition("=")
         if not found:
             raise OptionError(f"data {one!r} is not NAME=FOLDER, such as mmeb/CIRR=downloads/MMEB-train")
-        sets.append((name, Path(source)))
+        sets.append((name, Path(where)))
     files = [folder / f"{number:02d}-{name.replace('/', '-')}.arrow" for number, (name, _) in enumerate(sets)]
     with locked(folder, wait=True):
         claim(folder, {"data": list(data), "limit": limit})
