@@ -3,7 +3,7 @@
 Everything is drawn: samples in the layout of MMEB-train, photographs, vectors in clusters, a model of random weights.
 Each figure is of a process of its own. Run it with
 
-    python benchmarks/scale.py --rows 10000 --rows 100000 --rows 1000000 --out RESULT.json
+    python benchmarks/scale.py --rows 10000 --rows 100000 --rows 250000 --checkpoint CHECKPOINT --out RESULT.json
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import resource
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import numpy as np
@@ -80,29 +81,24 @@ def photographs(images: int, *, threads: int) -> dict[str, Any]:
         return {"images": images, "threads": threads, "per_second": images / seconds, "per_core_second": images / busy}
 
 
-def bank(rows: int) -> dict[str, Any]:
+def targets(rows: int) -> dict[str, Any]:
     """Index the targets of samples and of their negatives, without their embeddings."""
     from mmemb_training.data.table import SampleTable, write_samples
     from mmemb_training.selection import bank as module
 
-    module.embed_rows = lambda *_: np.zeros((1, 1), np.float32)
+    bank: Any = module
+    bank.embed_rows = lambda *_: np.zeros((1, 1), np.float32)  # of the checkpoint, nothing is read
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "samples.arrow")
         write_samples(_drawn_samples(rows), file)
         table, before = SampleTable([file]), _own_bytes()
-        found, seconds = timed(module.TargetBank, table, _Anything())
+        found, seconds = timed(bank.TargetBank, table, SimpleNamespace(rows=None))
         return {
             "rows": rows,
             "targets": len(found.targets),
             "targets_per_second": len(found.targets) / seconds,
             "own_bytes": _own_bytes() - before,
         }
-
-
-class _Anything:
-    """A checkpoint of which nothing is read."""
-
-    rows = None
 
 
 def mining(rows: int) -> dict[str, Any]:
@@ -204,11 +200,11 @@ def main(
     result = {
         "samples": [run("samples", rows=count, mapped=mapped) for count in rows for mapped in (True, False)],
         "photographs": [run("photographs", images=images, threads=threads) for threads in (1, 2)],
-        "bank": [run("bank", rows=count) for count in rows],
+        "targets": [run("targets", rows=count) for count in rows],
         "mining": [run("mining", rows=count) for count in rows],
         "judging": [
             run("judging", checkpoint=str(checkpoint), rationales=count, bounded=bounded)
-            for count in ((8, 64) if checkpoint else ())
+            for count in ((16, 64) if checkpoint else ())
             for bounded in (True, False)
         ],
     }

@@ -130,7 +130,7 @@ def test_images_of_all_shapes_are_encoded_together_as_they_are_alone(
         found: torch.Tensor = linear(states)
         return found
 
-    def flash(*args: torch.Tensor) -> torch.Tensor:
+    def flash(*args: Any) -> torch.Tensor:
         calls.append(len(args[0]))
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return attend(*args)

@@ -46,7 +46,7 @@ def test_processes_that_share_a_pool_ask_each_question_once_and_go_on_as_another
             failed = "q5"
             return [Written((), "no") if one.key == failed else Written((one.key,)) for one in questions]
 
-    barrier = threading.Barrier(2, timeout=60)
+    barrier: Any = threading.Barrier(2, timeout=60)
 
     def work(index: int) -> Any:
         processes = Processes(index, 2, barrier.wait)

@@ -255,7 +255,7 @@ def test_a_target_too_like_the_right_one_is_taken_for_an_unlabelled_right_one(
 
 def together(work: Callable[[Processes], object]) -> None:
     """Do a job as two processes share it, each a thread here."""
-    barrier = threading.Barrier(2, timeout=60)
+    barrier: Any = threading.Barrier(2, timeout=60)
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda index: work(Processes(index, 2, barrier.wait)), range(2)))
 

@@ -246,16 +246,15 @@ def test_a_process_reads_the_images_of_its_own_share_alone(
         made.append(index)
         return lessons[index]
 
-    class Second(Accelerator):
-        process_index = 1
-        num_processes = 2
+    monkeypatch.setattr(Accelerator, "process_index", 1)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mmemb_training.trainer.backward", stop)
     with pytest.raises(KeyboardInterrupt):
-        next(train_jointly(tiny, lambda _: Lazy(8, lesson), RECIPE, tmp_path, accelerator=Second(cpu=True)))
+        next(train_jointly(tiny, lambda _: Lazy(8, lesson), RECIPE, tmp_path, accelerator=Accelerator(cpu=True)))
     assert sorted(set(made)) == [1, 3, 5, 7]
 
 

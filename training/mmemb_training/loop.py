@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mmemb_deploy.errors import MmembError
@@ -59,7 +59,7 @@ def run_steps(
     `identity` says what the run is, in JSON; `describe` names the samples of a step's batch. Raises OptionError if the
     folder holds another run, TrainingError for a loss that is not finite or a spike.
     """
-    start, seconds = _resume(folder, identity, accelerator)
+    start, seconds = _resume(folder, identity, accelerator, weights)
     recent: deque[float] = deque(maxlen=RECENT)
     for step in range(start, schedule.length):
         began = time.perf_counter()
@@ -88,7 +88,7 @@ def run_steps(
         yield metrics
 
 
-def _resume(folder: Path, identity: dict[str, Any], accelerator: Accelerator) -> tuple[int, float]:
+def _resume(folder: Path, identity: dict[str, Any], accelerator: Accelerator, weights: nn.Module) -> tuple[int, float]:
     """Load the last state of an unfinished run; return the next step and the seconds spent so far."""
     if accelerator.is_main_process:
         claim(folder, identity, name=RUN)
@@ -101,7 +101,9 @@ def _resume(folder: Path, identity: dict[str, Any], accelerator: Accelerator) ->
         write_whole(folder / METRICS, "".join(line + "\n" for line in lines))
     if not states:
         return 0, 0.0
-    accelerator.load_state(str(states[-1]), **({} if _sharded(accelerator) else {"strict": False}))
+    frozen = any(not weight.requires_grad for weight in weights.parameters())  # which a state does not hold
+    missing: dict[str, Any] = {"strict": False} if frozen else {}
+    accelerator.load_state(str(states[-1]), **missing)
     return step, float(json.loads(lines[-1])["seconds"])
 
 
@@ -128,10 +130,6 @@ def _leave_out_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]],
         for name, weight in model.named_parameters(remove_duplicate=False):
             if not weight.requires_grad:
                 state.pop(name, None)
-
-
-def _sharded(accelerator: Accelerator) -> bool:
-    return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
 def _anywhere(here: object, accelerator: Accelerator) -> bool:

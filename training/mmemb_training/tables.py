@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,8 @@ def locked(folder: Path, process: int = 0, *, wait: bool = False) -> Generator[N
 def load_arrow() -> Any:
     """Return pyarrow, its parquet and its file formats with it. Raises MissingExtraError without it."""
     try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
+        for name in ("pyarrow.ipc", "pyarrow.parquet"):
+            import_module(name)
     except ModuleNotFoundError as error:
         raise MissingExtraError("pyarrow", "train") from error
-    return pyarrow
+    return import_module("pyarrow")

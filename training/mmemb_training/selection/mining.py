@@ -93,9 +93,9 @@ def nearest_of(embeddings_CD: Floats, exact_up_to: int = EXACT_UP_TO) -> tuple[N
     def nearest(query_QD: Floats, most: int) -> tuple[Floats, Ints]:
         _, row_QK = index.search(query_QD, most)
         cosine_QK = np.full(row_QK.shape, -np.inf, np.float32)
-        for query_D, row_K, cosine_K in zip(query_QD, row_QK, cosine_QK, strict=True):
+        for number, (query_D, row_K) in enumerate(zip(query_QD, row_QK, strict=True)):
             found = row_K != NONE
-            cosine_K[found] = embeddings_CD[row_K[found]] @ query_D
+            cosine_QK[number, found] = embeddings_CD[row_K[found]] @ query_D
         order_QK = np.argsort(-cosine_QK, axis=1, kind="stable")
         return np.take_along_axis(cosine_QK, order_QK, 1), np.take_along_axis(row_QK, order_QK, 1)
 
