@@ -44,15 +44,25 @@ def build_index(stored: Stored, failed_N: NDArray[np.bool_], path: Path, done: C
     sample_n = good_n[:: max(1, len(good_n) // (TRAINED_ON * lists))]
     if not len(sample_n):
         raise OptionError(f"{path} holds no row that did not fail")
-    index = faiss.index_factory(stored.width, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
-    index.cp.min_points_per_centroid = 1
-    index.train(_floats(stored.take(sample_n)))
+    index = trained_index(_floats(stored.take(sample_n)), lists)
     for _, block in stored.blocks(CHUNK):
         index.add(_floats(block))
         done(len(block))
     with whole(index_path(path)) as new:
         faiss.write_index(index, str(new))
         return new.stat().st_size
+
+
+def trained_index(sample_ND: Floats, lists: int) -> Any:
+    """Return an index of so many lists, empty, its centres and its 8 bits as a sample of float32 vectors asks.
+
+    Raises MissingExtraError without faiss.
+    """
+    faiss = load_faiss()
+    index = faiss.index_factory(sample_ND.shape[1], f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+    index.cp.min_points_per_centroid = 1
+    index.train(sample_ND)
+    return index
 
 
 def open_index(stored: Stored, failed_N: NDArray[np.bool_], path: Path) -> Any:

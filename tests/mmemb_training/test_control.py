@@ -18,7 +18,8 @@ from mmemb_training.control.rollouts import decisions, draw_groups
 from mmemb_training.encoder import Encoder, Reading
 from mmemb_training.nano.digits import Digits
 from mmemb_training.recipes.settings import ALL_WEIGHTS, ControlRecipe, LoraSettings, Rewards, Schedule, TrainedWeights
-from mmemb_training.selection.bank import TargetBank, mine_negatives
+from mmemb_training.selection.bank import TargetBank
+from mmemb_training.selection.mining import mine_negatives
 
 CANDIDATES_CD = np.eye(4, dtype=np.float32)
 RECIPE = ControlRecipe(
@@ -95,8 +96,9 @@ def drawn(tiny: Checkpoint, digits: Digits) -> tuple[Any, TargetBank, RolloutBat
     scored = [
         score_group(group, bank.candidates(sample), Rewards(), 9) for sample, group in zip(samples, groups, strict=True)
     ]
-    reading = read_alone(Encoder(tiny).eval(), chunks_of(samples, groups, tiny.rows, 3))
-    return samples, bank, RolloutBatch(samples, groups, scored, reading, reading)
+    chunks = chunks_of(samples, groups, tiny.rows, 3)
+    reading = read_alone(Encoder(tiny).eval(), chunks)
+    return samples, bank, RolloutBatch(samples, chunks, groups, scored, reading, reading)
 
 
 def test_rollouts_carry_the_embedding_that_the_encoder_gives_them(drawn: Any, tiny: Checkpoint) -> None:

@@ -15,10 +15,12 @@ from pyarrow import parquet
 
 from mmemb_deploy.errors import MissingExtraError, OptionError
 from mmemb_deploy.inputs.parse import Request, parse
+from mmemb_training.data import table as table_module
 from mmemb_training.data.mmeb_train import SUBSETS
 from mmemb_training.data.registry import DATASETS, read
+from mmemb_training.data.table import SampleTable, read_samples, write_samples
 from mmemb_training.data.video import CAPTIONS, QUESTIONS, read_video_questions
-from mmemb_training.samples import Sample, Target
+from mmemb_training.samples import Question, Sample, Target
 
 Rows = Sequence[dict[str, Any]]
 EMPTY = {"qry_image_path": "", "pos_image_path": "", "neg_text": "", "neg_image_path": ""}
@@ -292,3 +294,38 @@ def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
 
 def test_the_registry_names_all_public_sets() -> None:
     assert len(DATASETS) == 20 + 3 + 3
+
+
+def test_samples_come_back_from_their_table_one_at_a_time_whatever_they_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_module, "BATCH", 2)
+    video = {"video": ["a.jpeg", "b.jpeg"], "timestamps": [0.0, 0.5], "text": "what?"}
+    near = Target(content={"text": "near"}, labels=frozenset({"x", "y"}), instruction="")
+    samples = [
+        Sample(
+            question=Question(key=f"k{index}", task=f"t{index % 3}", content=content, instruction=instruction),
+            wanted="x",
+            target=Target(content={"image": f"{index}.png"}, labels=frozenset({str(index)})),
+            negatives=(near,) * (index % 3),
+        )
+        for index, (content, instruction) in enumerate([(video, None), ({"text": "é"}, "Find it."), ("words", "")] * 2)
+    ]
+    write_samples(samples[:5], tmp_path / "one.arrow")
+    write_samples(samples[5:], tmp_path / "two.arrow")
+    held = SampleTable([tmp_path / "one.arrow", tmp_path / "two.arrow"])
+    assert list(held) == samples
+    assert list(held[1::3]) == samples[1::3]
+    assert list(held.question_keys()) == [f"k{index}" for index in range(6)]
+    assert [held.tasks[task] for task in held.task_N] == [sample.question.task for sample in samples]
+
+
+def test_a_data_set_is_read_once_and_its_folder_is_for_no_other(tmp_path: Path) -> None:
+    rows = [{"qry": f"a {index}", "pos_text": "b"} for index in range(3)]
+    mmeb(tmp_path, "WebQA", rows)
+    data = [f"mmeb/WebQA={tmp_path}"]
+    assert len(read_samples(data, 2, tmp_path / "samples")) == 2
+    (tmp_path / "WebQA" / "original-00000-of-00001.parquet").unlink()
+    assert [one.question.key for one in read_samples(data, 2, tmp_path / "samples")] == ["mmeb/WebQA/0", "mmeb/WebQA/1"]
+    with pytest.raises(OptionError, match="another limit"):
+        read_samples(data, 3, tmp_path / "samples")

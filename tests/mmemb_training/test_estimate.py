@@ -36,6 +36,7 @@ from mmemb_training.recipes.counts import (
     vision_layer_bytes,
 )
 from mmemb_training.recipes.estimate import Estimate, estimate
+from mmemb_training.recipes.host import DECODED
 from mmemb_training.recipes.load import load_recipe, recipe_names
 from mmemb_training.recipes.machines import DEVICES, Machine, machine
 from mmemb_training.recipes.settings import PROJECTIONS, LoraSettings, RolloutServer, RunRecipe, TrainedWeights
@@ -230,12 +231,12 @@ def test_autograd_saves_of_a_text_layer_what_the_formula_says(small: Path, new: 
     half = torch.bfloat16
     states = torch.randn(3, new, 128, dtype=half, requires_grad=True)
     rotary = torch.randn(3, new, 32, dtype=half), torch.randn(3, new, 32, dtype=half)
-    mask = torch.ones(3, 1, new, context, dtype=torch.bool)
+    mask = torch.ones(3, 1, new, context, dtype=torch.bool) if context > new else None
     past = [torch.randn(3, 2, context - new, 32, dtype=half) for _ in range(2)]
     cache = _LayerCache((past[0], past[1]) if context > new else None)
     saved = saved_bytes(
         lambda: layer(states, position_embeddings=rotary, attention_mask=mask, past_key_values=cache),
-        [*layer.parameters(), *rotary, mask],
+        [*layer.parameters(), *rotary, *([] if mask is None else [mask])],
     )
     assert saved == 3 * layer_bytes(read_shape(small), new, context, 2)
 
@@ -460,3 +461,41 @@ def test_rollouts_that_a_server_writes_take_none_of_the_time_here() -> None:
     assert "rollouts by the server at http://somewhere:8000/v1, not counted" in there["arithmetic"]["4 control"].basis
     assert "[control.rollouts] names a server" in here["arithmetic"]["4 control"].basis
     assert "instruct, thinking: served, and counted as if by these GPUs" in here["arithmetic"]["1 pool"].basis
+
+
+def with_full_control(name: str) -> RunRecipe:
+    recipe = load_recipe(name)
+    return replace(recipe, control=replace(recipe.control, method="full"))
+
+
+def test_all_weights_train_sharded_but_control_s_are_adapters_beside_the_weights_that_are_their_reference() -> None:
+    stages = made_of("qwen3-vl-4b-full").stages
+    assert stages["joint"].terms["optimizer"].value == 8 * SHAPES["qwen3-vl-4b"].parameters() / 8
+    control = stages["control"].terms
+    assert control["frozen weights"].value == 2 * SHAPES["qwen3-vl-4b"].parameters()
+    assert "reference" not in control
+
+
+def test_what_a_million_pairs_take_beside_the_gpus_grows_with_them_but_for_a_step() -> None:
+    few, many = (
+        made_of("qwen3-vl-4b-full", examples=count).figures["beside the GPUs"] for count in (100_000, 1_000_000)
+    )
+    for name in ("samples, on disk", "rationales, in memory"):
+        assert many[name].value == 10 * (few[name].value or 0)
+    for name in ("images of two steps", "a state of stage 3, on disk", "embeddings, on disk"):
+        assert many[name].value == few[name].value
+    assert many["a state of stage 3, on disk"].value == 2 * 12 * SHAPES["qwen3-vl-4b"].parameters()
+    assert many["images a second"].value == pytest.approx(few["images a second"].value, rel=0.02)
+    assert many["cores that decode"].value == (many["images a second"].value or 0) / DECODED
+
+
+def test_control_of_all_weights_is_refused_on_several_gpus_and_adapters_are_what_makes_it_fit_one() -> None:
+    recipe, shape = with_full_control("qwen3-vl-4b-full"), SHAPES["qwen3-vl-4b"]
+    with pytest.raises(OptionError, match=r"control trains all weights on 8 GPUs: .*set control\.method = 'lora'"):
+        estimate(shape, recipe, H100S)
+    lora = replace(recipe, weights=replace(recipe.weights, method="lora"))
+    made = estimate(shape, lora, machine(1, device="h100"))
+    assert made.stages["joint"].fits
+    assert not made.stages["control"].fits
+    assert "control.method = lora" in made.changes
+    assert not any("GPUs" in change for change in made.changes)

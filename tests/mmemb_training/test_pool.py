@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,42 @@ from mmemb_deploy.inputs.prompts import IMAGE_PAD, VISION_END, VISION_START
 from mmemb_training.pool.build import FAILURES, build_pool, print_report, read_pool
 from mmemb_training.pool.endpoint import shown_parts
 from mmemb_training.pool.workers import REQUEST, Worker, Written
+from mmemb_training.processes import Processes
 from mmemb_training.samples import Question
 
 
 def ask(count: int) -> list[Question]:
     return [Question(key=f"q{index}", task=f"task{index % 2}", content=f"question {index}") for index in range(count)]
+
+
+def test_processes_that_share_a_pool_ask_each_question_once_and_go_on_as_another_number(tmp_path: Path) -> None:
+    asked: list[tuple[int, str]] = []
+
+    class Echo:
+        name, samples = "echo", 1
+
+        def __init__(self, process: int) -> None:
+            self._process = process
+
+        def write(self, questions: Sequence[Question]) -> list[Written]:
+            asked.extend((self._process, question.key) for question in questions)
+            failed = "q5"
+            return [Written((), "no") if one.key == failed else Written((one.key,)) for one in questions]
+
+    barrier: Any = threading.Barrier(2, timeout=60)
+
+    def work(index: int) -> Any:
+        processes = Processes(index, 2, barrier.wait)
+        return build_pool(ask(7), [Echo(index)], tmp_path, batch=2, processes=processes)
+
+    with ThreadPoolExecutor(2) as threads:
+        reports = list(threads.map(work, range(2)))
+    assert sorted(asked) == [(index % 2, f"q{index}") for index in (0, 2, 4, 6, 1, 3, 5)]
+    assert [(one["echo"]["questions"], one["echo"]["failed"]) for one in reports] == [(6, 1)] * 2
+    asked.clear()
+    build_pool(ask(7), [Echo(0)], tmp_path)
+    assert asked == [(0, "q5")]
+    assert sorted(read_pool(tmp_path)) == [f"q{index}" for index in (0, 1, 2, 3, 4, 6)]
 
 
 def test_an_endpoint_is_shown_the_instruction_the_images_and_the_text(endpoint: Any) -> None:

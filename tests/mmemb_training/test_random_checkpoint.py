@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from mmemb_training import random_checkpoint as module
 from mmemb_training.checkpoint import load_checkpoint, outline_checkpoint
 from mmemb_training.random_checkpoint import random_checkpoint
 from mmemb_training.recipes.shapes import SHAPES, ModelShape, read_shape
+from mmemb_training.weights import write_weights
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def shape() -> ModelShape:
 def test_its_weights_are_those_of_the_shape_in_as_many_files_as_they_need(
     tmp_path: Path, shape: ModelShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(module, "write_weights", partial(write_weights, file_bytes=20_000))
     random_checkpoint(shape, tmp_path / "checkpoint")
     assert len(list((tmp_path / "checkpoint").glob("model-*.safetensors"))) > 2
     model = load_checkpoint(tmp_path / "checkpoint", dtype="bfloat16").model

@@ -12,20 +12,22 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from accelerate import Accelerator, DistributedType
 from PIL import Image
 from rich.console import Console
 
 from fake_vllm import FakeVllm, serving
 from mmemb_deploy import BackendError, OptionError
 from mmemb_training.checkpoint import load_checkpoint
+from mmemb_training.data.table import read_samples
 from mmemb_training.pool.build import read_pool
 from mmemb_training.recipes.estimate import estimate
 from mmemb_training.recipes.load import load_recipe
 from mmemb_training.recipes.machines import Machine
 from mmemb_training.recipes.settings import ControlRecipe, JointRecipe, changed
 from mmemb_training.recipes.shapes import SHAPES
-from mmemb_training.run_recipe import CPU_MICRO_BATCH, Run, read_samples, with_micro_batches
-from mmemb_training.samples import Question, Sample, Target, held_apart
+from mmemb_training.run_recipe import CPU_MICRO_BATCH, Run, with_micro_batches
+from mmemb_training.samples import held_apart
 from mmemb_training.selection.select import KeptRationales
 from mmemb_training.stage import Metrics
 from mmemb_training.task_batches import TaskBatches
@@ -124,9 +126,10 @@ def test_a_recipe_runs_from_a_public_model_to_a_controlled_one(
     text = RECIPE.format(source=public, port=endpoint.server_port, method=method, evaluator=evaluator)
     (tmp_path / "recipe.toml").write_text(text)
     recipe = load_recipe(tmp_path / "recipe.toml")
-    samples, folder, watched = read_samples([data], limit=8), tmp_path / "run", Watched()
+    samples, folder, watched = read_samples([data], 8, tmp_path / "samples"), tmp_path / "run", Watched()
     assert len(samples) == 8
-    taught, apart = held_apart(samples, 2)
+    apart_N = held_apart(samples.question_keys(), samples.task_N, 2)
+    taught, apart = ([samples[int(index)] for index in np.flatnonzero(mask_N)] for mask_N in (~apart_N, apart_N))
 
     def rambling(body: dict[str, Any]) -> Any:
         status, content = endpoint.answer(body)
@@ -172,21 +175,14 @@ def test_a_recipe_runs_from_a_public_model_to_a_controlled_one(
 
 
 def test_samples_held_apart_are_the_same_in_any_order_and_of_every_task() -> None:
-    samples = [
-        Sample(
-            question=Question(key=f"{task}/{index}", task=task, content="x"),
-            wanted="a",
-            target=Target(content="y", labels=frozenset("a")),
-        )
-        for task, count in (("large", 80), ("small", 20), ("lone", 1))
-        for index in range(count)
-    ]
-    taught, apart = held_apart(samples, 10)
-    assert {*map(id, taught), *map(id, apart)} == {*map(id, samples)}
-    assert Counter(one.question.task for one in apart) == {"large": 8, "small": 2}
-    assert {one.question.key for one in held_apart(samples[::-1], 10)[1]} == {one.question.key for one in apart}
-    assert len(held_apart(samples, 10_000)[1]) == 16 + 4  # a fifth at most
-    assert held_apart(samples, 0) == (samples, [])
+    tasks = [task for task, count in (("large", 80), ("small", 20), ("lone", 1)) for _ in range(count)]
+    keys, task_N = [f"{task}/{index}" for index, task in enumerate(tasks)], np.unique(tasks, return_inverse=True)[1]
+    apart_N = held_apart(keys, task_N, 10)
+    counts = {task: int(apart_N[np.array(tasks) == task].sum()) for task in set(tasks)}
+    assert counts == {"large": 8, "small": 2, "lone": 0}
+    assert held_apart(keys[::-1], task_N[::-1], 10)[::-1].tolist() == apart_N.tolist()
+    assert held_apart(keys, task_N, 10_000).sum() == 16 + 4  # a fifth at most
+    assert not held_apart(keys, task_N, 0).any()
 
 
 def test_an_embedder_that_was_never_taught_to_embed_is_refused_as_evaluator_before_the_pool(
@@ -279,7 +275,7 @@ def test_what_fits_the_gpus_that_are_there_is_what_training_is_given(
     text = text.replace("held_apart = 2\n", "held_apart = 0\n")
     text = text.replace("batch = 4\n", "batch = 12\n").replace("queries = 2\n", "queries = 10\n")
     (tmp_path / "recipe.toml").write_text(text)
-    recipe, samples = load_recipe(tmp_path / "recipe.toml"), read_samples([data], limit=None)
+    recipe, samples = load_recipe(tmp_path / "recipe.toml"), read_samples([data], None, tmp_path / "samples")
     begun: list[str] = []
     given: list[JointRecipe | ControlRecipe] = []
 
@@ -288,7 +284,7 @@ def test_what_fits_the_gpus_that_are_there_is_what_training_is_given(
             begun.append("pool")
 
         def selection(self) -> dict[str, KeptRationales]:
-            return {sample.question.key: KeptRationales() for sample in samples}
+            return {key: KeptRationales() for key in samples.question_keys()}
 
     def train(_checkpoint: Any, _draw: Any, recipe: JointRecipe | ControlRecipe, *_: Any, **__: Any) -> Metrics:
         given.append(recipe)
@@ -311,6 +307,21 @@ def test_what_fits_the_gpus_that_are_there_is_what_training_is_given(
     assert given[0].chunks(processes=1) == 1
 
 
+def test_one_start_does_not_shard_all_weights_and_train_adapters_beside_whole_ones(
+    public: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(source=public, port=1, method="full", evaluator="judge"))
+    recipe, samples = load_recipe(tmp_path / "recipe.toml"), read_samples([data], None, tmp_path / "samples")
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    run = Run(recipe, samples, tmp_path / "run", lambda *_: None, Console(quiet=True))
+    with pytest.raises(OptionError, match="add --upto joint, and then run the same command without it"):
+        run.upto("control")
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    full = replace(recipe, control=replace(recipe.control, method=None))
+    with pytest.raises(OptionError, match="control trains all weights on 2 GPUs"):
+        Run(full, samples, tmp_path / "run", lambda *_: None, Console(quiet=True)).upto("control")
+
+
 def test_a_worker_without_an_endpoint_is_loaded_here_and_one_without_a_key_takes_none_from_the_environment(
     endpoint: Any, public: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +330,11 @@ def test_a_worker_without_an_endpoint_is_loaded_here_and_one_without_a_key_takes
     text = text.replace("held_apart = 2\n", "held_apart = 0\n")
     (tmp_path / "recipe.toml").write_text(text.replace("[selection]\n", here))
     monkeypatch.setenv("OPENAI_API_KEY", "a secret")
-    recipe, samples, folder = load_recipe(tmp_path / "recipe.toml"), read_samples([data], limit=2), tmp_path / "run"
+    recipe, samples, folder = (
+        load_recipe(tmp_path / "recipe.toml"),
+        read_samples([data], 2, tmp_path / "samples"),
+        tmp_path / "run",
+    )
     Run(recipe, samples, folder, Watched(), Console(quiet=True)).upto("pool")
     assert {one.worker for row in read_pool(folder / "pool").values() for one in row} == {"served", "here"}
     assert len(endpoint.received) == len(samples)
@@ -327,30 +342,22 @@ def test_a_worker_without_an_endpoint_is_loaded_here_and_one_without_a_key_takes
     assert endpoint.keys == {"Bearer unused"}
 
 
-def test_data_that_is_not_a_name_and_a_folder_is_refused() -> None:
+def test_data_that_is_not_a_name_and_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="is not NAME=FOLDER"):
-        read_samples(["mmeb/CIRR"], limit=None)
+        read_samples(["mmeb/CIRR"], None, tmp_path)
     with pytest.raises(OptionError, match="data holds no sample"):
-        read_samples([], limit=None)
+        read_samples([], None, tmp_path)
 
 
 def test_batches_are_of_one_task_and_a_pass_holds_no_sample_twice() -> None:
-    samples = [
-        Sample(
-            question=Question(key=f"{task}{index}", task=task, content="x"),
-            wanted="a",
-            target=Target(content="y", labels=frozenset("a")),
-        )
-        for task, count in (("long", 11), ("short", 4), ("tiny", 2))
-        for index in range(count)
-    ]
-    batches = TaskBatches(samples, 3, seed=0)
+    task_N = np.repeat([2, 0, 1], [11, 4, 2])
+    batches = TaskBatches(task_N, 3, seed=0)
     assert batches.per_pass == 3 + 1
     for passes in range(3):
         drawn = [batches(passes * batches.per_pass + index) for index in range(batches.per_pass)]
-        assert all(len({sample.question.task for sample in batch}) == 1 for batch in drawn)
-        keys = [sample.question.key for batch in drawn for sample in batch]
-        assert len(keys) == len(set(keys)) == 12
-    assert {one.question.key for step in range(40) for one in batches(step)} >= {f"long{index}" for index in range(11)}
+        assert all(len(set(task_N[batch])) == 1 for batch in drawn)
+        places = [place for batch in drawn for place in batch]
+        assert len(places) == len(set(places)) == 12
+    assert {place for step in range(40) for place in batches(step)} >= set(range(11))
     with pytest.raises(OptionError, match="batch is 12: the largest task has 11 samples"):
-        TaskBatches(samples, 12, seed=0)
+        TaskBatches(task_N, 12, seed=0)

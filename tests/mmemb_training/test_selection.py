@@ -1,7 +1,9 @@
 """Selection scores pairs by counterfactuals, keeps what helps by what it says, and never mines a right answer."""
 
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
@@ -18,12 +20,16 @@ from mmemb_training.checkpoint import Checkpoint, load_checkpoint
 from mmemb_training.nano.digits import Digits
 from mmemb_training.pool.build import Rationale
 from mmemb_training.prefill import prefill
+from mmemb_training.processes import Processes
 from mmemb_training.recipes.settings import Margins
 from mmemb_training.samples import Question, Sample, Target, query_row, target_row
 from mmemb_training.selection import assess as module
+from mmemb_training.selection import bank as bank_module
+from mmemb_training.selection import mining
 from mmemb_training.selection.assess import OtherRationales, assess, assess_pool
-from mmemb_training.selection.bank import TargetBank, mine_negatives
+from mmemb_training.selection.bank import TargetBank, embed_rows
 from mmemb_training.selection.evaluators import Confidence, EmbedderEvaluator, JudgeEvaluator
+from mmemb_training.selection.mining import drawn_evenly, mine_negatives, nearest_of
 from mmemb_training.selection.select import Assessed, Verdict, kept_rationales, report
 
 
@@ -33,7 +39,7 @@ def model(tiny_checkpoint: FilePath) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def mined(digits: Digits, model: Checkpoint) -> list[Sample]:
+def mined(digits: Digits, model: Checkpoint) -> Sequence[Sample]:
     bank = TargetBank(digits.samples, model)
     return mine_negatives(digits.samples, bank, model, hard=3, even=2, share_of_positive=None)
 
@@ -44,7 +50,7 @@ def state(model: Checkpoint, row: Any, tokens: Sequence[int] = ()) -> torch.Tens
         return prefill(model.model, collate([row.extended(tokens)], 0), model.vision)[0][0, -1]
 
 
-def test_the_embedder_s_confidence_is_its_softmax_at_the_target(mined: list[Sample], model: Checkpoint) -> None:
+def test_the_embedder_s_confidence_is_its_softmax_at_the_target(mined: Sequence[Sample], model: Checkpoint) -> None:
     samples, rationales = mined[8:12], [["3+4=7;", "?"], [], ["a"], ["no", "7", "3+4=7;"]]
     evaluator = EmbedderEvaluator(model, TargetBank(mined, model), temperature=0.05)
     found = evaluator.confidences(samples, rationales)
@@ -170,7 +176,7 @@ def test_an_interrupted_selection_goes_on_and_judges_nothing_twice(
     with pytest.raises(KeyboardInterrupt):
         assess_pool(samples, pool, Counting(), tmp_path / "selection", Margins(), identity="known")
     (tmp_path / "resumed").touch()
-    found = assess_pool(samples, pool, Counting(), tmp_path / "selection", Margins(), identity="known")
+    found = list(assess_pool(samples, pool, Counting(), tmp_path / "selection", Margins(), identity="known"))
     assert asked == ["q0", "q1", "q2", "q3"]  # q4 has no candidate
     assert [one.question for one in found] == asked
     assert json.loads((tmp_path / "selection" / "report.json").read_text())["worker"]["solver"]["kept"] == 4
@@ -217,6 +223,25 @@ def test_an_evaluator_finds_a_pair_that_it_ranks_first_or_says_yes_to(mined: lis
     assert all(one.found == (one.without > 0) for one in JudgeEvaluator(model).confidences(plain, [[] for _ in plain]))
 
 
+def test_processes_that_share_a_selection_assess_each_question_once_and_report_them_all(tmp_path: FilePath) -> None:
+    samples, asked = questions(7), list[str]()
+    pool = {one.question.key: [Rationale("solver", 0, f"good {one.question.key}")] for one in samples}
+
+    class Counting(KnownConfidence):
+        def confidences(self, samples: Sequence[Sample], rationales: Sequence[Sequence[str]]) -> list[Confidence]:
+            asked.extend(sample.question.key for sample in samples)
+            return super().confidences(samples, rationales)
+
+    together(
+        lambda processes: assess_pool(
+            samples, pool, Counting(), tmp_path, Margins(), identity="known", processes=processes
+        )
+    )
+    assert sorted(asked) == [f"q{index}" for index in range(7)]
+    assert len(list(tmp_path.glob("part-*.parquet"))) == 2
+    assert json.loads((tmp_path / "report.json").read_text())["worker"]["solver"]["kept"] == 7
+
+
 def test_a_query_draws_by_gain_and_one_that_kept_nothing_is_taught_to_stop() -> None:
     found = [
         assessed("a", 2.0, "two"),
@@ -236,7 +261,7 @@ def test_a_query_draws_by_gain_and_one_that_kept_nothing_is_taught_to_stop() -> 
 
 
 def test_mined_negatives_never_answer_and_the_hardest_come_first(
-    digits: Digits, mined: list[Sample], model: Checkpoint
+    digits: Digits, mined: Sequence[Sample], model: Checkpoint
 ) -> None:
     bank = TargetBank(digits.samples, model)
     for before, after in zip(digits.samples, mined, strict=True):
@@ -260,3 +285,66 @@ def test_a_target_too_like_the_right_one_is_taken_for_an_unlabelled_right_one(
         known = digits.samples[[one.question.key for one in digits.samples].index(sample.question.key)].negatives
         for negative in sample.negatives[len(known) :]:
             assert float(bank.embeddings_CD[bank.index(negative)] @ query_D) <= 0.9 * own + 1e-6
+
+
+def together(work: Callable[[Processes], object]) -> None:
+    """Do a job as two processes share it, each a thread here."""
+    barrier: Any = threading.Barrier(2, timeout=60)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda index: work(Processes(index, 2, barrier.wait)), range(2)))
+
+
+def one_by_one(samples: Sequence[Sample], bank: TargetBank, queries_QD: Any, share: float) -> list[list[int]]:
+    """The negatives of every question, 3 hard and 4 even, each from a sort of all targets: what mining must equal."""
+    rng, found = np.random.default_rng(), list[list[int]]()
+    for index, (sample, query_D) in enumerate(zip(samples, queries_QD, strict=True)):
+        rng = rng if index % 10 else np.random.default_rng([0, index])  # of a block
+        similarity_C = bank.embeddings_CD @ query_D
+        wrong_C = np.array([sample.wanted not in target.labels for target in bank.targets])
+        usable = np.flatnonzero(wrong_C & (similarity_C <= share * similarity_C[bank.index(sample.target)]))
+        hard = usable[np.argsort(-similarity_C[usable], kind="stable")[:3]]
+        others = np.setdiff1d(np.flatnonzero(wrong_C), hard)
+        found.append([*hard.tolist(), *rng.choice(others, size=min(4, len(others)), replace=False).tolist()])
+    return found
+
+
+def test_mining_in_shards_and_blocks_finds_what_a_sort_of_all_targets_finds(
+    digits: Digits, model: Checkpoint, tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = embed_rows(model, [query_row(sample.question, model.rows) for sample in digits.samples])
+    monkeypatch.setattr(bank_module, "SHARD", 20)
+    monkeypatch.setattr(mining, "BLOCK", 10)
+    bank = TargetBank(digits.samples, model, tmp_path / "targets.npy")
+    done: list[Sequence[Sample]] = []
+
+    def mine(processes: Processes) -> None:
+        options: Any = {"hard": 3, "even": 4, "share_of_positive": 0.9, "store": tmp_path / "q.npy"}
+        done.append(mine_negatives(digits.samples, bank, model, **options, processes=processes))
+
+    together(mine)
+    mined = done[0]
+    np.testing.assert_allclose(np.load(tmp_path / "q.npy"), whole, atol=1e-5)
+    expected = one_by_one(digits.samples, bank, whole, 0.9)
+    for before, after, rows in zip(digits.samples, mined, expected, strict=True):
+        assert [bank.index(target) for target in after.negatives[len(before.negatives) :]] == rows
+
+
+def test_an_index_of_lists_finds_nearly_all_that_comparing_everything_finds() -> None:
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((40, 32)).astype(np.float32)
+    vectors = centres[rng.integers(40, size=3000)] + 0.5 * rng.standard_normal((3000, 32)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    (exact, every), (listed, most) = nearest_of(vectors), nearest_of(vectors, exact_up_to=2999)
+    assert every == 3000
+    assert most == mining.MOST_LOOKED_AT
+    (cosine_QK, row_QK), (_, expected_QK) = listed(vectors[:100], 10), exact(vectors[:100], 10)
+    np.testing.assert_allclose(cosine_QK[:, 0], 1, atol=1e-5)  # from what is stored, not from 8 bits
+    shared = [len(set(row_K) & set(expected_K)) for row_K, expected_K in zip(row_QK, expected_QK, strict=True)]
+    assert np.mean(shared) > 9.5
+
+
+def test_an_even_draw_takes_each_of_the_others_as_often() -> None:
+    rng, without = np.random.default_rng(0), np.array([0, 3, 4, 9])
+    drawn = np.concatenate([drawn_evenly(10, without, 2, rng) for _ in range(3000)])
+    np.testing.assert_allclose(np.bincount(drawn, minlength=10), [0, *[1000] * 2, 0, 0, *[1000] * 4, 0], rtol=0.1)
+    assert sorted(drawn_evenly(10, without, 50, rng)) == [1, 2, 5, 6, 7, 8]

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -18,13 +20,16 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from mmemb_deploy import OptionError
+from mmemb_training.ahead import Ahead
 from mmemb_training.checkpoint import Checkpoint, load_checkpoint
 from mmemb_training.joint import Lesson
 from mmemb_training.loop import METRICS, STOPPED, TrainingError
 from mmemb_training.lora import add_lora, merge_lora
 from mmemb_training.recipes.settings import JointRecipe, LoraSettings, Objective, Schedule, TrainedWeights
 from mmemb_training.runtime import torch_embedder
+from mmemb_training.samples import Lazy
 from mmemb_training.trainer import train_jointly
+from mmemb_training.weights import gathered, named_weights, write_weights
 
 SCRIPT = Path(__file__).with_name("train_briefly.py")
 RECIPE = JointRecipe(
@@ -111,13 +116,68 @@ def test_two_processes_give_the_loss_curve_of_one(
         torch.testing.assert_close(tensor, one[name], rtol=1e-2, atol=2e-4)
 
 
+def test_a_state_of_adapters_holds_what_trains_and_goes_on_bit_for_bit(
+    run_briefly: Run, alone_with_lora: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    run_briefly(tmp_path, "alone", "lora", kill_after=3)
+    held = load_file(tmp_path / "state-000002" / "model.safetensors")
+    assert held
+    assert all("lora_" in name or "trainable_tokens" in name for name in held)
+    assert run_briefly(tmp_path, "alone", "lora") == alone_with_lora[1]
+    expected = weights(alone_with_lora[0])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path).items())
+
+
+def test_a_kill_while_a_state_is_written_leaves_the_one_before(
+    tiny: Checkpoint, lessons: list[Lesson], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train_jointly(tiny, lambda step: lessons[8 * step : 8 * step + 8], RECIPE, tmp_path)
+    for _ in range(2):
+        next(run)
+
+    def killed(_self: Accelerator, folder: str) -> None:
+        Path(folder).mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Accelerator, "save_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        list(run)
+    assert [path.name for path in tmp_path.glob("state-*[0-9]")] == ["state-000002"]
+    assert (tmp_path / "state-000002" / "optimizer.bin").is_file()
+
+
+def test_weights_are_written_a_file_at_a_time_and_read_back_by_transformers(tiny: Checkpoint, tmp_path: Path) -> None:
+    outline, asked, most = named_weights(tiny.model), list[str](), 40_000
+    tiny.model.save_pretrained(tmp_path / "transformers")
+    (tmp_path / "ours").mkdir()
+    shutil.copy(tmp_path / "transformers" / "config.json", tmp_path / "ours")
+
+    def value(name: str) -> torch.Tensor:
+        asked.append(name)
+        return gathered(outline[name])
+
+    write_weights(outline, value, tmp_path / "ours", file_bytes=most)
+    files = list((tmp_path / "ours").glob("model-*.safetensors"))
+    assert len(files) > 3
+    assert sorted(asked) == sorted(load_file(tmp_path / "transformers" / "model.safetensors"))
+    read = type(tiny.model).from_pretrained(tmp_path / "ours")
+    assert all(torch.equal(weight, outline[name]) for name, weight in read.named_parameters())
+    helper = tmp_path / "helper"
+    helper.mkdir()
+    write_weights(outline, value, helper, file_bytes=most, writes=False)
+    assert asked[len(asked) // 2 :] == asked[: len(asked) // 2]
+    assert not list(helper.iterdir())
+
+
 def test_training_in_bf16_stays_close(run_briefly: Run, alone: tuple[Path, list[float]], tmp_path: Path) -> None:
     np.testing.assert_allclose(run_briefly(tmp_path, "alone", "bf16"), alone[1], rtol=0.05)
 
 
-def test_sharded_training_in_bf16_stays_close(
+def test_sharded_training_in_bf16_stays_close_and_goes_on_from_what_each_process_wrote_of_a_state(
     run_briefly: Run, alone: tuple[Path, list[float]], tmp_path: Path
 ) -> None:
+    run_briefly(tmp_path, "fsdp2", "bf16", processes=2, kill_after=3)
+    assert len(list((tmp_path / "state-000002" / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
     found = run_briefly(tmp_path, "fsdp2", "bf16", processes=2)
     np.testing.assert_allclose(found, alone[1], rtol=3e-3)  # 1.3e-3 here, and 1e-2 where losses are bfloat16 too
 
@@ -160,6 +220,47 @@ def test_a_merged_adapter_loses_nothing_to_half_precision(tiny_checkpoint: Path)
     torch.testing.assert_close(after - before, learnt, rtol=1e-3, atol=1e-8)
 
 
+def test_the_next_step_is_made_while_one_runs_and_its_error_is_its_own() -> None:
+    begun = {number: threading.Event() for number in range(4)}
+
+    def make(number: int) -> int:
+        begun[number].set()
+        if number == 2:
+            raise ValueError("two")
+        return 10 * number
+
+    ahead = Ahead(make, 4)
+    assert ahead(0) == 0
+    assert begun[1].wait(5)
+    assert not begun[2].is_set()
+    assert ahead(1) == 10
+    with pytest.raises(ValueError, match="two"):
+        ahead(2)
+    assert ahead(3) == 30
+    assert Ahead(make, 4)(3) == 30  # a run may begin anywhere
+
+
+def test_a_process_reads_the_images_of_its_own_share_alone(
+    tiny: Checkpoint, lessons: list[Lesson], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def lesson(index: int) -> Lesson:
+        made.append(index)
+        return lessons[index]
+
+    monkeypatch.setattr(Accelerator, "process_index", 1)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmemb_training.trainer.backward", stop)
+    with pytest.raises(KeyboardInterrupt):
+        next(train_jointly(tiny, lambda _: Lazy(8, lesson), RECIPE, tmp_path, accelerator=Accelerator(cpu=True)))
+    assert sorted(set(made)) == [1, 3, 5, 7]
+
+
 @pytest.fixture
 def own_precision() -> Iterator[None]:
     """Let a test choose its precision, which accelerate holds for a whole process."""
@@ -188,14 +289,13 @@ def test_adapters_over_bf16_weights_are_float32_and_so_is_what_they_merge_into(
 def test_a_loss_that_is_not_finite_stops_with_its_batch_saved(
     tiny: Checkpoint, lessons: list[Lesson], tmp_path: Path
 ) -> None:
-    def draw(step: int) -> list[Lesson]:
-        if step == 2:
-            with torch.no_grad():
-                tiny.model.lm_head.weight[0, 0] = torch.nan
-        return lessons[8 * step : 8 * step + 8]
-
+    run = train_jointly(tiny, lambda step: lessons[8 * step : 8 * step + 8], RECIPE, tmp_path)
+    for _ in range(2):
+        next(run)
+    with torch.no_grad():
+        tiny.model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(TrainingError, match=r"step 3 has a loss of nan.*stopped\.json"):
-        list(train_jointly(tiny, draw, RECIPE, tmp_path))
+        next(run)
     saved = json.loads((tmp_path / STOPPED).read_text())
     assert [one["question"] for one in saved["batch"]] == [lesson.sample.question.key for lesson in lessons[16:24]]
     assert (tmp_path / "state-000002").is_dir()
@@ -207,14 +307,13 @@ def test_a_spike_stops_the_run(
     monkeypatch.setattr("mmemb_training.loop.RECENT", 2)
     recipe = replace(RECIPE, schedule=replace(RECIPE.schedule, spike=1.5, learning_rate=1e-6))
 
-    def draw(step: int) -> list[Lesson]:
-        if step == 3:
-            with torch.no_grad():
-                tiny.model.lm_head.weight.mul_(30)
-        return lessons[:8]
-
+    run = train_jointly(tiny, lambda _: lessons[:8], recipe, tmp_path)
+    for _ in range(3):
+        next(run)
+    with torch.no_grad():
+        tiny.model.lm_head.weight.mul_(30)
     with pytest.raises(TrainingError, match="step 4"):
-        list(train_jointly(tiny, draw, recipe, tmp_path))
+        next(run)
 
 
 def test_a_folder_with_another_run_is_refused_by_what_differs(

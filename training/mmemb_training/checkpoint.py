@@ -24,6 +24,7 @@ from mmemb_deploy.inputs import prompts
 from mmemb_deploy.inputs.preprocess import Resize, VisionSpec
 from mmemb_deploy.inputs.prompts import PromptEncoder, PromptFormat
 from mmemb_deploy.inputs.rows import RowEncoder
+from mmemb_training.weights import gathered, named_weights, write_weights
 
 # The layout of `mmemb_deploy.inputs.prompts` for servers that render chats: system, instruction with its line end,
 # images, video, text; the answer begins after `<think>`, as the reasoning path does. A video's pad stands alone: since
@@ -108,14 +109,23 @@ def new_checkpoint(
 
 
 def save_checkpoint(
-    checkpoint: Checkpoint, folder: Path, *, provenance: dict[str, Any] | None = None, weights: Any = None
+    checkpoint: Checkpoint, folder: Path, *, provenance: dict[str, Any] | None = None, writes: bool = True
 ) -> None:
     """Write a checkpoint; `provenance` adds to what it says of its origin.
 
-    `weights` is the model's state where it is not in the model itself, as after FSDP.
+    Sharded weights are gathered one after the other: all their processes call this, and the one that `writes` holds a
+    file's worth of them. The facts come last: a folder that has them is whole.
     """
-    checkpoint.model.save_pretrained(folder, state_dict=weights)
-    save_facts(checkpoint, folder, provenance=provenance)
+    model, weights = checkpoint.model, named_weights(checkpoint.model)
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+    write_weights(weights, lambda name: gathered(weights[name]), folder, writes=writes)
+    if writes:
+        save_facts(checkpoint, folder, provenance=provenance)
 
 
 def save_facts(checkpoint: Checkpoint, folder: Path, *, provenance: dict[str, Any] | None = None) -> None:

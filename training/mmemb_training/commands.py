@@ -80,13 +80,14 @@ def run(
 
     settings = load_recipe(recipe)
     try:
-        from mmemb_training.run_recipe import STAGES, Run, read_samples
+        from mmemb_training.data.table import read_samples
+        from mmemb_training.run_recipe import STAGES, Run
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train") from error
     from rich.console import Console
 
     check_known("stage", upto, STAGES)
-    Run(settings, read_samples(data, limit), folder, show_progress, Console(stderr=True)).upto(upto)
+    Run(settings, read_samples(data, limit, folder / "samples"), folder, show_progress, Console(stderr=True)).upto(upto)
     print(f"run: {folder}")
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mmemb_deploy.inputs.preprocess import Ints
 from mmemb_deploy.inputs.rows import Row, RowEncoder
+from mmemb_training.ahead import in_threads
 from mmemb_training.encoder import Continuation, Reading
 from mmemb_training.grad_cache import Chunk
 from mmemb_training.losses import info_nce
@@ -68,7 +69,8 @@ class JointStep:
         target_chunks: int,
     ) -> None:
         self._objective = objective
-        rows = [query_row(lesson.sample.question, encoder) for lesson in lessons]
+        lessons = list(lessons)
+        rows = in_threads(lambda lesson: query_row(lesson.sample.question, encoder), lessons)
         tokens = [None if lesson.rationale is None else encoder.prompt.tokenize(lesson.rationale) for lesson in lessons]
         # Alike lengths share a chunk, the rationale's first: little padding.
         order = sorted(range(len(rows)), key=lambda index: (len(tokens[index] or []), rows[index].length))
@@ -81,7 +83,7 @@ class JointStep:
         targets = [lesson.sample.target for lesson in lessons]
         targets += [negative for lesson in lessons for negative in lesson.sample.negatives[:hard_negatives]]
         self._labels = [target.labels for target in targets]
-        target_rows = [target_row(target, encoder) for target in targets]
+        target_rows = in_threads(lambda target: target_row(target, encoder), targets)
         self._digests = [_digest(row) for row in rows], [_digest(row) for row in target_rows]
         self._query_chunks = [
             Chunk([rows[index] for index in indices], _paths([tokens[index] for index in indices]))

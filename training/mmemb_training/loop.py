@@ -3,7 +3,8 @@
 A step is a function of its number, so that a run resumed from its last state continues as if it had never stopped: bit
 for bit on the CPU. A run's folder holds
 
-    state-000200/    accelerate's state after that step: weights, optimizer, random numbers
+    state-000200/    accelerate's state after that step, sharded where weights are: what trains, its optimizer, random
+                     numbers
     run.json         what the run is, so that another one does not continue it
     metrics.jsonl    one line a step
     stopped.json     the batch that stopped the run, if one did
@@ -58,7 +59,7 @@ def run_steps(
     `identity` says what the run is, in JSON; `describe` names the samples of a step's batch. Raises OptionError if the
     folder holds another run, TrainingError for a loss that is not finite or a spike.
     """
-    start, seconds = _resume(folder, identity, accelerator)
+    start, seconds = _resume(folder, identity, accelerator, weights)
     recent: deque[float] = deque(maxlen=RECENT)
     for step in range(start, schedule.length):
         began = time.perf_counter()
@@ -87,7 +88,7 @@ def run_steps(
         yield metrics
 
 
-def _resume(folder: Path, identity: dict[str, Any], accelerator: Accelerator) -> tuple[int, float]:
+def _resume(folder: Path, identity: dict[str, Any], accelerator: Accelerator, weights: nn.Module) -> tuple[int, float]:
     """Load the last state of an unfinished run; return the next step and the seconds spent so far."""
     if accelerator.is_main_process:
         claim(folder, identity, name=RUN)
@@ -100,7 +101,9 @@ def _resume(folder: Path, identity: dict[str, Any], accelerator: Accelerator) ->
         write_whole(folder / METRICS, "".join(line + "\n" for line in lines))
     if not states:
         return 0, 0.0
-    accelerator.load_state(str(states[-1]))
+    frozen = any(not weight.requires_grad for weight in weights.parameters())  # which a state does not hold
+    missing: dict[str, Any] = {"strict": False} if frozen else {}
+    accelerator.load_state(str(states[-1]), **missing)
     return step, float(json.loads(lines[-1])["seconds"])
 
 
@@ -110,13 +113,23 @@ def _save(folder: Path, step: int, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(new, ignore_errors=True)
     accelerator.wait_for_everyone()
+    hook = accelerator.register_save_state_pre_hook(_leave_out_frozen)
     accelerator.save_state(str(new))
+    hook.remove()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         new.rename(folder / f"state-{step:06d}")
         for state in older:
             shutil.rmtree(state)
     accelerator.wait_for_everyone()
+
+
+def _leave_out_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:
+    """Take out of the weights of a state those that do not train: the stage's start has them."""
+    for model, state in zip(models, weights, strict=False):  # there are none where each process writes its part
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            if not weight.requires_grad:
+                state.pop(name, None)
 
 
 def _anywhere(here: object, accelerator: Accelerator) -> bool:

@@ -3,8 +3,9 @@
 The modules and weights are transformers' own; what differs is the plumbing between them, chosen so that training runs
 without a Python loop over images and export sees no data-dependent shape:
 
-- vision: the images of one shape are a batch, where transformers packs them and splits the attention again per image;
-  they are cut into patches here and not by a processor;
+- vision: images are cut into patches here and not by a processor. Those of one shape are a batch, which is what export
+  sees; of several shapes they are packed, as transformers packs them, but attend together where they are of one length
+  and not one by one;
 - text: `visual_index` says for every token which row of `visual_tokens` it shows, 0 for a word (row 0 is all zeros),
   where transformers scatters by boolean masks;
 - cache: plain tensors in, plain tensors out.
@@ -65,39 +66,91 @@ def vision_forward(
     The tables come from `mmemb_deploy.inputs.preprocess.vision_tables`. Follows `Qwen3VLVisionModel.forward`.
     """
     images = pixels_NTPrc.shape[0]
+    hidden_NPD = _embed_patches(
+        visual, spec, pixels_NTPrc, segment_index_Pr, interpolation_index_P4, interpolation_weight_P4
+    )
+    tokens_VD, deepstack_LVD = _vision_layers(visual, hidden_NPD, rotary_cos_PE, rotary_sin_PE)
+    return tokens_VD.unflatten(0, (images, -1)), deepstack_LVD.unflatten(1, (images, -1))
+
+
+def packed_vision_forward(visual: Any, spec: VisionSpec, groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Encode images of several shapes together; return tokens (V, D) and DeepStack (L, V, D), image after image.
+
+    A group holds the inputs of `vision_forward` for the images of one shape; groups with as many patches an image are
+    neighbours. All layers run once over the patches of all, but for attention: once for each count of patches.
+    """
+    hidden_PD = torch.cat([_embed_patches(visual, spec, *group[:4]).flatten(0, 1) for group in groups])
+    cos_PE, sin_PE = (torch.cat([group[at].repeat(len(group[0]), 1) for group in groups]) for at in (4, 5))
+    runs: list[list[int]] = []  # images that attend together, and the patches of each
+    for group in groups:
+        if runs and runs[-1][1] == len(group[1]):
+            runs[-1][0] += len(group[0])
+        else:
+            runs.append([len(group[0]), len(group[1])])
+    return _vision_layers(visual, hidden_PD[None], cos_PE, sin_PE, runs)
+
+
+def _embed_patches(
+    visual: Any,
+    spec: VisionSpec,
+    pixels_NTPrc: Tensor,
+    segment_index_Pr: Tensor,
+    interpolation_index_P4: Tensor,
+    interpolation_weight_P4: Tensor,
+) -> Tensor:
     projection = visual.patch_embed.proj
     patches_NPF = patches(pixels_NTPrc, segment_index_Pr, spec).to(projection.weight.dtype)
     weight_DF = projection.weight.permute(0, 2, 3, 4, 1).flatten(1)  # to move a weight once is faster than every pixel
     hidden_NPD = F.linear(patches_NPF, weight_DF, projection.bias)
     table_PD = (visual.pos_embed(interpolation_index_P4) * interpolation_weight_P4[:, :, None]).sum(1)
-    hidden_NPD = hidden_NPD + table_PD.to(hidden_NPD.dtype)
+    placed_NPD: Tensor = hidden_NPD + table_PD.to(hidden_NPD.dtype)
+    return placed_NPD
+
+
+def _vision_layers(
+    visual: Any, hidden_NPD: Tensor, cos_PE: Tensor, sin_PE: Tensor, runs: Sequence[Sequence[int]] = ()
+) -> tuple[Tensor, Tensor]:
+    """Return the merged tokens of patches, (V, D), and their DeepStack levels, (L, V, D)."""
     levels = []
     for depth, block in enumerate(visual.blocks):
         if block.gradient_checkpointing and torch.is_grad_enabled():
-            hidden_NPD = checkpoint(_vision_block, block, hidden_NPD, rotary_cos_PE, rotary_sin_PE, use_reentrant=False)
+            hidden_NPD = checkpoint(_vision_block, block, hidden_NPD, cos_PE, sin_PE, runs, use_reentrant=False)
         else:
-            hidden_NPD = _vision_block(block, hidden_NPD, rotary_cos_PE, rotary_sin_PE)
+            hidden_NPD = _vision_block(block, hidden_NPD, cos_PE, sin_PE, runs)
         if depth in visual.deepstack_visual_indexes:
             merger = visual.deepstack_merger_list[list(visual.deepstack_visual_indexes).index(depth)]
             levels.append(merger(hidden_NPD.flatten(0, 1)))
-    tokens_NMD = visual.merger(hidden_NPD.flatten(0, 1)).unflatten(0, (images, -1))
-    if not levels:
-        return tokens_NMD, tokens_NMD.new_zeros(0, *tokens_NMD.shape)
-    return tokens_NMD, torch.stack(levels).unflatten(1, (images, -1))
+    tokens_VD = visual.merger(hidden_NPD.flatten(0, 1))
+    return tokens_VD, torch.stack(levels) if levels else tokens_VD.new_zeros(0, *tokens_VD.shape)
 
 
-def _vision_block(block: Any, hidden_NPD: Tensor, cos_PE: Tensor, sin_PE: Tensor) -> Tensor:
-    hidden_NPD = hidden_NPD + _vision_attention(block.attn, block.norm1(hidden_NPD), cos_PE, sin_PE)
+def _vision_block(
+    block: Any, hidden_NPD: Tensor, cos_PE: Tensor, sin_PE: Tensor, runs: Sequence[Sequence[int]] = ()
+) -> Tensor:
+    hidden_NPD = hidden_NPD + _vision_attention(block.attn, block.norm1(hidden_NPD), cos_PE, sin_PE, runs)
     mixed_NPD: Tensor = hidden_NPD + block.mlp(block.norm2(hidden_NPD))
     return mixed_NPD
 
 
-def _vision_attention(attention: Any, hidden_NPD: Tensor, cos_PE: Tensor, sin_PE: Tensor) -> Tensor:
+def _vision_attention(
+    attention: Any, hidden_NPD: Tensor, cos_PE: Tensor, sin_PE: Tensor, runs: Sequence[Sequence[int]]
+) -> Tensor:
+    """Attend within images: N of them, or those whose patches lie one after the other, in `runs` of a length."""
     queries, keys, values = (
         attention.qkv(hidden_NPD).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     )
-    mixed = F.scaled_dot_product_attention(_rotate(queries, cos_PE, sin_PE), _rotate(keys, cos_PE, sin_PE), values)
-    out_NPD: Tensor = attention.proj(mixed.transpose(1, 2).flatten(2))
+    queries, keys = _rotate(queries, cos_PE, sin_PE), _rotate(keys, cos_PE, sin_PE)
+    if not runs:
+        mixed_NPHE = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
+    else:
+        sizes = [images * length for images, length in runs]
+        parts = zip(runs, *(states.split(sizes, dim=2) for states in (queries, keys, values)), strict=True)
+        mixed = [
+            F.scaled_dot_product_attention(*(part[0].unflatten(1, tuple(run)).transpose(0, 1) for part in states))
+            for run, *states in parts
+        ]
+        mixed_NPHE = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in mixed])[None]
+    out_NPD: Tensor = attention.proj(mixed_NPHE.flatten(2))
     return out_NPD
 
 
@@ -110,35 +163,46 @@ def decoder_forward(
     language_model: Any,
     token_ids_BS: Tensor,
     position_ids_3BS: Tensor,
-    mask_BK: Tensor,
+    mask_BK: Tensor | None,
     *,
     visual_tokens_VD: Tensor | None = None,
     visual_index_BS: Tensor | None = None,
     deepstack_LVD: Tensor | None = None,
     past: list[KeyValue] | None = None,
+    owners_B: Tensor | None = None,
+    keep: bool = True,
 ) -> tuple[Tensor, list[KeyValue]]:
     """Run a `Qwen3VLTextModel`; return the states after the final norm (B, S, D) and every layer's cache.
 
     `mask_BK` is 1 for tokens that may be attended to, over the cache and the new tokens; rows are padded on the right.
+    Without a cache it may be None: a token then attends to those before it, none of which is padding, and the kernels
+    that take no mask (FlashAttention) may be used. Row b continues row `owners_B[b]` of the cache, row b where that is
+    None: each layer copies what it reads, when it reads it. Without `keep`, no cache is returned.
     Follows `Qwen3VLTextModel.forward` and `Qwen3VLModel.forward`.
     """
+    assert mask_BK is not None or past is None
     hidden_BSD = language_model.embed_tokens(token_ids_BS)
     if visual_tokens_VD is not None and visual_index_BS is not None:
         hidden_BSD = torch.where(visual_index_BS[..., None] > 0, visual_tokens_VD[visual_index_BS], hidden_BSD)
     rotary = tuple(table.to(hidden_BSD.dtype) for table in _rotary_tables(language_model.rotary_emb, position_ids_3BS))
-    new, total = token_ids_BS.shape[1], mask_BK.shape[1]
-    reach_SK = torch.arange(total, device=mask_BK.device) <= torch.arange(new, device=mask_BK.device)[:, None] + (
-        total - new
-    )
-    allowed_B1SK = reach_SK & (mask_BK[:, None, None, :] > 0)
+    allowed_B1SK = None if mask_BK is None else _allowed(mask_BK, token_ids_BS.shape[1])
     present: list[KeyValue] = []
     for depth, layer in enumerate(language_model.layers):
-        cache = _LayerCache(None if past is None else past[depth])
+        cache = _LayerCache(None if past is None else past[depth], owners_B, keep=keep)
         hidden_BSD = layer(hidden_BSD, position_embeddings=rotary, attention_mask=allowed_B1SK, past_key_values=cache)
-        present.append(cache.grown)
+        present += cache.grown
         if deepstack_LVD is not None and visual_index_BS is not None and depth < deepstack_LVD.shape[0]:
             hidden_BSD = hidden_BSD + deepstack_LVD[depth][visual_index_BS]
     return language_model.norm(hidden_BSD), present
+
+
+def _allowed(mask_BK: Tensor, new: int) -> Tensor:
+    """Return which of the cached and the new tokens each of the `new` ones attends to, (B, 1, S, K)."""
+    total = mask_BK.shape[1]
+    reach_SK = torch.arange(total, device=mask_BK.device) <= torch.arange(new, device=mask_BK.device)[:, None] + (
+        total - new
+    )
+    return reach_SK & (mask_BK[:, None, None, :] > 0)
 
 
 def last_state(hidden_BSD: Tensor, last_B: Tensor) -> Tensor:
@@ -175,12 +239,18 @@ def _rotary_tables(rotary: Any, position_ids_3BS: Tensor) -> tuple[Tensor, Tenso
 class _LayerCache:
     """The part of transformers' cache interface that one layer's attention calls: append, and return the whole."""
 
-    def __init__(self, past: KeyValue | None) -> None:
+    def __init__(self, past: KeyValue | None, owners_B: Tensor | None = None, *, keep: bool = True) -> None:
         self._past = past
-        self.grown: KeyValue
+        self._owners_B = owners_B
+        self._keep = keep
+        self.grown: list[KeyValue] = []  # the longer cache, once it is there, if it is kept
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KeyValue:
         if self._past is not None:
-            keys, values = torch.cat((self._past[0], keys), dim=2), torch.cat((self._past[1], values), dim=2)
-        self.grown = keys, values
-        return self.grown
+            before = self._past
+            if self._owners_B is not None:
+                before = before[0].index_select(0, self._owners_B), before[1].index_select(0, self._owners_B)
+            keys, values = torch.cat((before[0], keys), dim=2), torch.cat((before[1], values), dim=2)
+        if self._keep:
+            self.grown = [(keys, values)]
+        return keys, values

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from mmemb_deploy.errors import OptionError
@@ -17,8 +15,8 @@ from mmemb_training.checkpoint import new_checkpoint, save_facts
 from mmemb_training.prepare import PROMPT
 from mmemb_training.recipes.shapes import TEXT_KEYS, VISION_KEYS, ModelShape
 from mmemb_training.tokenizer import train_tokenizer
+from mmemb_training.weights import named_weights, write_weights
 
-SHARD_BYTES = 2 * 2**30
 PIXELS = 256 * 32 * 32  # of an image: 256 visual tokens
 STD = 0.02  # of every matrix
 
@@ -35,6 +33,7 @@ def random_checkpoint(shape: ModelShape, folder: Path, *, dtype: torch.dtype = t
     with torch.device("meta"):
         model: Any = Qwen3VLForConditionalGeneration(config)
     model = model.to(dtype)
+    model.tie_weights()
     checkpoint = new_checkpoint(
         model,
         tokenizer,
@@ -78,30 +77,12 @@ def model_config(shape: ModelShape, encoder: PromptEncoder) -> Qwen3VLConfig:
 
 
 def _write_weights(model: Any, folder: Path, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set[str]()
-    shard: dict[str, torch.Tensor] = {}
-    homes: dict[str, str] = {}
-    size = total = 0
+    generator, outline = torch.Generator().manual_seed(seed), named_weights(model)
 
-    def flush() -> None:
-        file = f"model-{len(set(homes.values())) + 1:05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        homes.update(dict.fromkeys(shard, file))
-        shard.clear()
+    def drawn(name: str) -> torch.Tensor:
+        weight = outline[name]
+        if weight.ndim == 1:
+            return torch.full(weight.shape, float(not name.endswith(".bias")), dtype=weight.dtype)
+        return (torch.randn(weight.shape, generator=generator) * STD).to(weight.dtype)
 
-    for name, weight in model.state_dict().items():
-        if name in tied:
-            continue
-        values = torch.ones(weight.shape) if weight.ndim == 1 else torch.randn(weight.shape, generator=generator) * STD
-        if name.endswith(".bias"):
-            values.zero_()
-        shard[name] = values.to(weight.dtype)
-        size += shard[name].nbytes
-        total += shard[name].nbytes
-        if size > SHARD_BYTES:
-            flush()
-            size = 0
-    flush()
-    index = {"metadata": {"total_size": total}, "weight_map": homes}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    write_weights(outline, drawn, folder)

@@ -5,7 +5,7 @@
     joint/checkpoint      what was kept, learnt
     control/checkpoint    adaptive control: the model to export
 
-Under torchrun, the stages that train are shared by all processes; the pool and the selection are the main process's.
+Under torchrun, all processes share every stage: the questions of the pool and of the selection, the steps of training.
 """
 
 from __future__ import annotations
@@ -19,58 +19,45 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 
 from mmemb_deploy.devices import GIB
 from mmemb_deploy.errors import BackendError, OptionError
 from mmemb_deploy.files import claim
+from mmemb_deploy.inputs.preprocess import Ints
 from mmemb_deploy.inputs.prompts import DISC_EMB
 from mmemb_deploy.progress import counting
 from mmemb_training.checkpoint import FACTS, Checkpoint, load_checkpoint, outline_checkpoint
 from mmemb_training.control.carried import Carried
 from mmemb_training.control.grpo import train_control
 from mmemb_training.control.publish import check_served, client_of, serve_command
-from mmemb_training.data.registry import read
+from mmemb_training.data.table import SampleTable
 from mmemb_training.joint import Lesson, lesson_of
 from mmemb_training.pool.build import Rationale, build_pool, print_report, read_pool
 from mmemb_training.pool.endpoint import EndpointWorker
 from mmemb_training.pool.local import TransformersWorker
 from mmemb_training.pool.workers import Worker
 from mmemb_training.prepare import prepare
+from mmemb_training.processes import Processes
 from mmemb_training.recipes.estimate import estimate
 from mmemb_training.recipes.machines import Machine
 from mmemb_training.recipes.settings import RunRecipe, TrainedWeights, WorkerSettings, changed
 from mmemb_training.recipes.shapes import ModelShape, read_shape
-from mmemb_training.samples import Sample, held_apart
+from mmemb_training.samples import Lazy, Sample, held_apart
 from mmemb_training.selection.assess import REPORT, assess_pool, read_assessed
-from mmemb_training.selection.bank import TargetBank, mine_negatives
+from mmemb_training.selection.bank import TargetBank
 from mmemb_training.selection.evaluators import EmbedderEvaluator, Evaluator, JudgeEvaluator
+from mmemb_training.selection.mining import mine_negatives
 from mmemb_training.selection.select import KeptRationales, Verdict, kept_rationales
 from mmemb_training.stage import Metrics, Watch, run_stage, sharding
 from mmemb_training.task_batches import TaskBatches
 from mmemb_training.trainer import train_jointly
 
 STAGES = ("pool", "selection", "joint", "control")
-PATIENCE = timedelta(days=14)  # that processes wait for the main one, which writes the pool and selects alone
+PATIENCE = timedelta(days=14)  # that processes wait for each other: one may have had the longer answers to write
 CPU_MICRO_BATCH = 8  # questions that a process reads at once where there is no GPU, whose memory could be asked for
-
-
-def read_samples(data: Sequence[str], limit: int | None) -> list[Sample]:
-    """Read "NAME=FOLDER" data sets, at most `limit` samples of each. Raises OptionError for anything else."""
-    samples: list[Sample] = []
-    for one in data:
-        name, found, folder = one.partition("=")
-        if not found:
-            raise OptionError(f"data {one!r} is not NAME=FOLDER, such as mmeb/CIRR=downloads/MMEB-train")
-        for index, sample in enumerate(read(name, Path(folder))):
-            if index == limit:
-                break
-            samples.append(sample)
-    if not samples:
-        raise OptionError("data holds no sample: pass --data NAME=FOLDER")
-    return samples
 
 
 def accelerator_of(weights: TrainedWeights) -> Accelerator:
@@ -124,29 +111,35 @@ def with_micro_batches(
 class Run:
     """A recipe's stages on some samples, in a folder."""
 
-    def __init__(
-        self, recipe: RunRecipe, samples: Sequence[Sample], folder: Path, watch: Watch, console: Console
-    ) -> None:
+    def __init__(self, recipe: RunRecipe, samples: SampleTable, folder: Path, watch: Watch, console: Console) -> None:
         self.recipe = recipe
         self.samples = samples
-        self._taught, self._apart = held_apart(samples, recipe.pool.held_apart)
+        apart_N = held_apart(samples.question_keys(), samples.task_N, recipe.pool.held_apart)
+        self._taught_N, self._apart_N = np.flatnonzero(~apart_N), np.flatnonzero(apart_N)
         self.folder = folder
         self._watch = watch
         self._console = console
-        self._accelerator = accelerator_of(recipe.weights)
-        half = recipe.weights.adapters is not None and recipe.weights.precision == "bf16"
-        self._dtype = "bfloat16" if half else "float32"
+        next_to_train = "control" if (folder / "joint" / "checkpoint" / FACTS).exists() else "joint"
+        self._accelerator = accelerator_of(recipe.weights_of(next_to_train))
+        self._processes = Processes(
+            int(self._accelerator.process_index),
+            int(self._accelerator.num_processes),
+            self._accelerator.wait_for_everyone,
+        )
 
     def upto(self, stage: str) -> None:
         """Run the stages up to and including `stage`. Raises OptionError before the first if one that trains cannot."""
         names = STAGES[: STAGES.index(stage) + 1]
         processes = self._accelerator.num_processes
-        if "control" in names and self.recipe.weights.adapters is None and processes > 1:
-            raise OptionError(
-                "control with weights.method 'full' decodes with whole weights, and they are sharded: run it on one GPU"
-            )
-        if "control" in names and self.recipe.control.rollouts is not None:
-            client_of(self.recipe.control.rollouts)  # a wrong address or a missing key shows before hours of work
+        if "control" in names:
+            self.recipe.check_control(processes)
+            if self._accelerator.distributed_type == DistributedType.FSDP:
+                raise OptionError(
+                    "joint shards all weights and control trains adapters beside whole ones, which one start cannot "
+                    "both: add --upto joint, and then run the same command without it"
+                )
+            if self.recipe.control.rollouts is not None:
+                client_of(self.recipe.control.rollouts)  # a wrong address or a missing key shows before hours of work
         if "selection" in names:
             self._check_evaluator()
         training = [name for name in names if name in ("joint", "control")]
@@ -171,17 +164,22 @@ class Run:
 
     def start(self) -> Checkpoint:
         """Return the checkpoint that training starts from."""
-        return load_checkpoint(self._started(), dtype=self._dtype)
+        half = self.recipe.weights.adapters is not None
+        return load_checkpoint(self._started(), dtype=self._held(frozen=half))
+
+    def _held(self, *, frozen: bool) -> str:
+        """Return the type of weights in memory: what trains is float32, and what is frozen as it is computed with."""
+        return "bfloat16" if frozen and self.recipe.weights.precision == "bf16" else "float32"
 
     def pool(self) -> None:
         """Stage 1."""
-        if self._accelerator.is_main_process:
-            questions = [sample.question for sample in self._taught]
-            workers = [self._worker(one) for one in self.recipe.pool.workers]
-            with counting(len(questions) * len(workers), shown=True, label="writing") as done:
-                report = build_pool(questions, workers, self.folder / "pool", done=done)
+        questions = Lazy(len(self._taught_N), lambda index: self.samples[int(self._taught_N[index])].question)
+        workers = [self._worker(one) for one in self.recipe.pool.workers]
+        own = len(self._processes.share(questions)) * len(workers)
+        with counting(own, shown=self._processes.main, label="writing") as done:
+            report = build_pool(questions, workers, self.folder / "pool", processes=self._processes, done=done)
+        if self._processes.main:
             print_report(self._console, report)
-        self._accelerator.wait_for_everyone()
 
     def selection(self) -> dict[str, KeptRationales]:
         """Stage 2: return what every question kept. A question that no worker wrote for is not among them."""
@@ -196,23 +194,27 @@ class Run:
         if self._accelerator.is_main_process:
             more = {"other_rationales": recipe.other_rationales, "against_negatives": recipe.margins.against_negatives}
             claim(folder, {"evaluator": evaluator} | more, begun=None if finished else False)
-        if self._accelerator.is_main_process and not finished:
-            model = self.start()
+        self._accelerator.wait_for_everyone()
+        if not finished:
+            model = load_checkpoint(self._started(), dtype=self._held(frozen=True))
             model.model.to(self._accelerator.device)
             samples, loaded = self._evaluator(model)
-            with counting(len(samples), shown=True, label="assessing") as done:
+            own = {sample.question.key for sample in self._processes.share(self._some(self._taught_N))}
+            with counting(len(own), shown=self._processes.main, label="assessing") as done:
                 assess_pool(
                     samples,
-                    self._within_limit(read_pool(self.folder / "pool"), model),
+                    self._within_limit(read_pool(self.folder / "pool", own), model),
                     loaded,
                     folder,
                     recipe.margins,
                     other_rationales=recipe.other_rationales,
                     identity=evaluator,
+                    processes=self._processes,
                     done=done,
                 )
-            self._console.print_json((folder / REPORT).read_text())
-        self._accelerator.wait_for_everyone()
+            self._accelerator.wait_for_everyone()
+            if self._processes.main:
+                self._console.print_json((folder / REPORT).read_text())
         return kept_rationales(
             read_assessed(folder),
             lambda one: one.verdict(recipe.margins) is Verdict.KEPT,
@@ -226,21 +228,27 @@ class Run:
 
     def _begin_joint(self) -> tuple[Checkpoint, Metrics, int]:
         recipe, start, kept = self.recipe.joint, self.start(), self.selection()
-        known = [sample for sample in self._taught if sample.question.key in kept]
-        batches = TaskBatches(known, recipe.batch, seed=recipe.schedule.seed)
+        known_K = np.array([index for index, key in enumerate(self.samples.question_keys()) if key in kept], np.int64)
+        batches = TaskBatches(self.samples.task_N[known_K], recipe.batch, seed=recipe.schedule.seed)
         recipe = replace(recipe, schedule=recipe.schedule.over(batches.per_pass))
 
-        def draw(step: int) -> list[Lesson]:
-            rng = np.random.default_rng([recipe.schedule.seed, step])
-            return [lesson_of(sample, kept[sample.question.key], rng) for sample in batches(step)]
+        def draw(step: int) -> Sequence[Lesson]:
+            places = known_K[batches(step)].tolist()
+
+            def lesson(index: int) -> Lesson:
+                sample = self.samples[places[index]]
+                rng = np.random.default_rng([recipe.schedule.seed, step, index])
+                return lesson_of(sample, kept[sample.question.key], rng)
+
+            return Lazy(len(places), lesson)
 
         steps = train_jointly(
             start,
             draw,
             recipe,
             self.folder / "joint",
-            weights=self.recipe.weights,
-            data={"samples": len(self._taught), "kept": len(kept)},
+            weights=self.recipe.weights_of("joint"),
+            data={"samples": len(self._taught_N), "kept": len(kept)},
             accelerator=self._accelerator,
         )
         return start, steps, recipe.schedule.length
@@ -252,7 +260,7 @@ class Run:
     def _begin_control(self) -> tuple[Checkpoint, Metrics, int]:
         recipe, rng = self.recipe.control, np.random.default_rng(0)
         processes = int(self._accelerator.num_processes)  # accelerate types it as what never returns
-        questions = self._carried(self._apart or self.samples)
+        questions = self._carried(self._some(self._apart_N) if len(self._apart_N) else self.samples)
         wanted = min(len(questions), recipe.queries * math.ceil(recipe.schedule.length / recipe.updates))
         chosen = [questions[index] for index in rng.choice(len(questions), size=wanted, replace=False)]
         share = min(recipe.queries, wanted) // processes  # as many for each, so that all read as often
@@ -264,7 +272,7 @@ class Run:
         joint = self.joint()
         self._check_server()
         joint.model.to(self._accelerator.device)
-        samples = self._mined(chosen, joint)
+        samples, bank = self._mined(chosen, joint, self.folder / "control")
 
         def draw(turn: int) -> list[Sample]:
             drawn = np.random.default_rng([1, turn]).choice(len(samples), size=share * processes, replace=False)
@@ -275,8 +283,8 @@ class Run:
             draw,
             recipe,
             self.folder / "control",
-            bank=TargetBank(samples, joint),
-            weights=self.recipe.weights,
+            bank=bank,
+            weights=self.recipe.weights_of("control"),
             data={"samples": wanted},
             accelerator=self._accelerator,
         )
@@ -303,6 +311,10 @@ class Run:
             f"{len(samples) - len(found)} of {len(samples)} questions are left out, whose words a chat cannot carry"
         )
         return found
+
+    def _some(self, index_N: Ints) -> Sequence[Sample]:
+        """Return some of the samples, each made when it is asked for."""
+        return Lazy(len(index_N), lambda index: self.samples[int(index_N[index])])
 
     def _started(self) -> Path:
         """Return the folder of the checkpoint that training starts from, made if need be."""
@@ -336,7 +348,7 @@ class Run:
             self._accelerator,
             asked,
             {"recipe": asdict(self.recipe)},
-            dtype=self._dtype,
+            dtype=self._held(frozen=self.recipe.weights_of("control").adapters is not None),
         )
 
     def _worker(self, settings: WorkerSettings) -> Worker:
@@ -357,18 +369,27 @@ class Run:
         limit, tokenize = model.facts.max_rationale_tokens, model.rows.prompt.tokenize
         kept = {key: [one for one in found if len(tokenize(one.text)) <= limit] for key, found in pool.items()}
         before, after = (sum(map(len, found.values())) for found in (pool, kept))
-        self._console.print(f"{before - after} of {before} rationales have more than {limit} tokens: left out")
+        if self._processes.main:
+            self._console.print(f"{before - after} of {before} rationales have more than {limit} tokens: left out")
         return kept
 
     def _evaluator(self, model: Checkpoint) -> tuple[Sequence[Sample], Evaluator]:
         """Return the frozen evaluator, and the samples as it judges them: the embedder mines its hard negatives."""
-        recipe = self.recipe.selection
+        recipe, taught = self.recipe.selection, self._some(self._taught_N)
         if recipe.evaluator == "judge":
-            return self._taught, JudgeEvaluator(model)
-        samples = self._mined(self._taught, model)
-        return samples, EmbedderEvaluator(model, TargetBank(samples, model), temperature=recipe.temperature)
+            return taught, JudgeEvaluator(model)
+        samples, bank = self._mined(taught, model, self.folder / "selection")
+        return samples, EmbedderEvaluator(model, bank, temperature=recipe.temperature)
 
-    def _mined(self, samples: Sequence[Sample], model: Checkpoint) -> list[Sample]:
-        """Return samples with hard negatives, and as many drawn evenly: where all hard ones look right, some remain."""
+    def _mined(self, samples: Sequence[Sample], model: Checkpoint, folder: Path) -> tuple[Sequence[Sample], TargetBank]:
+        """Return samples with hard negatives and what they were mined from, whose embeddings lie in `folder`.
+
+        As many negatives are drawn evenly: where all hard ones look right, some remain.
+        """
         count = self.recipe.selection.hard_negatives
-        return mine_negatives(samples, TargetBank(samples, model), model, hard=count, even=max(1, count))
+        targets, queries = folder / "targets.npy", folder / "queries.npy"
+        bank = TargetBank(samples, model, targets, self._processes)
+        mined = mine_negatives(
+            samples, bank, model, hard=count, even=max(1, count), store=queries, processes=self._processes
+        )
+        return mined, bank

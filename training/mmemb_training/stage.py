@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from mmemb_deploy.files import claim
@@ -33,6 +32,7 @@ def sharding(precision: str) -> FullyShardedDataParallelPlugin:
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
+        state_dict_type="SHARDED_STATE_DICT",  # each process writes its own part of a state
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["Qwen3VLTextDecoderLayer"],
         mixed_precision_policy=half if precision == "bf16" else None,
@@ -42,11 +42,8 @@ def sharding(precision: str) -> FullyShardedDataParallelPlugin:
 def save_trained(
     checkpoint: Checkpoint, folder: Path, accelerator: Accelerator, provenance: dict[str, Any] | None = None
 ) -> None:
-    """Write what was trained, from one process, with sharded weights gathered."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(checkpoint.model, options=options)
-    if accelerator.is_main_process:
-        save_checkpoint(checkpoint, folder, provenance=provenance, weights=weights)
+    """Write what was trained, from one process."""
+    save_checkpoint(checkpoint, folder, provenance=provenance, writes=accelerator.is_main_process)
     accelerator.wait_for_everyone()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,22 @@ from mmemb_deploy.files import whole
 LOCK = ".lock"
 
 
-def write_part(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows as a new part. No rows, no part."""
+def write_part(folder: Path, rows: Sequence[Mapping[str, Any]], process: int = 0) -> None:
+    """Add rows as a new part, named by the process that adds it, so that several may. No rows, no part."""
     if not rows:
         return
-    arrow, parquet = _arrow()
-    number = 1 + max((int(path.stem.rpartition("-")[2]) for path in folder.glob("part-*.parquet")), default=-1)
-    with whole(folder / f"part-{number:05d}.parquet") as new:
-        parquet.write_table(arrow.Table.from_pylist([dict(row) for row in rows]), new)
+    arrow = load_arrow()
+    number = 1 + max((int(path.stem.split("-")[1]) for path in folder.glob("part-*.parquet")), default=-1)
+    with whole(folder / f"part-{number:05d}{f'-{process}' if process else ''}.parquet") as new:
+        arrow.parquet.write_table(arrow.Table.from_pylist([dict(row) for row in rows]), new)
 
 
 def read_parts(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of all parts in order. Raises OptionError for a file that is no part of such a table."""
-    arrow, parquet = _arrow()
+    arrow = load_arrow()
     for path in sorted(folder.glob("part-*.parquet")):
         try:
-            table = parquet.read_table(path, columns=list(columns))
+            table = arrow.parquet.read_table(path, columns=list(columns))
         except (arrow.ArrowException, OSError) as error:
             raise OptionError(f"{path} cannot be read: {error}. Delete it, and the job writes it again") from error
         missing = set(columns) - set(table.column_names)
@@ -38,14 +39,17 @@ def read_parts(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]
 
 
 @contextmanager
-def locked(folder: Path) -> Generator[None]:
-    """Hold a folder for one process. Raises OptionError if another has it; a process that dies lets go."""
+def locked(folder: Path, process: int = 0, *, wait: bool = False) -> Generator[None]:
+    """Hold a folder for one process, or for the process of a number. A process that dies lets go.
+
+    Where another has it, raises OptionError, or waits for it.
+    """
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
+    with (folder / f"{LOCK}{process or ''}").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise OptionError(
                 f"{folder} is in use by another process: wait for it, or choose another folder"
@@ -53,10 +57,11 @@ def locked(folder: Path) -> Generator[None]:
         yield
 
 
-def _arrow() -> tuple[Any, Any]:
+def load_arrow() -> Any:
+    """Return pyarrow, its parquet and its file formats with it. Raises MissingExtraError without it."""
     try:
-        import pyarrow
-        import pyarrow.parquet
+        for name in ("pyarrow.ipc", "pyarrow.parquet"):
+            import_module(name)
     except ModuleNotFoundError as error:
         raise MissingExtraError("pyarrow", "train") from error
-    return pyarrow, pyarrow.parquet
+    return import_module("pyarrow")

@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmemb_deploy.errors import OptionError
-from mmemb_training.samples import Sample
+from mmemb_deploy.inputs.preprocess import Ints
 
 
 class TaskBatches:
     """Batches of one task each, so that negatives are of the kind that the task confuses; tasks by their size.
 
-    What is left of a task when its full batches are drawn waits for the next pass, in another order. Raises OptionError
-    if no task fills a batch.
+    `task_N` numbers the task of every sample. What is left of a task when its full batches are drawn waits for the next
+    pass, in another order; 12 bytes of a sample are held. Raises OptionError if no task fills a batch.
     """
 
-    def __init__(self, samples: Sequence[Sample], size: int, seed: int) -> None:
-        self._samples = samples
+    def __init__(self, task_N: NDArray[np.integer], size: int, seed: int) -> None:
         self._size = size
         self._seed = seed
-        self._tasks: dict[str, list[int]] = {}
-        for index, sample in enumerate(samples):
-            self._tasks.setdefault(sample.question.task, []).append(index)
-        self.per_pass = sum(len(members) // size for members in self._tasks.values())
+        tasks, first_T = np.unique(task_N, return_index=True)
+        self._members = [np.flatnonzero(task_N == task).astype(np.int32) for task in tasks[np.argsort(first_T)]]
+        self.per_pass = sum(len(members) // size for members in self._members)
         if not self.per_pass:
-            largest = max(map(len, self._tasks.values()), default=0)
+            largest = max(map(len, self._members), default=0)
             raise OptionError(f"batch is {size}: the largest task has {largest} samples, and a batch is of one task")
         self._order = lru_cache(maxsize=1)(self._shuffled)
 
-    def __call__(self, step: int) -> list[Sample]:
-        """Return the batch of a step."""
+    def __call__(self, step: int) -> list[int]:
+        """Return the samples' places of a step."""
         passes, number = divmod(step, self.per_pass)
-        return [self._samples[index] for index in self._order(passes)[number]]
+        places: list[int] = self._order(passes)[number].tolist()
+        return places
 
-    def _shuffled(self, passes: int) -> list[list[int]]:
+    def _shuffled(self, passes: int) -> Ints:
         rng = np.random.default_rng([self._seed, passes])
         batches = []
-        for members in self._tasks.values():
-            order = rng.permutation(members).tolist()
-            full = len(order) - len(order) % self._size
-            batches += [order[start : start + self._size] for start in range(0, full, self._size)]
-        return [batches[index] for index in rng.permutation(len(batches))]
+        for members in self._members:
+            order = rng.permutation(members)
+            batches.append(order[: len(order) - len(order) % self._size].reshape(-1, self._size))
+        return rng.permutation(np.concatenate(batches))

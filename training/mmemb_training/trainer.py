@@ -1,12 +1,12 @@
 """Joint training (METHOD stage 3) of a checkpoint: one trainer for the nano model and for 4B, one process or many.
 
 accelerate brings DDP, FSDP2 and bf16; peft brings LoRA; the step is `joint.JointStep`, the loop `loop.run_steps`. Every
-process draws the same lessons and takes its share of them.
+process draws the same lessons and takes its share of them, whose images it decodes while the step before runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from mmemb_training.ahead import Ahead
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.encoder import Encoder
 from mmemb_training.grad_cache import backward
@@ -24,7 +25,7 @@ from mmemb_training.lora import trainable
 from mmemb_training.recipes.settings import ALL_WEIGHTS, JointRecipe, TrainedWeights
 from mmemb_training.stage import plain_accelerator
 
-Draw = Callable[[int], list[Lesson]]  # the lessons of a step, a function of its number alone
+Draw = Callable[[int], Sequence[Lesson]]  # the lessons of a step, a function of its number alone
 
 
 def train_jointly(
@@ -46,8 +47,8 @@ def train_jointly(
     processes, chunks = accelerator.num_processes, recipe.chunks(accelerator.num_processes)
     torch.manual_seed(recipe.schedule.seed)
 
-    def step_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        share = JointStep(
+    def share_of(step: int) -> JointStep:
+        return JointStep(
             draw(step)[accelerator.process_index :: processes],
             checkpoint.rows,
             recipe.objective,
@@ -55,6 +56,11 @@ def train_jointly(
             query_chunks=max(chunks, recipe.length_groups),
             target_chunks=chunks,
         )
+
+    shares = Ahead(share_of, recipe.schedule.length)
+
+    def step_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        share = shares(step)
         cached = chunks > 1 or processes > 1
         _, terms = backward(
             encoder, share.chunks, lambda readings: share.loss(readings, accelerator), accelerator, cached=cached

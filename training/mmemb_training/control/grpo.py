@@ -80,14 +80,13 @@ def train_control(
             for sample, group in zip(samples, groups, strict=True)
         ]
         chunks = chunks_of(samples, groups, checkpoint.rows, recipe.micro_batch)
-        return RolloutBatch(samples, groups, scored, old, read_reference(chunks))
+        return RolloutBatch(samples, chunks, groups, scored, old, read_reference(chunks))
 
     def step_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         nonlocal batch
         if batch is None or step % recipe.updates == 0:
             batch = roll_out(step // recipe.updates)
-        drawn = batch
-        chunks = chunks_of(drawn.samples, drawn.groups, checkpoint.rows, recipe.micro_batch)
+        drawn, chunks = batch, batch.chunks
 
         def loss_of(readings: Sequence[Reading]) -> tuple[Tensor, dict[str, Tensor]]:
             terms = policy_terms(merged(readings), drawn, recipe.clip)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmemb_deploy.inputs.rows import RowEncoder
+from mmemb_training.ahead import in_threads
 from mmemb_training.control.rewards import Rollout, Scored, advantages
 from mmemb_training.control.rollouts import Group
 from mmemb_training.encoder import Continuation, Reading
@@ -24,9 +25,13 @@ from mmemb_training.samples import Sample, query_row
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Rollouts of some questions, scored, with the log-probabilities of the policy that drew them."""
+    """Rollouts of some questions, scored, with the log-probabilities of the policy that drew them.
+
+    `chunks` is what the encoder reads of them, decoded once for all its steps.
+    """
 
     samples: Sequence[Sample]
+    chunks: Sequence[Chunk]
     groups: Sequence[Group]
     scored: Sequence[Scored]
     old: Reading
@@ -38,7 +43,7 @@ def chunks_of(samples: Sequence[Sample], groups: Sequence[Group], encoder: RowEn
     chunks, size = list[Chunk](), size or len(samples)
     for start in range(0, len(samples), size):
         part = groups[start : start + size]
-        rows = [query_row(sample.question, encoder) for sample in samples[start : start + size]]
+        rows = in_threads(lambda sample: query_row(sample.question, encoder), samples[start : start + size])
         chunks.append(
             Chunk(
                 rows,

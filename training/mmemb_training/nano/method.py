@@ -27,8 +27,9 @@ from mmemb_training.pool.build import Rationale, build_pool, read_pool
 from mmemb_training.recipes.settings import ControlRecipe, JointRecipe, Margins, Objective, Rewards, Schedule
 from mmemb_training.samples import Sample
 from mmemb_training.selection.assess import REPORT, assess_pool, read_assessed
-from mmemb_training.selection.bank import TargetBank, mine_negatives
+from mmemb_training.selection.bank import TargetBank
 from mmemb_training.selection.evaluators import EmbedderEvaluator
+from mmemb_training.selection.mining import mine_negatives
 from mmemb_training.selection.select import Assessed, Keeps, Verdict, kept_rationales
 from mmemb_training.stage import Metrics, Watch, plain_accelerator, run_stage
 from mmemb_training.trainer import train_jointly
@@ -150,13 +151,13 @@ class NanoRun:
         """Stages 1 and 2: every rationale of the pool, assessed by the backbone."""
         folder = self.folder / "selection"
         if (folder / REPORT).exists():
-            return read_assessed(folder)
+            return list(read_assessed(folder))
         backbone = self.backbone()
         samples = self.mined(backbone)
         evaluator = EmbedderEvaluator(backbone, TargetBank(samples, backbone), temperature=0.02)
-        return assess_pool(samples, self._pool(), evaluator, folder, MARGINS, seed=self.recipe.seed)
+        return list(assess_pool(samples, self._pool(), evaluator, folder, MARGINS, seed=self.recipe.seed))
 
-    def mined(self, backbone: Checkpoint) -> list[Sample]:
+    def mined(self, backbone: Checkpoint) -> Sequence[Sample]:
         """Return the pool's samples with hard negatives, mined with the backbone; the labels of digits are exact."""
         samples = self.digits.samples
         bank = TargetBank(samples, backbone)

@@ -1,8 +1,8 @@
 """The pool as a job: resumable, safe from a kill, and losing nothing when a worker fails.
 
 pool.json            what the pool is of: workers and a hash of the questions
-part-00000.parquet   rationales: question, task, worker, sample, rationale
-failures.jsonl       what failed in the last run; the next run tries it again
+part-00000.parquet   rationales: question, task, worker, sample, rationale; of process 3, part-00000-3.parquet
+failures.jsonl       what failed in the last run; the next run tries it again; of process 3, failures-3.jsonl
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.files import claim
 from mmemb_training.pool.workers import Worker
+from mmemb_training.processes import ALONE, Processes
 from mmemb_training.samples import Question
 from mmemb_training.tables import locked, read_parts, write_part
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-POOL, FAILURES = "pool.json", "failures.jsonl"
+POOL, FAILURES, FAILURES_OF_ALL = "pool.json", "failures.jsonl", "failures*.jsonl"
 COLUMNS = ("question", "task", "worker", "sample", "rationale")
 
 
@@ -43,60 +44,77 @@ def build_pool(
     folder: Path,
     *,
     batch: int = 256,
+    processes: Processes = ALONE,
     done: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Have every worker write for every question; return the report. The same call, run again, goes on.
 
-    `done` hears how many more questions a worker has finished. Raises OptionError if the folder's pool is of other
-    questions or workers, or two questions share a key or two workers a name; what a worker raises passes through,
-    after everything written before is kept.
+    Several processes that call it share the questions, and return when all are done. `done` hears how many more
+    questions a worker has finished. Raises OptionError if the folder's pool is of other questions or workers, or two
+    questions share a key or two workers a name; what a worker raises passes through, after everything written before
+    is kept.
     """
-    _check_distinct("questions have the key", [question.key for question in questions])
+    keys = [question.key for question in questions]
+    _check_distinct("questions have the key", keys)
     _check_distinct("workers have the name", [worker.name for worker in workers])
-    with locked(folder):
-        keys = "\n".join(question.key for question in questions)
-        hashed, counts = hashlib.sha256(keys.encode()).hexdigest(), {worker.name: worker.samples for worker in workers}
-        claim(folder, {"questions": hashed, "workers": counts}, name=POOL)
-        present = {(row["question"], row["worker"]) for row in read_parts(folder, COLUMNS)}
-        (folder / FAILURES).write_text("")
+    with locked(folder, processes.index):
+        if processes.main:
+            hashed = hashlib.sha256("\n".join(keys).encode()).hexdigest()
+            claim(folder, {"questions": hashed, "workers": {one.name: one.samples for one in workers}}, name=POOL)
+            for path in folder.glob(FAILURES_OF_ALL):
+                path.unlink()
+        processes.wait()
+        failures = folder / (FAILURES if processes.main else f"failures-{processes.index}.jsonl")
+        failures.write_text("")
+        own = processes.share(range(len(keys)))
         for worker in workers:
-            waiting = [question for question in questions if (question.key, worker.name) not in present]
-            done(len(questions) - len(waiting))
+            rows = read_parts(folder, ("question", "worker"))
+            present = {row["question"] for row in rows if row["worker"] == worker.name}
+            waiting = [index for index in own if keys[index] not in present]
+            done(len(own) - len(waiting))
             for start in range(0, len(waiting), batch):
-                part = waiting[start : start + batch]
-                _write(folder, worker, part)
+                part = [questions[index] for index in waiting[start : start + batch]]
+                _write(folder, worker, part, failures, processes.index)
                 done(len(part))
-        return pool_report(folder, workers, questions)
+        processes.wait()
+        return pool_report(folder, workers, len(keys))
 
 
-def read_pool(folder: Path) -> dict[str, list[Rationale]]:
-    """Return the candidates of every question, by worker and sample."""
+def read_pool(folder: Path, only: Container[str] | None = None) -> dict[str, list[Rationale]]:
+    """Return the candidates of every question, or of those whose keys are in `only`, by worker and sample."""
     pool: dict[str, list[Rationale]] = defaultdict(list)
     for row in read_parts(folder, COLUMNS):
-        pool[row["question"]].append(Rationale(row["worker"], row["sample"], row["rationale"]))
+        if only is None or row["question"] in only:
+            pool[row["question"]].append(Rationale(row["worker"], row["sample"], row["rationale"]))
     return {key: sorted(found, key=lambda one: (one.worker, one.sample)) for key, found in pool.items()}
 
 
-def pool_report(folder: Path, workers: Sequence[Worker], questions: Sequence[Question]) -> dict[str, Any]:
+def pool_report(folder: Path, workers: Sequence[Worker], questions: int) -> dict[str, Any]:
     """Return, by worker: questions written, failed and missing, candidates by task, and their length and emptiness."""
-    rows = list(read_parts(folder, COLUMNS))
-    failures = [json.loads(line) for line in (folder / FAILURES).read_text().splitlines()]
-    report = {}
-    for worker in workers:
-        own = [row for row in rows if row["worker"] == worker.name]
-        written = len({row["question"] for row in own})
-        failed = sum(failure["worker"] == worker.name for failure in failures)
-        report[worker.name] = {
-            "questions": written,
-            "failed": failed,
-            "missing": len(questions) - written - failed,
-            "candidates": len(own),
-            "tasks": dict(sorted(Counter(row["task"] for row in own).items())),
-            "mean_characters": sum(len(row["rationale"]) for row in own) / max(1, len(own)),
-            "mean_words": sum(len(row["rationale"].split()) for row in own) / max(1, len(own)),
-            "empty": sum(not row["rationale"].strip() for row in own),
+    counts = {worker.name: Counter[str]() for worker in workers}
+    tasks = {worker.name: Counter[str]() for worker in workers}
+    for row in read_parts(folder, COLUMNS):
+        if row["worker"] in counts:
+            text = row["rationale"]
+            sizes = {"characters": len(text), "words": len(text.split()), "empty": not text.strip()}
+            counts[row["worker"]].update({"candidates": 1, "questions": row["sample"] == 0} | sizes)
+            tasks[row["worker"]][row["task"]] += 1
+    for path in folder.glob(FAILURES_OF_ALL):
+        for line in path.read_text().splitlines():
+            counts[json.loads(line)["worker"]]["failed"] += 1
+    return {
+        name: {
+            "questions": found["questions"],
+            "failed": found["failed"],
+            "missing": questions - found["questions"] - found["failed"],
+            "candidates": found["candidates"],
+            "tasks": dict(sorted(tasks[name].items())),
+            "mean_characters": found["characters"] / max(1, found["candidates"]),
+            "mean_words": found["words"] / max(1, found["candidates"]),
+            "empty": found["empty"],
         }
-    return report
+        for name, found in counts.items()
+    }
 
 
 def print_report(console: Console, report: dict[str, Any]) -> None:
@@ -111,7 +129,7 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _write(folder: Path, worker: Worker, questions: Sequence[Question]) -> None:
+def _write(folder: Path, worker: Worker, questions: Sequence[Question], failures: Path, process: int) -> None:
     results = worker.write(questions)
     write_part(
         folder,
@@ -120,8 +138,9 @@ def _write(folder: Path, worker: Worker, questions: Sequence[Question]) -> None:
             for question, written in zip(questions, results, strict=True)
             for index, text in enumerate(written.rationales)
         ],
+        process,
     )
-    with (folder / FAILURES).open("a") as file:
+    with failures.open("a") as file:
         for question, written in zip(questions, results, strict=True):
             if written.error is not None:
                 failure = {"question": question.key, "worker": worker.name, "error": written.error}

@@ -1,7 +1,7 @@
 """Operations and bytes of a prompt, from a model's shape: closed formulas, held against torch's own by tests.
 
 A product of an (m, k) and a (k, n) matrix is 2 m k n operations. Norms, activations and softmax are left out: they are
-bound by memory. Attention counts every pair of tokens, causal or not: a mask is passed, and no kernel skips by it.
+bound by memory. Attention counts every pair of tokens, causal or not, although kernels may skip half of a prompt's.
 
 The bytes of a layer are exact in bf16; in float32 some copies fall away. `activation_bytes` builds on them and follows
 `mmemb_training.encoder`, which reads a prompt, then its rationales from the prompt's KV cache.
@@ -131,16 +131,18 @@ def layer_bytes(shape: ModelShape, tokens: int, context: int, width: int) -> int
     """Return what autograd saves of one text layer, for new tokens that attend to a context; `width` bytes a value.
 
     Per token: two RMSNorms (a float32 copy, its scale, the normalised values) and the linear maps' inputs; the norms of
-    queries and keys; queries, output and log-sum of the attention; four values of the MLP's width. Per pair: the mask
-    as a bias. Per token of the context: keys and values, repeated to all heads.
+    queries and keys; queries, output and log-sum of the attention; four values of the MLP's width. Per token of the
+    context: keys and values. What follows a prompt attends by a mask: per pair its bias, and keys and values are
+    repeated to all heads.
     """
     text = shape.text
     queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    masked = context > tokens
     norms = 2 * (4 * text.hidden + 4 + 2 * width * text.hidden)
     head_norms = (4 + width) * (queries + keys) + 4 * (text.heads + text.kv_heads)
-    attention = 2 * width * queries + 4 * text.heads + width * context
+    attention = 2 * width * queries + 4 * text.heads + width * context * masked
     mlp = 4 * width * text.intermediate
-    return tokens * (norms + head_norms + attention + mlp) + 2 * width * queries * context
+    return tokens * (norms + head_norms + attention + mlp) + 2 * width * (queries if masked else keys) * context
 
 
 def vision_layer_bytes(shape: ModelShape, patches: int, width: int) -> int:
@@ -161,14 +163,15 @@ def activation_bytes(shape: ModelShape, weights: TrainedWeights, gpus: int, prom
     # Bytes of a value between layers: autocast, which one GPU trains all weights with, keeps it in float32.
     residual = 4 if weights.adapters is None and gpus == 1 else width
     inputs, norm = residual * text.hidden * text.layers, (4 + width) * text.hidden  # of a token; the last norm
-    in_prompt = prompt.tokens * (inputs + cached + norm + prompt.tokens)
-    in_paths = written * (inputs + norm + context) + prompt.rationales * cached * (prompt.tokens + context)
+    in_prompt = prompt.tokens * (inputs + cached * min(1, prompt.rationales) + norm)
+    in_paths = written * (inputs + norm + context)
     in_vision = 2 * width * (1 + len(vision.deepstack)) * vision.out * (prompt.patches // vision.merge**2)
     if weights.adapters is None:
         pixels = width * vision.channels * vision.temporal_patch * vision.patch**2
         mergers = 3 * width * (1 + len(vision.deepstack)) * vision.hidden
         in_vision += prompt.patches * (pixels + residual * (vision.layers + 1) * vision.hidden + mergers)
     prompt_layer = layer_bytes(shape, prompt.tokens, prompt.tokens, width)
+    copied = cached // text.layers * (prompt.tokens + context)  # of the prompt's cache, and with the rationale's
     path_layer = prompt.rationales * layer_bytes(shape, path, context, width)
     vision_layer = vision_layer_bytes(shape, prompt.patches, width)
     if not weights.gradient_checkpointing:
@@ -181,7 +184,7 @@ def activation_bytes(shape: ModelShape, weights: TrainedWeights, gpus: int, prom
     logits = (prompt.rationales * (prompt.rationale_tokens + 1) + 1) * text.vocabulary * (8 + width)
     in_vision *= prompt.frames
     return max(
-        in_vision + in_prompt + in_paths + max(logits, path_layer + written * gradients),
+        in_vision + in_prompt + in_paths + max(logits, path_layer + prompt.rationales * copied + written * gradients),
         in_vision + in_prompt + prompt_layer + prompt.tokens * (gradients + cached * min(1, prompt.rationales)),
         in_vision + prompt.frames * (vision_layer + 3 * width * prompt.patches * vision.intermediate),
     )

@@ -24,6 +24,7 @@ from mmemb_training.recipes.counts import (
     loss_bytes,
     mean_prompt,
 )
+from mmemb_training.recipes.host import host_figures
 from mmemb_training.recipes.hours import stage_costs
 from mmemb_training.recipes.machines import Machine
 from mmemb_training.recipes.settings import RunRecipe, StartModel, TrainedWeights, changed
@@ -113,7 +114,8 @@ def estimate(
     """Estimate a run of a recipe on a machine.
 
     `examples` are the pairs of stages 1 to 3; `fill` is the share of the limits on pixels and answers that a mean
-    example uses. Raises OptionError for values that no run can have; one that does not fit is an estimate that says so.
+    example uses. Raises OptionError for values that no run can have, such as a control that is sharded; one that does
+    not fit is an estimate that says so.
     """
     if examples < 1:
         raise OptionError(f"examples is {examples}: it must be at least 1")
@@ -124,6 +126,7 @@ def estimate(
     if recipe.joint.objective.dims[0] > shape.text.hidden:
         sizes = f"objective.dims holds {recipe.joint.objective.dims[0]}"
         raise OptionError(f"{sizes}: {shape.name} has embeddings of {shape.text.hidden}")
+    recipe.check_control(machine.gpus)
     stages = _memory(shape, recipe, machine)
     cached = machine.gpus > 1 or stages["joint"].chunks > 1
     flops, hours = stage_costs(shape, recipe, machine, examples, fill, cached=cached)
@@ -132,6 +135,7 @@ def estimate(
         **{f"memory of a GPU, stage {stage.name}": stage.figures() for stage in stages.values()},
         "arithmetic": flops,
         "time": hours,
+        "beside the GPUs": host_figures(shape, recipe, machine, examples, fill, hours["3 joint"].value),
     }
     fits = all(stage.fits for stage in stages.values())
     changes = () if fits else tuple(_changes_that_fit(shape, recipe, machine))
@@ -144,17 +148,18 @@ def _memory(shape: ModelShape, recipe: RunRecipe, machine: Machine) -> dict[str,
     At once, stage 3 reads some questions with a rationale each, and then the targets of as many; stage 4 reads
     questions with a group of rationales each.
     """
-    joint, control, weights, gpus = recipe.joint, recipe.control, recipe.weights, machine.gpus
+    joint, control, gpus = recipe.joint, recipe.control, machine.gpus
     prompt, tokens = longest_prompt(shape, recipe.model), recipe.model.max_rationale_tokens
     targets, dims = 1 + joint.hard_negatives, len(joint.objective.dims)
     pairs = loss_bytes(joint.batch, joint.batch * targets, dims)
     loss = {"loss": Figure(pairs, "B", f"{joint.batch} x {joint.batch * targets} pairs, {dims} sizes")}
-    trained = _trained_parameters(shape, weights) / (1 if weights.adapters else gpus)
-    step = {"optimizer step": Figure(4 * trained, "B", "4 B per trained weight: AdamW's temporaries")}
 
     def stage(
         name: str, questions: int, given: int | None, passing: Terms, *read: tuple[int, PromptSize]
     ) -> StageMemory:
+        weights = recipe.weights_of("control" if name == "4 (control)" else "joint")
+        trained = _trained_parameters(shape, weights) / (1 if weights.adapters else gpus)
+        step = {"optimizer step": Figure(4 * trained, "B", "4 B per trained weight: AdamW's temporaries")}
         lasting = _lasting_terms(shape, weights, gpus, reference=name == "4 (control)")
         each = [count * activation_bytes(shape, weights, gpus, size) for count, size in read]
         count, size = read[each.index(max(each))]
@@ -165,15 +170,15 @@ def _memory(shape: ModelShape, recipe: RunRecipe, machine: Machine) -> dict[str,
             f"{size.patches} patches) with {size.rationales} rationale(s) of {size.rationale_tokens}, checkpointing "
             f"{'on' if weights.gradient_checkpointing else 'off'}: what waits for the backward pass, at its widest"
         )
-        passing = passing | {"activations": Figure(at_once * max(each), "B", basis)}
+        passing = step | passing | {"activations": Figure(at_once * max(each), "B", basis)}
         largest = max(passing, key=lambda term: passing[term].value or 0)
         terms = {**lasting, largest: passing[largest]}
         return StageMemory(name=name, terms=terms, micro_batch=at_once, share=share, usable=machine.usable_bytes)
 
     question, group = (1, prompt.followed(1, tokens)), (1, prompt.followed(control.group, tokens))
     return {
-        "joint": stage("3 (joint)", joint.batch, joint.micro_batch, step | loss, question, (targets, prompt)),
-        "control": stage("4 (control)", control.queries, control.micro_batch, step, group),
+        "joint": stage("3 (joint)", joint.batch, joint.micro_batch, loss, question, (targets, prompt)),
+        "control": stage("4 (control)", control.queries, control.micro_batch, {}, group),
     }
 
 
@@ -235,12 +240,14 @@ def _changes(
         )
 
     yield settings("weights.gradient_checkpointing", [] if recipe.weights.gradient_checkpointing else [True])
+    own = recipe.weights_of("control").adapters
+    yield settings("control.method", ["lora"] if own is None else [])
     yield settings("joint.micro_batch", _halves(recipe.joint.micro_batch, 1))
     yield settings("joint.batch", _halves(recipe.joint.batch, machine.gpus))
     yield settings("control.micro_batch", _halves(recipe.control.micro_batch, 1))
     yield settings("control.group", _halves(recipe.control.group, 2))
     doubled = (machine.gpus * 2**power for power in range(1, MOST_GPUS.bit_length()))
-    most = min(MOST_GPUS, recipe.joint.batch)
+    most = min(MOST_GPUS, recipe.joint.batch) if own else 1
     yield ((f"{gpus} GPUs", recipe, replace(machine, gpus=gpus)) for gpus in doubled if gpus <= most)
     shorter = list(_shorter(shape, recipe.model))
     if recipe.weights.adapters is None:

@@ -86,11 +86,11 @@ def stage_costs(
     )
     steps, targets = joint.schedule.over(examples // joint.batch).length, joint.batch * (1 + joint.hard_negatives)
     queries = joint.batch, prompt.followed(1, rationale)
-    step, how = _trained_flops(shape, recipe.weights, [queries, (targets, prompt)], cached=cached)
+    step, how = _trained_flops(shape, recipe.weights_of("joint"), [queries, (targets, prompt)], cached=cached)
     counted = f"{steps} steps: {joint.batch} queries with a rationale, {targets} targets; {how}"
     add("3 joint", steps * step, counted)
     steps, group = control.schedule.length, prompt.followed(control.group, rationale)
-    step, how = _trained_flops(shape, recipe.weights, [(control.queries, group)], cached=False)
+    step, how = _trained_flops(shape, recipe.weights_of("control"), [(control.queries, group)], cached=False)
     turns = -(-steps // control.updates)
     drawn = shape, prompt.followed(0, rationale), turns * control.queries * control.group * rationale
     server = control.rollouts

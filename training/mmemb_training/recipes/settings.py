@@ -313,6 +313,7 @@ class ControlRecipe:
 
     schedule: Schedule
     rewards: Rewards = field(default_factory=Rewards)
+    method: Method | None = None  # which weights train in this stage; None: those of [weights]
     queries: int = 16  # questions of a batch of rollouts, over all processes
     group: int = 8  # rollouts of a question
     updates: int = 2  # steps on each batch of rollouts; the second and later ones are clipped
@@ -351,6 +352,19 @@ class RunRecipe:
     selection: SelectionRecipe
     joint: JointRecipe
     control: ControlRecipe
+
+    def weights_of(self, stage: str) -> TrainedWeights:
+        """Return which weights train in stage "joint" or "control"."""
+        method = self.control.method if stage == "control" else None
+        return replace(self.weights, method=method or self.weights.method)
+
+    def check_control(self, processes: int) -> None:
+        """Raise OptionError where stage 4 would train all weights in several processes."""
+        if processes > 1 and self.weights_of("control").adapters is None:
+            raise OptionError(
+                f"control trains all weights on {processes} GPUs: they would be sharded, and rollouts decode with "
+                "whole ones; set control.method = 'lora', whose reference shares the weights, or use one GPU"
+            )
 
     def with_method(self, method: str | None) -> RunRecipe:
         """Return the recipe with another method; None keeps its own. Raises OptionError for one that is not known."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from mmemb_deploy.files import claim, write_whole
 from mmemb_training.pool.build import Rationale
+from mmemb_training.processes import ALONE, Processes
 from mmemb_training.recipes.settings import Margins
 from mmemb_training.samples import Sample
 from mmemb_training.selection.evaluators import Evaluator
@@ -36,42 +37,45 @@ def assess_pool(
     other_rationales: int = 2,
     seed: int = 0,
     identity: Any = None,
+    processes: Processes = ALONE,
     done: Callable[[int], None] = lambda _: None,
-) -> list[Assessed]:
-    """Assess a pool into `folder` and write `report.json`; return every assessed rationale. A later call goes on.
+) -> Iterator[Assessed]:
+    """Assess a pool into `folder` and write `report.json`; yield every assessed rationale. A later call goes on.
 
-    `identity` says, in JSON, what the evaluator is. Raises OptionError if the folder was assessed by another.
+    Several processes that call it share the samples, and return when all are done. `identity` says, in JSON, what the
+    evaluator is. Raises OptionError if the folder was assessed by another.
     """
-    with locked(folder):
-        facts = {"evaluator": identity, "other_rationales": other_rationales, "seed": seed}
-        claim(folder, facts | {"against_negatives": margins.against_negatives}, name=SELECTION)
+    with locked(folder, processes.index):
+        if processes.main:
+            facts = {"evaluator": identity, "other_rationales": other_rationales, "seed": seed}
+            claim(folder, facts | {"against_negatives": margins.against_negatives}, name=SELECTION)
+        processes.wait()
         present = {row["question"] for row in read_parts(folder, ("question",))}
-        waiting = [sample for sample in samples if pool.get(sample.question.key) and sample.question.key not in present]
-        done(len(samples) - len(waiting))
+        others = OtherRationales(samples, pool, other_rationales, seed)
+        own = processes.share(samples)
+        waiting = [
+            index
+            for index, key in enumerate(sample.question.key for sample in own)
+            if pool.get(key) and key not in present
+        ]
+        done(len(own) - len(waiting))
         for start in range(0, len(waiting), CHUNK):
-            part = waiting[start : start + CHUNK]
-            others = OtherRationales(samples, pool, other_rationales, (seed, len(present) + start))
+            part = [own[index] for index in waiting[start : start + CHUNK]]
+            others.begin((seed, len(present) + start, *([] if processes.main else [processes.index])))
             found = assess(part, pool, evaluator, others, against_negatives=margins.against_negatives)
-            write_part(folder, [_row(one) for one in found])
+            write_part(folder, [_row(one) for one in found], processes.index)
             done(len(part))
-        assessed = read_assessed(folder)
-        write_whole(folder / REPORT, json.dumps(report(assessed, margins), indent=1))
-    return assessed
+        processes.wait()
+        if processes.main:
+            write_whole(folder / REPORT, json.dumps(report(read_assessed(folder), margins), indent=1))
+    return read_assessed(folder)
 
 
-def read_assessed(folder: Path) -> list[Assessed]:
-    """Return what a folder holds of assessed rationales."""
-    return [
-        Assessed(
-            row["question"],
-            row["task"],
-            Rationale(row["worker"], row["sample"], row["rationale"]),
-            row["gain"],
-            row["content"],
-            row["found"],
-        )
-        for row in read_parts(folder, COLUMNS)
-    ]
+def read_assessed(folder: Path) -> Iterator[Assessed]:
+    """Yield what a folder holds of assessed rationales."""
+    for row in read_parts(folder, COLUMNS):
+        own = Rationale(row["worker"], row["sample"], row["rationale"])
+        yield Assessed(row["question"], row["task"], own, row["gain"], row["content"], row["found"])
 
 
 def _row(one: Assessed) -> dict[str, Any]:
@@ -126,6 +130,10 @@ class OtherRationales:
             for one in pool.get(sample.question.key, ()):
                 known = self._known.setdefault((sample.question.task, one.worker), [])
                 known.append((sample.question.key, one.text))
+
+    def begin(self, seed: int | Sequence[int]) -> None:
+        """Draw from now on as `seed` says."""
+        self._rng = np.random.default_rng(seed)
 
     def draw(self, sample: Sample, worker: str) -> list[str]:
         """Return what the worker wrote for some others."""

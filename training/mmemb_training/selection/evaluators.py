@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.rows import Row
+from mmemb_training.ahead import in_threads
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.encoder import Continuation, Encoder
 from mmemb_training.samples import Sample, query_row
@@ -68,7 +69,8 @@ class EmbedderEvaluator:
         tokenize = self._rows.prompt.tokenize
         paths = [Continuation(index, tokenize(text)) for index, given in enumerate(rationales) for text in given]
         with torch.inference_mode():
-            states = self._encoder.embed([query_row(sample.question, self._rows) for sample in samples], paths)
+            rows = in_threads(lambda sample: query_row(sample.question, self._rows), samples)
+            states = self._encoder.embed(rows, paths)
         direct_QD, reasoned_RD = (F.normalize(state.float(), dim=-1) for state in states)
         groups = reasoned_RD.split([len(given) for given in rationales])
         return [
@@ -107,11 +109,11 @@ class JudgeEvaluator:
         tokenize = self._rows.prompt.tokenize
         ask = tokenize("Does the candidate match? Answer:")
         tails = [[ask, *(tokenize(f"About the query: {text}\n") + ask for text in given)] for given in rationales]
-        prompts = [self._pair_row(sample) for sample in samples]
+        prompts = in_threads(self._pair_row, samples)
         continued = [(index, tail) for index, group in enumerate(tails) for tail in group]
         with torch.inference_mode():
-            logits_RV = self._encoder.next_logits(prompts, continued)
-        yes_R, no_R = logits_RV[:, self._answers].unbind(dim=1)
+            logits_R2 = self._encoder.next_logits(prompts, continued, self._answers)
+        yes_R, no_R = logits_R2.float().unbind(dim=1)
         odds = iter((yes_R - no_R).tolist())
         each = [(next(odds), tuple(next(odds) for _ in given)) for given in rationales]
         return [Confidence(without, with_each, found=without > 0) for without, with_each in each]
