@@ -33,7 +33,7 @@ BATCH = 128  # prompts that the model reads at once
 class TargetBank:
     """The distinct targets of samples and of their negatives: `embeddings_CD`, L2-normalised, and `targets`.
 
-    Targets with the same labels are one. Of a target some 60 bytes are held beside its embedding, which lies in
+    Targets with the same labels are one. Of a target 150 bytes or fewer are held beside its embedding, which lies in
     `store`, a .npy file, where one is given; its content is read from `samples` when it is asked for.
     """
 
