@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -195,7 +194,7 @@ def test_an_embedder_that_was_never_taught_to_embed_is_refused_as_evaluator_befo
     (tmp_path / "recipe.toml").write_text(text)
     run = Run(
         load_recipe(tmp_path / "recipe.toml"),
-        read_samples([data], limit=6),
+        read_samples([data], 6, tmp_path / "samples"),
         tmp_path / "run",
         Watched(),
         Console(quiet=True),
@@ -211,7 +210,7 @@ def test_a_recipe_names_the_server_that_writes_its_rollouts(
     text = RECIPE.format(source=public, port=endpoint.server_port, method="lora", evaluator="judge")
     rollouts = '[control.rollouts]\nbase_url = "{url}"\nmodel = "policy"\n[control.schedule]\n'
     recipe_of = lambda url: text.replace("[control.schedule]\n", rollouts.format(url=url))  # noqa: E731
-    samples, folder, path = read_samples([data], limit=8), tmp_path / "run", tmp_path / "recipe.toml"
+    samples, folder, path = read_samples([data], 8, tmp_path / "samples"), tmp_path / "run", tmp_path / "recipe.toml"
 
     def run(url: str, upto: str) -> None:
         path.write_text(recipe_of(url))

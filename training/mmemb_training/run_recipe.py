@@ -295,7 +295,8 @@ class Run:
         settings = self.recipe.control.rollouts
         if settings is None:
             return
-        command = serve_command(self.folder / "joint" / "checkpoint", settings.model, self.recipe.weights.adapters)
+        adapters = self.recipe.weights_of("control").adapters
+        command = serve_command(self.folder / "joint" / "checkpoint", settings.model, adapters)
         try:
             check_served(client_of(settings))
         except BackendError as error:
