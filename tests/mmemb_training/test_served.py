@@ -21,7 +21,8 @@ from mmemb_training.encoder import Encoder
 from mmemb_training.nano.digits import Digits
 from mmemb_training.recipes.settings import ControlRecipe, LoraSettings, RolloutServer, Schedule, TrainedWeights
 from mmemb_training.samples import Question, Sample, Target, query_row
-from mmemb_training.selection.bank import TargetBank, mine_negatives
+from mmemb_training.selection.bank import TargetBank
+from mmemb_training.selection.mining import mine_negatives
 from mmemb_training.stage import plain_accelerator
 
 RECIPE = ControlRecipe(
