@@ -5,7 +5,9 @@
 
 Decision and rationale are normalised apart, as in Thinkless (arXiv 2505.13379): one control token would drown among
 the others. The decision's advantage compares all rollouts of a group; the rationale's those that reason, so that a bad
-one earns nothing for a good decision. A forced decision takes no policy gradient; what follows it does. Targets and
+one earns nothing for a good decision. A forced decision takes no policy gradient; what follows it does. In "expected"
+groups, where all are forced, the decision has two outcomes whose worth is known, and its term is the expectation itself:
+- p(reason) mean R of those that reason - p(stop) R of the one that stops. Targets and
 negatives are those of a frozen snapshot, and `anchor` keeps the embeddings where stage 3 left them, on the policy's own
 rationales: reinforcement learns when to reason and what to write, not what a rationale means. InfoNCE in its place was
 tried, and taught the reasoned embedding to distrust rationales, since some that are drawn are wrong.
@@ -71,7 +73,7 @@ def train_control(
             checkpoint,
             samples,
             size=recipe.group,
-            paired=recipe.paired,
+            kind=recipe.groups,
             max_tokens=limit,
             seed=(recipe.schedule.seed, turn, accelerator.process_index),
         )
@@ -90,7 +92,7 @@ def train_control(
         chunks = chunks_of(drawn.samples, drawn.groups, checkpoint.rows, recipe.micro_batch)
 
         def loss_of(readings: Sequence[Reading]) -> tuple[Tensor, dict[str, Tensor]]:
-            terms = policy_terms(merged(readings), drawn, recipe.clip)
+            terms = policy_terms(merged(readings), drawn, recipe)
             parts = {
                 "policy": terms["policy_decision"] + terms["policy_rationale"] + recipe.beta * terms["kl"],
                 "anchor": recipe.anchor * terms["anchor"],

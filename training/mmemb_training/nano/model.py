@@ -78,7 +78,7 @@ def nano_checkpoint(seed: int) -> Checkpoint:
         Qwen3VLForConditionalGeneration(config),
         tokenizer,
         NANO_PROMPT,
-        pixels=PIXELS,
+        pixels=(PIXELS, PIXELS),
         video_pixels=VIDEO_PIXELS,
         dims=DIMS,
         max_rationale_tokens=MAX_RATIONALE_TOKENS,
