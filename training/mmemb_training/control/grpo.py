@@ -6,11 +6,12 @@
 Decision and rationale are normalised apart, as in Thinkless (arXiv 2505.13379): one control token would drown among
 the others. The decision's advantage compares all rollouts of a group; the rationale's those that reason, so that a bad
 one earns nothing for a good decision. A forced decision takes no policy gradient; what follows it does. In "expected"
-groups, where all are forced, the decision has two outcomes whose worth is known, and its term is the expectation itself:
-- p(reason) mean R of those that reason - p(stop) R of the one that stops. Targets and
-negatives are those of a frozen snapshot, and `anchor` keeps the embeddings where stage 3 left them, on the policy's own
-rationales: reinforcement learns when to reason and what to write, not what a rationale means. InfoNCE in its place was
-tried, and taught the reasoned embedding to distrust rationales, since some that are drawn are wrong.
+groups, where all are forced, the decision has two outcomes whose worth is known, and its term is the expectation
+itself: - p(reason) mean R of those that reason - p(stop) R of the one that stops.
+
+Targets and negatives are those of a frozen snapshot, and `anchor` keeps the embeddings where stage 3 left them, on the
+policy's own rationales: reinforcement learns when to reason and what to write, not what a rationale means. InfoNCE in
+its place was tried, and taught the reasoned embedding to distrust rationales, since some that are drawn are wrong.
 
 TRL's GRPOTrainer (1.16) was read first. Its experimental `rollout_func` could draw these groups, mask a forced token
 and hand embeddings to its rewards; but every token of a rollout shares one advantage there, the loss has no place for

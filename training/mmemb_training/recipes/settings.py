@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch.optim import AdamW
 
 Method = Literal["full", "lora"]
-# Who reasons in a group of rollouts: as the policy draws; the same, but with a rollout of each kind, by force where there
-# is none; or one that stops and the others reason, and the decision's gradient is its expectation over both.
+# Who reasons in a group of rollouts: as the policy draws; the same, but with a rollout of each kind, by force where
+# there is none; or one stops and the others reason, and the decision's gradient is its expectation over both.
 Groups = Literal["drawn", "paired", "expected"]
 # A rollout's reward less its group's mean (Dr. GRPO, arXiv 2503.20783), or this over the group's spread (GRPO), which
 # pushes as hard where rollouts differ by noise alone.
