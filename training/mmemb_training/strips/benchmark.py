@@ -34,6 +34,7 @@ TEST_SEED, HELD_OUT_SEED = 5, 6
 RENDERINGS = 8  # of every test question
 REINFORCED = "reinforcement"
 REWARDS = Rewards(cost=0.1, sigma=0.3)
+PARTS = "pool", "control", "selection", "dial"
 DIAL = (0.0, 0.3, 1.0, 3.0)  # costs, beside that of REWARDS
 
 
@@ -47,19 +48,12 @@ class SeedTables:
         self._folder = run.shared.folder / f"seed-{run.seed}" / f"measured-{questions}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def tables(self) -> dict[str, Any]:
-        """Return all tables of the seed; what was measured is not measured again."""
-        return {
-            "pool": self._once("pool", self._pool),
-            "control": self._once("control", self._control),
-            "selection": self._once("selection", self._selection),
-            "dial": self._once("dial", self._dial),
-        }
-
-    def _once(self, name: str, measure: Callable[[], Any]) -> Any:
+    def table(self, name: str) -> Any:
+        """Return one of PARTS; what was measured is not measured again."""
         path = self._folder / f"{name}.json"
         if not path.exists():
-            write_whole(path, json.dumps(measure()))
+            measure = {"pool": self._pool, "control": self._control, "selection": self._selection, "dial": self._dial}
+            write_whole(path, json.dumps(measure[name]()))
         return json.loads(path.read_text())
 
     def _pool(self) -> dict[str, Any]:
@@ -121,7 +115,7 @@ class SeedTables:
     def _dial(self) -> dict[str, Any]:
         """Return, by cost: what the policy decides by itself (a score of 0.5), for the first seed alone."""
         if self._run.seed:
-            return {}
+            return {}  # one seed shows how far the rate moves
         table = {}
         for cost in sorted({*DIAL, REWARDS.cost}):
             rewards = Rewards(cost=cost, sigma=REWARDS.sigma)
@@ -185,8 +179,10 @@ class SeedTables:
 
 
 def run_benchmark(shared: Shared, seeds: int, questions: int, report: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Train and measure all seeds; return the tables of each."""
-    return [SeedTables(SeedRun(shared, seed), questions, report).tables() for seed in range(seeds)]
+    """Train and measure all seeds, part by part; return the tables of each."""
+    measured = [SeedTables(SeedRun(shared, seed), questions, report) for seed in range(seeds)]
+    parts = {name: [one.table(name) for one in measured] for name in PARTS}
+    return [{name: found[seed] for name, found in parts.items()} for seed in range(seeds)]
 
 
 def _summary(seen: Seen, chosen: Chosen) -> dict[str, float]:

@@ -50,7 +50,7 @@ from mmemb_training.trainer import train_jointly
 STYLES = {"right": 0.6, "empty": 0.2, "off the aspect": 0.2}  # shares of the backbone's rationales
 POOL_SEED, CONTROL_SEED = 1_000_000, 2_000_000  # apart from the backbone's draws, and from each other
 NEGATIVES = {"hard": 12, "even": 12}
-MARGINS = Margins()
+MARGINS = Margins(gain=2.0, content=1.0)  # two standard deviations of what the judge errs by
 SAMPLING_TEMPERATURE = 4.0  # nats of gain
 RULES = "gain and content", "gain only", "instance-level correctness", "none (all candidates)"
 AT_ONCE = 100  # questions whose rollouts are drawn together
@@ -60,7 +60,7 @@ AT_ONCE = 100  # questions whose rollouts are drawn together
 class StripsRecipe:
     """The sizes of a run, and the dials of its control."""
 
-    backbone_steps: int = 1000
+    backbone_steps: int = 2000
     pool: int = 3000  # questions of stage 3
     control_pool: int = 2000  # questions of stage 4, which stage 3 never saw
     joint_steps: int = 300

@@ -42,8 +42,16 @@ INSTRUCTIONS = {
     "first": "Find the first digit.",
     "same": "Find the same strip.",
 }
-LENGTHS = {"short": (1, 2), "middle": (3, 5), "long": (6, 8)}  # digits of a chain, by family
-FAMILIES = (*LENGTHS, "evens", "first", "same")
+LENGTHS = {
+    "short": (1, 2),
+    "middle": (3, 5),
+    "long": (6, 8),
+    "evens": (1, 8),
+    "first": (1, 8),
+    "same": (1, 3),
+}  # digits
+FAMILIES = tuple(LENGTHS)
+CHAINS = FAMILIES[:3]
 SHARES = {"short": 3, "middle": 4, "long": 4, "evens": 3, "first": 2, "same": 4}  # of 20, in training and in traffic
 ABSORBING = 0.35  # share of the long chains that hold a product with zero among their last three operations
 CANDIDATES = 10
@@ -146,14 +154,14 @@ class _Source:
         )
 
     def _draw(self, family: str) -> _Drawn:
-        low, high = LENGTHS.get(family, (1, max(high for _, high in LENGTHS.values())))
+        low, high = LENGTHS[family]
         length = int(self._rng.integers(low, high + 1))
         shown = self._rng.integers(len(self._drawings.values), size=length).tolist()
         operators = self._rng.choice(list(OPERATORS), size=length - 1).tolist()
         if family == "long" and self._rng.random() < ABSORBING:
             at = length - int(self._rng.integers(1, 4))
             operators[at - 1], shown[at] = "x", int(self._rng.choice(self._drawings.of_value(0)))
-        aspect = "result" if family in LENGTHS else family
+        aspect = "result" if family in CHAINS else family
         strip = Strip(family, aspect, tuple(self._drawings.values[shown].tolist()), tuple(operators))
         candidates = self._strips(tuple(shown)) if aspect == "same" else self._numbers(strip)
         return _Drawn(strip, tuple(shown), tuple(candidates))

@@ -23,7 +23,6 @@ Step = Callable[[int, str, int], int]  # left, operator, right
 
 BELIEVED_WRONGLY = {"able": 0.1, "middling": 0.18, "weak": 0.28}  # shares of the single steps, by worker
 OFF_ASPECT = 0.25  # share of what is written that answers another aspect
-SAMPLES = 2  # of each worker for each question
 ASPECTS = ("result", "evens", "first")  # that are answered in place of another
 _SEED = 23
 
@@ -61,17 +60,14 @@ class StripWorker:
 
     def __init__(self, name: str, told: Mapping[str, Strip], seed: int) -> None:
         self.name = name
-        self.samples = SAMPLES
+        self.samples = 1
         self._told = told
         self._seed = seed
 
     def write(self, questions: Sequence[Question]) -> list[Written]:
-        """Write the candidates of every question; which of them are off the aspect is drawn by the worker's name."""
+        """Write one candidate for every question; which of them are off the aspect is drawn by the worker's name."""
         rng = np.random.default_rng([self._seed, list(BELIEVED_WRONGLY).index(self.name), _SEED])
-        return [
-            Written(tuple(self._one(self._told[question.key], rng) for _ in range(SAMPLES)), None)
-            for question in questions
-        ]
+        return [Written((self._one(self._told[question.key], rng),), None) for question in questions]
 
     def _one(self, strip: Strip, rng: np.random.Generator) -> str:
         if rng.random() < OFF_ASPECT:
