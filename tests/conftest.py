@@ -157,7 +157,7 @@ def make_checkpoint(captured_once: None) -> MakeCheckpoint:  # noqa: ARG001 - fo
             model,
             tokenizer,
             TINY_PROMPT,
-            pixels=256,
+            pixels=(256, 256),
             video_pixels=1024,
             dims=(size, size // 2),
             max_rationale_tokens=9,

@@ -219,12 +219,13 @@ class DigitChain:
     def _image_of(self, value: int) -> Pixels:
         return self.render(int(self._rng.choice(self.drawings.of_value(value))))
 
-    def render(self, drawing: int) -> Pixels:
+    def render(self, drawing: int, noise: np.random.Generator | None = None) -> Pixels:
         """Draw one digit at IMAGE_SIDE, grey, with a new small distortion and noise; uint8 (side, side).
 
-        Rotation, scale and shift are small on every split; training rotates twice as far, shears and stretches.
+        Rotation, scale and shift are small on every split; training rotates twice as far, shears and stretches. They
+        are drawn from `noise`, by default from that of all this instance's pictures.
         """
-        rng, more = self._noise, self._distortion
+        rng, more = noise or self._noise, self._distortion
         angle = more * rng.uniform(-0.14, 0.14)
         shear, stretch = (more - 1) * rng.uniform(-0.25, 0.25), 1 + (more - 1) * rng.uniform(-0.12, 0.12)
         shift = rng.uniform(-0.4, 0.4, size=2)  # in pixels of the 8x8 source

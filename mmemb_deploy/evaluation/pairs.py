@@ -142,12 +142,16 @@ class Judge:
 
     def hits(self, embeddings_QD: Floats) -> Bools:
         """Return, per query, whether the candidate of the highest cosine is a right one, bool (Q,)."""
-        return np.array(
-            [
-                pair.relevant[int((candidates_CD @ query_D).argmax())]
-                for pair, candidates_CD, query_D in zip(self.pairs, self._candidates, embeddings_QD, strict=True)
-            ]
-        )
+        similar = zip(self.pairs, self._similarities(embeddings_QD), strict=True)
+        return np.array([pair.relevant[int(similarity_C.argmax())] for pair, similarity_C in similar])
+
+    def margins(self, embeddings_QD: Floats) -> Floats:
+        """Return, per query, by how much the highest cosine exceeds the next, (Q,)."""
+        highest = [np.partition(similarity_C, -2)[-2:] for similarity_C in self._similarities(embeddings_QD)]
+        return np.array([first - second for second, first in highest], np.float32)
+
+    def _similarities(self, embeddings_QD: Floats) -> Iterator[Floats]:
+        return (candidates_CD @ query_D for candidates_CD, query_D in zip(self._candidates, embeddings_QD, strict=True))
 
     def ranking(self, index: int, query_D: Floats) -> list[int]:
         """Return the candidates of one pair, best first."""

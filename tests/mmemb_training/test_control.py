@@ -67,23 +67,34 @@ def test_advantages_compare_members_alone() -> None:
     found = advantages(np.array([1, 2, 6, 100], np.float32), np.array([True, True, True, False]))
     assert found[3] == 0
     assert found[:3].mean() == pytest.approx(0, abs=1e-6)
-    assert found[:3].std() == pytest.approx(1, abs=1e-5)
     assert not advantages(np.ones(4, np.float32), np.ones(4, bool)).any()
     assert not advantages(np.array([1, 5], np.float32), np.array([True, False])).any()
+
+
+def test_a_group_that_differs_by_noise_alone_pushes_no_harder_than_it_differs() -> None:
+    everyone, noise_G = np.ones(3, bool), np.array([0.50, 0.51, 0.52], np.float32)
+    assert np.abs(advantages(noise_G, everyone)).max() == pytest.approx(0.01, rel=1e-3)
+    assert np.abs(advantages(noise_G, everyone, "standardised")).max() == pytest.approx(1.22, rel=1e-2)
 
 
 def test_paired_groups_hold_both_kinds_and_force_only_where_they_must() -> None:
     rng = np.random.default_rng(0)
     think_Q = np.array([0.0, 1.0, 0.5, 0.02], np.float32)
-    reasons_QG, forced_QG = decisions(think_Q, 8, rng, paired=True)
+    reasons_QG, forced_QG = decisions(think_Q, 8, rng, "paired")
     assert reasons_QG.any(axis=1).all()
     assert not reasons_QG.all(axis=1).any()
     assert forced_QG[:2].sum(axis=1).tolist() == [1, 1]
     assert not forced_QG[2].any()
-    alone, forced = decisions(think_Q, 8, rng, paired=False)
+    alone, forced = decisions(think_Q, 8, rng, "drawn")
     assert not alone[0].any()
     assert alone[1].all()
     assert not forced.any()
+
+
+def test_expected_groups_hold_one_that_stops_whatever_the_policy_says() -> None:
+    reasons_QG, forced_QG = decisions(np.array([0.0, 1.0], np.float32), 4, np.random.default_rng(0), "expected")
+    assert reasons_QG.tolist() == [[False, True, True, True]] * 2
+    assert forced_QG.all()
 
 
 @pytest.fixture
@@ -92,7 +103,7 @@ def drawn(tiny: Checkpoint, digits: Digits) -> tuple[Any, TargetBank, RolloutBat
         digits.samples[::6], TargetBank(digits.samples, tiny), tiny, hard=3, share_of_positive=None
     )
     bank = TargetBank(samples, tiny)
-    groups = draw_groups(tiny, samples, size=4, paired=True, max_tokens=9, seed=(0, 0))
+    groups = draw_groups(tiny, samples, size=4, kind="paired", max_tokens=9, seed=(0, 0))
     scored = [
         score_group(group, bank.candidates(sample), Rewards(), 9) for sample, group in zip(samples, groups, strict=True)
     ]
@@ -118,10 +129,10 @@ def test_the_policy_gradient_prefers_what_is_rewarded_and_skips_what_was_forced(
     samples, _, batch = drawn
     encoder = Encoder(tiny).eval()
 
-    def loss_gradient(batch: RolloutBatch) -> torch.Tensor:
+    def loss_gradient(batch: RolloutBatch, recipe: ControlRecipe = RECIPE) -> torch.Tensor:
         reading = read_alone(encoder, chunks_of(samples, batch.groups, tiny.rows, 64))
         reading = Reading(*(part.detach().requires_grad_() for part in reading))
-        terms = policy_terms(reading, batch, RECIPE.clip)
+        terms = policy_terms(reading, batch, recipe)
         terms["policy_decision"].backward()
         assert reading.decision_B2.grad is not None
         return reading.decision_B2.grad
@@ -141,6 +152,10 @@ def test_the_policy_gradient_prefers_what_is_rewarded_and_skips_what_was_forced(
     assert (away[:, 0] > 0).all()
     forced = replace(batch, groups=[[replace(one, forced=True) for one in group] for group in batch.groups])
     assert not loss_gradient(rewarded(forced, True)).any()
+    # In expectation over both outcomes none needs to be drawn: the gradient of - p(reason) R(reason) - p(stop) R(stop).
+    found = loss_gradient(rewarded(forced, True), replace(RECIPE, groups="expected"))
+    p_Q = batch.old.decision_B2.softmax(dim=1)[:, 0]
+    torch.testing.assert_close(found[:, 0], -p_Q * (1 - p_Q) / len(p_Q))
 
 
 def test_control_trains_logs_every_term_and_resumes_bit_for_bit(
@@ -194,7 +209,7 @@ def test_questions_read_in_parts_and_layers_recomputed_give_the_same_run(
         checkpoint, folder = load_checkpoint(tiny_checkpoint), tmp_path / str(size)
         run = train_control(checkpoint, lambda _: samples, recipe, folder, bank=bank, weights=weights)
         losses.append([row["loss"] for row in run])
-    assert losses[1] == pytest.approx(losses[0], rel=5e-3)  # float32 sums, in another order, through four steps
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)  # float32 sums, in another order, through four steps
 
 
 def test_adapters_leave_the_reference_where_it_was(drawn: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:

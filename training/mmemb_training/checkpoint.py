@@ -80,16 +80,16 @@ def new_checkpoint(
     tokenizer: Tokenizer,
     prompt: PromptFormat,
     *,
-    pixels: int,
+    pixels: tuple[int, int],
     video_pixels: int,
     dims: tuple[int, ...],
     max_rationale_tokens: int,
     provenance: dict[str, Any],
 ) -> Checkpoint:
-    """Return the checkpoint of a model whose images are resized to `pixels`, and whose videos to `video_pixels`."""
+    """Return the checkpoint of a model whose images have `pixels` at least and at most, its videos `video_pixels`."""
     vision = model.config.vision_config
     image = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": pixels, "longest_edge": pixels},
+        size={"shortest_edge": pixels[0], "longest_edge": pixels[1]},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
         patch_size=vision.patch_size,

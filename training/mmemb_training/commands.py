@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,7 @@ def register(app: typer.Typer) -> None:
     train = typer.Typer(no_args_is_help=True, help="Train a checkpoint.")
     train.command("nano")(nano)
     train.command("ablation")(ablation)
+    train.command("strips")(strips)
     train.command("plan")(plan)
     train.command("run")(run)
     train.command("random")(random)
@@ -65,6 +67,29 @@ def ablation(
     (folder / "ablation.md").write_text(markdown(tables))
     draw(tables, folder / "ablation.png")
     print(json.dumps(tables) if as_json else f"tables: {folder / 'ablation.md'}, {folder / 'ablation.png'}")
+
+
+def strips(
+    folder: Folder,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of stages 3 and 4, on one backbone.")] = 5,
+    scale: Scale = 1.0,
+    queries: Annotated[int, typer.Option(min=20, help="Test questions, each in eight renderings.")] = 2000,
+    as_json: Json = False,
+) -> None:
+    """Measure selection and control on strips, where each must earn its place; write strips.json and strips.md."""
+    _, watch = _setting(0, scale)
+    from rich.console import Console
+
+    from mmemb_training.strips.benchmark import run_benchmark
+    from mmemb_training.strips.method import Shared, StripsRecipe
+    from mmemb_training.strips.report import markdown, result
+
+    recipe = StripsRecipe().scaled(scale)
+    found = result(run_benchmark(Shared(folder, recipe, watch), seeds, queries, Console(stderr=True).print))
+    found = {"recipe": asdict(recipe), "queries": queries, **found}
+    (folder / "strips.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "strips.md").write_text(markdown(found))
+    print(json.dumps(found) if as_json else f"tables: {folder / 'strips.md'}")
 
 
 def run(

@@ -38,7 +38,7 @@ def random_checkpoint(shape: ModelShape, folder: Path, *, dtype: torch.dtype = t
         model,
         tokenizer,
         PROMPT,
-        pixels=PIXELS,
+        pixels=(PIXELS, PIXELS),
         video_pixels=8 * PIXELS,
         dims=(shape.text.hidden,),
         max_rationale_tokens=64,

@@ -5,10 +5,13 @@
 
 Decision and rationale are normalised apart, as in Thinkless (arXiv 2505.13379): one control token would drown among
 the others. The decision's advantage compares all rollouts of a group; the rationale's those that reason, so that a bad
-one earns nothing for a good decision. A forced decision takes no policy gradient; what follows it does. Targets and
-negatives are those of a frozen snapshot, and `anchor` keeps the embeddings where stage 3 left them, on the policy's own
-rationales: reinforcement learns when to reason and what to write, not what a rationale means. InfoNCE in its place was
-tried, and taught the reasoned embedding to distrust rationales, since some that are drawn are wrong.
+one earns nothing for a good decision. A forced decision takes no policy gradient; what follows it does. In "expected"
+groups, where all are forced, the decision has two outcomes whose worth is known, and its term is the expectation
+itself: - p(reason) mean R of those that reason - p(stop) R of the one that stops.
+
+Targets and negatives are those of a frozen snapshot, and `anchor` keeps the embeddings where stage 3 left them, on the
+policy's own rationales: reinforcement learns when to reason and what to write, not what a rationale means. InfoNCE in
+its place was tried, and taught the reasoned embedding to distrust rationales, since some that are drawn are wrong.
 
 Settings of the paper are not known; UME-R1 has groups of 8, KL .04 and clips at 1.28, Embed-RL 4 and .01. Groups are
 paired by force, decision and rationale weighed apart, and embeddings anchored: ours.
@@ -89,7 +92,7 @@ def train_control(
         drawn, chunks = batch, batch.chunks
 
         def loss_of(readings: Sequence[Reading]) -> tuple[Tensor, dict[str, Tensor]]:
-            terms = policy_terms(merged(readings), drawn, recipe.clip)
+            terms = policy_terms(merged(readings), drawn, recipe)
             parts = {
                 "policy": terms["policy_decision"] + terms["policy_rationale"] + recipe.beta * terms["kl"],
                 "anchor": recipe.anchor * terms["anchor"],
@@ -127,7 +130,7 @@ def _drawing(
     limit = checkpoint.facts.max_rationale_tokens
 
     def draw(encoder: Any, samples: Sequence[Sample], seed: Sequence[int]) -> tuple[list[Group], Reading]:
-        groups = draw_groups(checkpoint, samples, size=recipe.group, paired=recipe.paired, max_tokens=limit, seed=seed)
+        groups = draw_groups(checkpoint, samples, size=recipe.group, kind=recipe.groups, max_tokens=limit, seed=seed)
         return groups, read_alone(encoder, chunks_of(samples, groups, checkpoint.rows, recipe.micro_batch))
 
     return draw

@@ -20,6 +20,7 @@ from mmemb_training.control.rewards import Rollout, Scored, advantages
 from mmemb_training.control.rollouts import Group
 from mmemb_training.encoder import Continuation, Reading
 from mmemb_training.grad_cache import Chunk
+from mmemb_training.recipes.settings import ControlRecipe
 from mmemb_training.samples import Sample, query_row
 
 
@@ -74,25 +75,36 @@ def _reasoning(groups: Sequence[Group]) -> list[tuple[int, Rollout]]:
     ]
 
 
-def policy_terms(reading: Reading, batch: RolloutBatch, clip: float) -> dict[str, Tensor]:
+def policy_terms(reading: Reading, batch: RolloutBatch, recipe: ControlRecipe) -> dict[str, Tensor]:
     """Return the terms of the loss: policy_decision, policy_rationale, kl and anchor."""
     device = reading.direct_BD.device
     reasons_QG = torch.tensor([[one.token_ids is not None for one in group] for group in batch.groups], device=device)
     drawn_QG = torch.tensor([[not one.forced for one in group] for group in batch.groups], device=device)
     everyone = np.ones(len(batch.groups[0]), bool)
-    whole_QG = torch.tensor(np.stack([advantages(scored.reward_G, everyone) for scored in batch.scored]), device=device)
-    among_QG = torch.tensor(
-        np.stack([advantages(scored.reward_G, ~np.isnan(scored.gap_G)) for scored in batch.scored]), device=device
+    whole_QG, among_QG = (
+        torch.tensor(
+            np.stack([advantages(scored.reward_G, members_G, recipe.advantage) for scored, members_G in compared]),
+            device=device,
+        )
+        for compared in (
+            [(scored, everyone) for scored in batch.scored],
+            [(scored, ~np.isnan(scored.gap_G)) for scored in batch.scored],
+        )
     )
     logp, old, reference = (part.decision_B2.log_softmax(dim=1) for part in (reading, batch.old, batch.reference))
-    action_QG = (~reasons_QG).long()
-    decided_QG = _clipped(logp.gather(1, action_QG) - old.gather(1, action_QG), whole_QG, clip)
+    if recipe.groups == "expected":
+        worth_Q2 = torch.stack([_mean(whole_QG, members_QG) for members_QG in (reasons_QG, ~reasons_QG)], dim=1)
+        decision = -(logp.exp() * worth_Q2).sum(dim=1).mean()
+    else:
+        action_QG = (~reasons_QG).long()
+        decided_QG = _clipped(logp.gather(1, action_QG) - old.gather(1, action_QG), whole_QG, recipe.clip)
+        decision = -(decided_QG * drawn_QG).sum() / drawn_QG.sum().clamp(min=1)
     kl_Q = (logp.exp() * (logp - reference)).sum(dim=1)
 
     ours, theirs = (torch.cat((part.direct_BD, part.reasoned_RD)) for part in (reading, batch.reference))
     drift = 1 - F.cosine_similarity(ours, theirs, dim=1)
     terms = {
-        "policy_decision": -(decided_QG * drawn_QG).sum() / drawn_QG.sum().clamp(min=1),
+        "policy_decision": decision,
         "policy_rationale": reading.logprobs_RT.sum() * 0.0,
         "kl": kl_Q.mean(),
         "anchor": drift.mean(),
@@ -100,7 +112,7 @@ def policy_terms(reading: Reading, batch: RolloutBatch, clip: float) -> dict[str
     if reading.logprobs_RT.numel():
         spoken_RT = _spoken(batch, reading.logprobs_RT)
         count = spoken_RT.sum().clamp(min=1)
-        gained_RT = _clipped(reading.logprobs_RT - batch.old.logprobs_RT, among_QG[reasons_QG][:, None], clip)
+        gained_RT = _clipped(reading.logprobs_RT - batch.old.logprobs_RT, among_QG[reasons_QG][:, None], recipe.clip)
         behind_RT = batch.reference.logprobs_RT - reading.logprobs_RT
         terms["policy_rationale"] = -(gained_RT * spoken_RT).sum() / count
         terms["kl"] = terms["kl"] + ((behind_RT.exp() - behind_RT - 1) * spoken_RT).sum() / count
@@ -112,6 +124,11 @@ def _spoken(batch: RolloutBatch, logprobs_RT: Tensor) -> Tensor:
     drawn_R = [len(one.token_ids or ()) + (not one.truncated) for _, one in _reasoning(batch.groups)]
     index_T = torch.arange(logprobs_RT.shape[1], device=logprobs_RT.device)
     return index_T < torch.tensor(drawn_R, device=logprobs_RT.device)[:, None]
+
+
+def _mean(values_QG: Tensor, members_QG: Tensor) -> Tensor:
+    """Return the mean over a group's members, (Q,)."""
+    return (values_QG * members_QG).sum(dim=1) / members_QG.sum(dim=1).clamp(min=1)
 
 
 def _clipped(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -136,14 +153,13 @@ def server_kl(groups: Sequence[Group], reading: Reading) -> float:
 def statistics(batch: RolloutBatch) -> dict[str, Tensor]:
     """Return what to log of a batch: each reward term, the reasoning rate, length, and the gap by task."""
     rollouts = [rollout for group in batch.groups for rollout in group]
-    drawn = [rollout for rollout in rollouts if not rollout.forced]
     lengths = [len(rollout.token_ids) for rollout in rollouts if rollout.token_ids is not None]
     figures = {
         "reward": np.mean([scored.reward_G.mean() for scored in batch.scored]),
         "reward_adaptive": np.mean([scored.adaptive_G.mean() for scored in batch.scored]),
         "reward_well_formed": np.mean([scored.well_formed_G.mean() for scored in batch.scored]),
         "reward_embedding": np.mean([scored.embedding_G.mean() for scored in batch.scored]),
-        "reasoning_rate": np.mean([rollout.token_ids is not None for rollout in drawn]) if drawn else 0.0,
+        "reasoning_rate": float(batch.old.decision_B2.softmax(dim=1)[:, 0].mean()),
         "rationale_tokens": np.mean(lengths) if lengths else 0.0,
         "server_kl": server_kl(batch.groups, batch.old),
     }

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_training.recipes.settings import Rewards
+from mmemb_training.recipes.settings import Advantage, Rewards
 
 Floats = NDArray[np.float32]
 
@@ -69,8 +69,8 @@ def score_group(group: Sequence[Rollout], candidates_CD: Floats, rewards: Reward
     return Scored(*(part.astype(np.float32) for part in (reward_G, adaptive_G, well_formed_G, embedding_G, gap_G)))
 
 
-def advantages(reward_G: Floats, members_G: NDArray[np.bool_]) -> Floats:
-    """Return (R - mean) / std over the members of a group (GRPO, arXiv 2402.03300); 0 for the others.
+def advantages(reward_G: Floats, members_G: NDArray[np.bool_], kind: Advantage = "centred") -> Floats:
+    """Return R - mean over the members of a group, or (R - mean) / std where "standardised"; 0 for the others.
 
     0 for all where the members' rewards are equal, or there is only one.
     """
@@ -78,8 +78,9 @@ def advantages(reward_G: Floats, members_G: NDArray[np.bool_]) -> Floats:
     spread = chosen.std() if len(chosen) > 1 else 0.0
     if spread < 1e-6:
         return np.zeros_like(reward_G)
-    scaled: Floats = np.where(members_G, (reward_G - chosen.mean()) / spread, 0).astype(np.float32)
-    return scaled
+    scale = spread if kind == "standardised" else 1.0
+    compared: Floats = np.where(members_G, (reward_G - chosen.mean()) / scale, 0).astype(np.float32)
+    return compared
 
 
 def _logsumexp(values_GC: Floats) -> Floats:

@@ -15,6 +15,7 @@ from mmemb_deploy.inputs.prompts import END_THINK
 from mmemb_deploy.routing.generation import Choose
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.control.rewards import Rollout
+from mmemb_training.recipes.settings import Groups
 from mmemb_training.runtime import torch_embedder
 from mmemb_training.samples import Sample, query_row
 
@@ -22,15 +23,20 @@ Group = list[Rollout]
 
 
 def decisions(
-    think_Q: Floats, size: int, rng: np.random.Generator, *, paired: bool
+    think_Q: Floats, size: int, rng: np.random.Generator, groups: Groups
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Draw who reasons from the policy's probabilities (Q,); return decisions and which were forced, (Q, size) each.
 
-    Where `paired`, a group that would hold one kind only gets its last rollout of the other kind, by force.
+    A "paired" group that would hold one kind only gets its last rollout of the other kind, by force. In an "expected"
+    one all is forced: the first stops, as one direct embedding is like another, and the others reason.
     """
+    if groups == "expected":
+        reasons_QG = np.ones((len(think_Q), size), bool)
+        reasons_QG[:, 0] = False
+        return reasons_QG, np.ones_like(reasons_QG)
     reasons_QG = rng.random((len(think_Q), size)) < think_Q[:, None]
     forced_QG = np.zeros_like(reasons_QG)
-    if paired:
+    if groups == "paired":
         alike_Q = reasons_QG.all(axis=1) | ~reasons_QG.any(axis=1)
         reasons_QG[alike_Q, -1] ^= True
         forced_QG[alike_Q, -1] = True
@@ -38,13 +44,13 @@ def decisions(
 
 
 def draw_groups(
-    checkpoint: Checkpoint, samples: Sequence[Sample], *, size: int, paired: bool, max_tokens: int, seed: Sequence[int]
+    checkpoint: Checkpoint, samples: Sequence[Sample], *, size: int, kind: Groups, max_tokens: int, seed: Sequence[int]
 ) -> list[Group]:
     """Return `size` rollouts of every question, sampled at temperature 1 from the checkpoint's weights as they are."""
     rng = np.random.default_rng(seed)
     paths = torch_embedder(checkpoint).paths
     fast = paths.fast_path.run([query_row(sample.question, checkpoint.rows) for sample in samples])
-    reasons_QG, forced_QG = decisions(fast.scores_B, size, rng, paired=paired)
+    reasons_QG, forced_QG = decisions(fast.scores_B, size, rng, kind)
     owners, members = np.nonzero(reasons_QG)
     markers = checkpoint.rows.prompt.ids
     never = [token for marker, token in markers.items() if marker != END_THINK]

@@ -75,7 +75,7 @@ class ServedRollouts:
         recipe, rng = self._recipe, np.random.default_rng(seed)
         alone = read_alone(encoder, chunks_of(samples, [[] for _ in samples], self._rows, recipe.micro_batch))
         think_Q: Floats = alone.decision_B2.softmax(dim=1)[:, 0].numpy(force=True)
-        reasons_QG, forced_QG = decisions(think_Q, recipe.group, rng, paired=recipe.paired)
+        reasons_QG, forced_QG = decisions(think_Q, recipe.group, rng, recipe.groups)
         asked = replace(self._client, model=model)
         written, error = _written(asked, self._rows, samples, reasons_QG.sum(axis=1), self._limit, rng)
         self._agree(error)

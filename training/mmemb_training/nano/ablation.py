@@ -26,7 +26,7 @@ from mmemb_deploy.files import claim, write_whole
 from mmemb_deploy.routing.router import highest
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.nano.method import NanoRecipe, NanoRun, everything, gain_only, instance_level, pair_aware
-from mmemb_training.recipes.settings import Rewards
+from mmemb_training.recipes.settings import Groups, Rewards
 from mmemb_training.runtime import UNCALIBRATED, torch_embedder
 from mmemb_training.selection.assess import REPORT
 from mmemb_training.stage import Watch
@@ -39,9 +39,10 @@ RULES = {
     "gain and content": (JOINT, pair_aware),
 }
 COSTS = (0.0, 0.1, 2.0)  # the dial; the default recipe's is among them
-REWARDS = {f"cost {cost}": (f"control-cost{cost}", replace(Rewards(), cost=cost), True) for cost in COSTS} | {
-    f"cost {Rewards().cost}": (CONTROL, Rewards(), True),
-    "without paired groups": ("control-unpaired", Rewards(), False),
+REWARDS: dict[str, tuple[str, Rewards, Groups]] = {
+    **{f"cost {cost}": (f"control-cost{cost}", replace(Rewards(), cost=cost), "paired") for cost in COSTS},
+    f"cost {Rewards().cost}": (CONTROL, Rewards(), "paired"),
+    "without paired groups": ("control-unpaired", Rewards(), "drawn"),
 }
 SEEDS = (101, 202, 303)
 CALIBRATION_STEP = 2  # of the pairs that a bundle's gate is calibrated on, every second: 200 of each family
@@ -134,8 +135,8 @@ class Ablation:
         rules = dict(RULES.values())
         if name in rules:
             return self._run.joint(name, rules[name])
-        (rewards, paired) = next((rewards, paired) for folder, rewards, paired in REWARDS.values() if folder == name)
-        return self._run.control(name, self._checkpoint(JOINT), self._run.recipe.control(rewards, paired=paired))
+        (rewards, groups) = next((rewards, groups) for folder, rewards, groups in REWARDS.values() if folder == name)
+        return self._run.control(name, self._checkpoint(JOINT), self._run.recipe.control(rewards, groups=groups))
 
     def _calibrate(self, name: str) -> Embedder:
         """Return a model with the threshold that a user of it would get."""

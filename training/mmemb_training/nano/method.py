@@ -24,7 +24,7 @@ from mmemb_training.joint import Lesson, lesson_of
 from mmemb_training.nano.digits import RULES, digit_workers, draw_digits, states_only_truths
 from mmemb_training.nano.model import DIMS, nano_checkpoint
 from mmemb_training.pool.build import Rationale, build_pool, read_pool
-from mmemb_training.recipes.settings import ControlRecipe, JointRecipe, Margins, Objective, Rewards, Schedule
+from mmemb_training.recipes.settings import ControlRecipe, Groups, JointRecipe, Margins, Objective, Rewards, Schedule
 from mmemb_training.samples import Sample
 from mmemb_training.selection.assess import REPORT, assess_pool, read_assessed
 from mmemb_training.selection.bank import TargetBank
@@ -79,12 +79,12 @@ class NanoRecipe:
             length_groups=4,
         )
 
-    def control(self, rewards: Rewards, *, paired: bool = True) -> ControlRecipe:
+    def control(self, rewards: Rewards, *, groups: Groups = "paired") -> ControlRecipe:
         """Return the recipe of stage 4."""
         schedule = Schedule(
             seed=self.seed, steps=self.control_steps, learning_rate=1e-4, warmup=10, weight_decay=0.0, spike=0
         )
-        return ControlRecipe(schedule=schedule, rewards=rewards, queries=self.control_questions, paired=paired)
+        return ControlRecipe(schedule=schedule, rewards=rewards, queries=self.control_questions, groups=groups)
 
 
 def pair_aware(one: Assessed) -> bool:

@@ -21,14 +21,16 @@ MAX_RATIONALE_TOKENS = 64
 DIMS = 128, 64
 
 
-def nano_config(encoder: PromptEncoder, vocabulary_size: int) -> Qwen3VLConfig:
-    """Return the small config: text 128 wide, 4 layers; vision 96 wide, 2 blocks, one DeepStack level."""
+def nano_config(
+    encoder: PromptEncoder, vocabulary_size: int, *, layers: int = 4, intermediate: int = 384
+) -> Qwen3VLConfig:
+    """Return the small config: text 128 wide; vision 96 wide, 2 blocks, one DeepStack level."""
     return Qwen3VLConfig(
         text_config={
             "vocab_size": vocabulary_size,
             "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 32,
@@ -78,7 +80,7 @@ def nano_checkpoint(seed: int) -> Checkpoint:
         Qwen3VLForConditionalGeneration(config),
         tokenizer,
         NANO_PROMPT,
-        pixels=PIXELS,
+        pixels=(PIXELS, PIXELS),
         video_pixels=VIDEO_PIXELS,
         dims=DIMS,
         max_rationale_tokens=MAX_RATIONALE_TOKENS,

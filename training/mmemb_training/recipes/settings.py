@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 Method = Literal["full", "lora"]
 Unhelped = Literal["undecided", "stop"]
+# Who reasons in a group of rollouts: as the policy draws; the same, but with a rollout of each kind, by force where
+# there is none; or one stops and the others reason, and the decision's gradient is its expectation over both.
+Groups = Literal["drawn", "paired", "expected"]
+# A rollout's reward less its group's mean (Dr. GRPO, arXiv 2503.20783), or this over the group's spread (GRPO), which
+# pushes as hard where rollouts differ by noise alone.
+Advantage = Literal["centred", "standardised"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -320,7 +326,8 @@ class ControlRecipe:
     clip: float = 0.2
     beta: float = 0.04  # of the KL to the model that stage 3 left
     anchor: float = 50.0  # weight of keeping the embeddings where stage 3 left them
-    paired: bool = True  # every group holds a rollout of each kind
+    groups: Groups = "paired"
+    advantage: Advantage = "centred"
     micro_batch: int | None = None  # questions that a process reads at once, each with its group
     log_norms_every: int = 10  # steps between measurements of each term's gradient norm, where all are read at once
     rollouts: RolloutServer | None = None  # who writes the rationales; None: this process, for small models

@@ -1,0 +1,200 @@
+"""The benchmark's tables: who decides, at what price; what selection is worth; how far the cost dial moves the rate.
+
+Each seed's models are trained and measured once, into its folder, and a later call goes on. Thresholds of all arms are
+chosen by one rule on the same held-out questions. Axes: Q questions, S seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mmemb_deploy.files import write_whole
+from mmemb_training.checkpoint import Checkpoint
+from mmemb_training.recipes.settings import Rewards
+from mmemb_training.strips.judge import auc
+from mmemb_training.strips.measure import (
+    Chosen,
+    Doubles,
+    Gate,
+    Seen,
+    best_threshold,
+    by_decision,
+    by_margin,
+    threshold_of_tokens,
+)
+from mmemb_training.strips.method import MARGINS, RULES, SeedRun, Shared
+from mmemb_training.strips.questions import FAMILIES, draw_strips
+
+TEST_SEED, HELD_OUT_SEED = 5, 6
+RENDERINGS = 8  # of every test question
+REINFORCED = "reinforcement"
+REWARDS = Rewards(cost=0.1, sigma=0.3)
+PARTS = "pool", "control", "selection", "dial"
+DIAL = (0.0, 0.3, 1.0, 3.0)  # costs, beside that of REWARDS
+
+
+class SeedTables:
+    """All that is measured of one seed."""
+
+    def __init__(self, run: SeedRun, questions: int, report: Callable[[str], None]) -> None:
+        self._run = run
+        self._questions = questions
+        self._report = report
+        self._folder = run.shared.folder / f"seed-{run.seed}" / f"measured-{questions}"
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def table(self, name: str) -> Any:
+        """Return one of PARTS; what was measured is not measured again."""
+        path = self._folder / f"{name}.json"
+        if not path.exists():
+            measure = {"pool": self._pool, "control": self._control, "selection": self._selection, "dial": self._dial}
+            write_whole(path, json.dumps(measure[name]()))
+        return json.loads(path.read_text())
+
+    def _pool(self) -> dict[str, Any]:
+        """Return how often the judge is right, and the share of questions in need that kept nothing."""
+        true, judged = self._run.shared.assessed, self._run.judged
+        keeps = self._run.keeps(RULES[0])
+        needy = {one.question for one in true if one.gain > MARGINS.gain}
+        kept = {one.question for one in judged if keeps(one)}
+        return {"auc": auc(judged, true, MARGINS.gain), "needy_without": 1 - len(needy & kept) / max(1, len(needy))}
+
+    def _control(self) -> dict[str, Any]:
+        """Return, by arm: what its gate gives at its best threshold and at equal tokens, by question and by family."""
+        arms: dict[str, tuple[str, Callable[[], Checkpoint], Gate]] = {
+            "stage 3, threshold": ("joint", self._run.joint, by_decision),
+            "stage 3, score structure": ("joint", self._run.joint, by_margin),
+            "stage 3, gate on the gap": ("joint", self._run.joint, self._gap_gate),
+            "rejection sampling": ("rejection", self._run.rejection, by_decision),
+            REINFORCED: ("control", lambda: self._run.control(REWARDS), by_decision),
+        }
+        stage_3 = self._seen("joint", self._run.joint, "calibration")
+        budget = 0.5 * float(stage_3.tokens_LQ.mean())
+        return {"budget": budget, "arms": {name: self._arm(*arm, budget) for name, arm in arms.items()}}
+
+    def _arm(self, model: str, train: Callable[[], Checkpoint], gate: Gate, budget: float) -> dict[str, Any]:
+        held_out, test = self._seen(model, train, "calibration"), self._seen(model, train, "test")
+        scores_LQ = gate(test)
+        best = test.at(scores_LQ >= best_threshold(held_out, gate))
+        equal = test.at(scores_LQ >= threshold_of_tokens(held_out, gate, budget))
+        return {
+            "never": _summary(test, test.at(np.zeros(scores_LQ.shape, bool))),
+            "always": _summary(test, test.at(np.ones(scores_LQ.shape, bool))),
+            "best": _summary(test, best) | {"headroom": _headroom(test, best)},
+            "equal": _summary(test, equal) | {"headroom": _headroom(test, equal)},
+            "families": self._families(best),
+            "hits_best": best.hits_Q.tolist(),
+            "hits_equal": equal.hits_Q.tolist(),
+        }
+
+    def _selection(self) -> dict[str, Any]:
+        """Return, by rule of selection: never, always and auto, the last at its best threshold."""
+        table = {}
+        for rule in RULES:
+            name = "joint" if rule == RULES[0] else f"joint-{RULES.index(rule)}"
+
+            def train(rule: str = rule) -> Checkpoint:
+                return self._run.joint(rule)
+
+            held_out, test = (self._seen(name, train, split).rendering(0) for split in ("calibration", "test"))
+            best = test.at(by_decision(test) >= best_threshold(held_out, by_decision))
+            table[rule] = {
+                "never": float(test.never_LQ.mean()),
+                "always": float(test.always_LQ.mean()),
+                "auto": _summary(test, best),
+                "families": self._families(best),
+                "hits": best.hits_Q.tolist(),
+            }
+        return table
+
+    def _dial(self) -> dict[str, Any]:
+        """Return, by cost: what the policy decides by itself (a score of 0.5), for the first seed alone."""
+        if self._run.seed:
+            return {}  # one seed shows how far the rate moves
+        table = {}
+        for cost in sorted({*DIAL, REWARDS.cost}):
+            rewards = Rewards(cost=cost, sigma=REWARDS.sigma)
+            name = "control" if cost == REWARDS.cost else f"control-{cost}"
+
+            def train(rewards: Rewards = rewards) -> Checkpoint:
+                return self._run.control(rewards)
+
+            test = self._seen(name, train, "test").rendering(0)
+            table[str(cost)] = _summary(test, test.at(test.scores_LQ >= 0.5))
+        return table
+
+    def _families(self, chosen: Chosen) -> dict[str, float]:
+        return {family: float(chosen.hits_Q[self._families_Q == family].mean()) for family in FAMILIES}
+
+    @cached_property
+    def _families_Q(self) -> Any:
+        told = draw_strips("test", TEST_SEED, self._questions).told
+        return np.array([strip.family for strip in told.values()])
+
+    @cached_property
+    def _gap_gate(self) -> Gate:
+        """A gate regressed on the gap that stage 3's own rationales open (TWN, arXiv 2605.14448), from embeddings."""
+        from sklearn.neural_network import MLPRegressor
+
+        samples = self._run.shared.rendered("control", 0).samples
+        direct_QD = self._direct(samples)
+        gap_Q = np.array([np.mean(self._run.own.gaps[sample.question.key]) for sample in samples])
+        regressor = MLPRegressor(
+            hidden_layer_sizes=(64,), early_stopping=True, max_iter=500, random_state=self._run.seed
+        )
+        regressor.fit(direct_QD, np.clip(gap_Q / REWARDS.sigma, -1, 1))
+
+        def gate(seen: Seen) -> Doubles:
+            shape = seen.direct_LQD.shape
+            predicted: Doubles = regressor.predict(seen.direct_LQD.reshape(-1, shape[-1])).reshape(shape[:2])
+            return predicted
+
+        return gate
+
+    def _direct(self, samples: Any) -> Doubles:
+        from mmemb_training.samples import query_row
+        from mmemb_training.selection.bank import embed_rows
+
+        checkpoint = self._run.joint()
+        return embed_rows(checkpoint, [query_row(one.question, checkpoint.rows) for one in samples]).astype(np.float64)
+
+    def _seen(self, name: str, train: Callable[[], Checkpoint], split: str) -> Seen:
+        """Return both routes of the test or the held-out questions under a model, which is trained if need be."""
+        path = self._folder / f"{name}-{split}.npz"
+        if not path.exists():
+            checkpoint = train()
+            self._report(f"seed {self._run.seed}: measuring {name} on the {split} split")
+            seed, renderings = (HELD_OUT_SEED, 1) if split == "calibration" else (TEST_SEED, self._renderings(name))
+            count = max(20, self._questions // 2) if split == "calibration" else self._questions
+            Seen.of(checkpoint, "calibration" if split == "calibration" else "test", seed, count, renderings).save(path)
+        return Seen.load(path)
+
+    def _renderings(self, name: str) -> int:
+        return RENDERINGS if name in ("joint", "rejection", "control") else 1
+
+
+def run_benchmark(shared: Shared, seeds: int, questions: int, report: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Train and measure all seeds, part by part; return the tables of each."""
+    measured = [SeedTables(SeedRun(shared, seed), questions, report) for seed in range(seeds)]
+    parts = {name: [one.table(name) for one in measured] for name in PARTS}
+    return [{name: found[seed] for name, found in parts.items()} for seed in range(seeds)]
+
+
+def _summary(seen: Seen, chosen: Chosen) -> dict[str, float]:
+    return {
+        "hit_at_1": float(chosen.hits_Q.mean()),
+        "rate": chosen.rate,
+        "tokens": chosen.tokens,
+        "random": seen.random(chosen.rate),
+    }
+
+
+def _headroom(seen: Seen, chosen: Chosen) -> float:
+    """Return (auto - random) / (oracle - random), all at the same rate; 0 where an oracle would gain nothing."""
+    random, oracle = seen.random(chosen.rate), seen.oracle(chosen.rate)
+    return (float(chosen.hits_Q.mean()) - random) / (oracle - random) if oracle > random else 0.0

@@ -1,0 +1,141 @@
+"""The benchmark over all seeds: means, intervals and differences, as one JSON result and as Markdown.
+
+A difference between arms is that of the same questions: its standard error is over seeds, and its interval that of a
+bootstrap over questions, each averaged over seeds. Axes: S seeds, Q questions, B bootstrap draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmemb_training.strips.benchmark import REINFORCED
+from mmemb_training.strips.method import RULES
+from mmemb_training.strips.questions import FAMILIES
+
+DRAWS = 2000  # of the bootstrap
+FIGURES = ("hit_at_1", "rate", "tokens", "headroom")
+Tables = Mapping[str, Any]
+
+
+def result(seeds: Sequence[Tables]) -> dict[str, Any]:
+    """Return all tables over seeds; means, and standard errors where there are two seeds or more."""
+    arms = seeds[0]["control"]["arms"]
+    return {
+        "seeds": len(seeds),
+        "judge_auc": _spread([one["pool"]["auc"] for one in seeds]),
+        "needy_without": _spread([one["pool"]["needy_without"] for one in seeds]),
+        "control": {name: _arm(seeds, name) for name in arms},
+        "selection": {rule: _rule(seeds, rule) for rule in RULES},
+        "dial": next((one["dial"] for one in seeds if one["dial"]), {}),
+    }
+
+
+def _arm(seeds: Sequence[Tables], name: str) -> dict[str, Any]:
+    found = [one["control"]["arms"][name] for one in seeds]
+    row: dict[str, Any] = {
+        point: {
+            figure: _spread([one[point][figure] for one in found]) for figure in FIGURES if figure in found[0][point]
+        }
+        for point in ("never", "always", "best", "equal")
+    }
+    row["families"] = _families(found)
+    if name != REINFORCED:
+        row["behind"] = {point: _difference(seeds, name, f"hits_{point}") for point in ("best", "equal")}
+    return row
+
+
+def _difference(seeds: Sequence[Tables], name: str, hits: str) -> dict[str, Any]:
+    """Return by how much reinforcement is ahead of an arm."""
+    pairs = [one["control"]["arms"] for one in seeds]
+    return _paired(np.array([arms[REINFORCED][hits] for arms in pairs]), np.array([arms[name][hits] for arms in pairs]))
+
+
+def _rule(seeds: Sequence[Tables], rule: str) -> dict[str, Any]:
+    found = [one["selection"][rule] for one in seeds]
+    row: dict[str, Any] = {
+        "never": _spread([one["never"] for one in found]),
+        "always": _spread([one["always"] for one in found]),
+        "auto": {figure: _spread([one["auto"][figure] for one in found]) for figure in FIGURES[:3]},
+        "families": _families(found),
+    }
+    if rule != RULES[0]:
+        ours = np.array([one["selection"][RULES[0]]["hits"] for one in seeds])
+        row["behind"] = _paired(ours, np.array([one["hits"] for one in found]))
+    return row
+
+
+def _families(found: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    rows = list(found)
+    return {family: float(np.mean([one["families"][family] for one in rows])) for family in FAMILIES}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the mean, and its standard error where there is more than one value."""
+    mean = {"mean": float(np.mean(values))}
+    return mean | ({"error": float(np.std(values, ddof=1) / len(values) ** 0.5)} if len(values) > 1 else {})
+
+
+def _paired(ours_SQ: NDArray[np.float64], theirs_SQ: NDArray[np.float64]) -> dict[str, Any]:
+    """Return the mean difference, its standard error over seeds, and the bootstrap's 95% interval over questions."""
+    by_question_Q = (ours_SQ - theirs_SQ).mean(axis=0)
+    rng = np.random.default_rng(0)
+    drawn_B = [rng.choice(by_question_Q, len(by_question_Q)).mean() for _ in range(DRAWS)]
+    low, high = np.quantile(drawn_B, (0.025, 0.975))
+    return _spread((ours_SQ - theirs_SQ).mean(axis=1).tolist()) | {"interval": [float(low), float(high)]}
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """Return the tables as Markdown."""
+    control = [
+        (
+            name,
+            *(_shown(row["best"][figure]) for figure in FIGURES),
+            _shown(row["equal"]["hit_at_1"]),
+            *(_ahead(row["behind"][point]) if "behind" in row else "" for point in ("best", "equal")),
+        )
+        for name, row in found["control"].items()
+    ]
+    families = [(name, *(f"{row['families'][one]:.3f}" for one in FAMILIES)) for name, row in found["control"].items()]
+    selection = [
+        (
+            rule,
+            *(_shown(row["auto"][figure]) for figure in FIGURES[:3]),
+            _shown(row["always"]),
+            _shown(row["never"]),
+            _ahead(row["behind"]) if "behind" in row else "",
+            *(f"{row['families'][one]:.3f}" for one in FAMILIES),
+        )
+        for rule, row in found["selection"].items()
+    ]
+    dial = [
+        (cost, *(f"{row[name]:.3f}" for name in ("rate", "tokens", "hit_at_1"))) for cost, row in found["dial"].items()
+    ]
+    ahead = ("reinforcement ahead by", "at equal tokens")
+    parts = [
+        f"# Strips\n\n{found['seeds']} seeds; the judge's AUC is {_shown(found['judge_auc'])}, and "
+        f"{_shown(found['needy_without'])} of the questions that a rationale would help kept none.",
+        "## Who decides\n\n"
+        + _table(("arm", "hit@1", "rate", "tokens", "headroom", "hit@1 at equal tokens", *ahead), control),
+        "## By family, at the best threshold\n\n" + _table(("arm", *FAMILIES), families),
+        "## Selection\n\n"
+        + _table(("rule", "auto hit@1", "rate", "tokens", "always", "never", "ours ahead by", *FAMILIES), selection),
+        "## The cost dial, by the policy's own decision\n\n" + _table(("cost", "rate", "tokens", "hit@1"), dial),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _shown(spread: Mapping[str, float]) -> str:
+    return f"{spread['mean']:.3f}" + (f" ± {spread['error']:.3f}" if "error" in spread else "")
+
+
+def _ahead(difference: Mapping[str, Any]) -> str:
+    low, high = difference["interval"]
+    return f"{_shown(difference)} ({low:.3f} to {high:.3f})"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
