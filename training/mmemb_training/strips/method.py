@@ -78,10 +78,10 @@ class StripsRecipe:
         return replace(self, **{name: max(2, round(share * getattr(self, name))) for name in names})
 
     def backbone(self) -> JointRecipe:
-        """Return the recipe of stage 0: it learns to read rationales, and not to write any."""
+        """Return the recipe of stage 0: it learns to read rationales, and to write them as it is told."""
         return JointRecipe(
             schedule=Schedule(steps=self.backbone_steps, learning_rate=2e-3, save_every=100),
-            objective=Objective(lambda_g=0.0, lambda_d=1.0, dims=DIMS, teach_decision=False),
+            objective=Objective(lambda_g=1.0, lambda_d=1.0, dims=DIMS, teach_decision=False),
             batch=self.batch,
             length_groups=3,
         )
