@@ -12,8 +12,8 @@ CHAINS = ("chain-2", "chain-3", "chain-4", "chain-5")
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, Any]:
-    """`mmemb bench digitchain --seed 20260 --queries 200`."""
-    return run_digitchain(Embedder.load(), seed=20260, queries=200, report=lambda _: None, timed=0)
+    """`mmemb bench digitchain --seed 20260 --queries 100`."""
+    return run_digitchain(Embedder.load(), seed=20260, queries=100, report=lambda _: None, timed=0)
 
 
 def test_a_name_needs_no_reasoning(figures: dict[str, Any]) -> None:
