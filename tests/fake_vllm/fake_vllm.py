@@ -133,7 +133,10 @@ class FakeVllm:
         generators = [torch.Generator().manual_seed(body["seed"] + index) for index in range(body["n"])]
         drawn: list[list[int]] = [[] for _ in generators]
         content: list[list[dict[str, Any]]] = [[] for _ in generators]
-        stopped = lambda tokens: bool(tokens) and tokens[-1] in body["stop_token_ids"]  # noqa: E731
+
+        def stopped(tokens: list[int]) -> bool:
+            return bool(tokens) and tokens[-1] in body["stop_token_ids"]
+
         for _ in range(body["max_tokens"]):
             going = [index for index, tokens in enumerate(drawn) if not stopped(tokens)]
             if not going:

@@ -27,8 +27,8 @@ RECIPE = ControlRecipe(
 )
 
 
-def rollout(similarity: list[float], tokens: int | None, **flags: bool) -> Rollout:
-    return Rollout(None if tokens is None else (5,) * tokens, np.array(similarity, np.float32), **flags)
+def rollout(similarity: list[float], tokens: int | None, *, truncated: bool = False) -> Rollout:
+    return Rollout(None if tokens is None else (5,) * tokens, np.array(similarity, np.float32), truncated)
 
 
 def test_rewards_are_the_formulas_by_hand() -> None:

@@ -74,12 +74,14 @@ def test_prompts_are_read_by_kernels_that_take_no_mask(
     tiny: Checkpoint, mixed_inputs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [tiny.rows.row(parse(content), "") for content in mixed_inputs]
-    attend, masks = F.scaled_dot_product_attention, list[Any]()
+    masks = list[Any]()
+    attend: Any = F.scaled_dot_product_attention
 
     def flash(*args: Any, attn_mask: Any = None, **options: Any) -> torch.Tensor:
         masks.append(attn_mask)  # FlashAttention refuses one on a GPU; torch's kernel for CPUs would take it
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return attend(*args, attn_mask=attn_mask, **options)
+            attended: torch.Tensor = attend(*args, attn_mask=attn_mask, **options)
+            return attended
 
     with torch.no_grad():
         expected = [Encoder(tiny).eval()([row], [])[0][0] for row in rows]

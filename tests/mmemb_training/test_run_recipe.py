@@ -209,11 +209,10 @@ def test_a_recipe_names_the_server_that_writes_its_rollouts(
 ) -> None:
     text = RECIPE.format(source=public, port=endpoint.server_port, method="lora", evaluator="judge")
     rollouts = '[control.rollouts]\nbase_url = "{url}"\nmodel = "policy"\n[control.schedule]\n'
-    recipe_of = lambda url: text.replace("[control.schedule]\n", rollouts.format(url=url))  # noqa: E731
     samples, folder, path = read_samples([data], 8, tmp_path / "samples"), tmp_path / "run", tmp_path / "recipe.toml"
 
     def run(url: str, upto: str) -> None:
-        path.write_text(recipe_of(url))
+        path.write_text(text.replace("[control.schedule]\n", rollouts.format(url=url)))
         Run(load_recipe(path), samples, folder, Watched(), Console(quiet=True)).upto(upto)
 
     with pytest.raises(OptionError, match="base_url is 'nowhere'"):

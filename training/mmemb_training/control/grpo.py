@@ -50,7 +50,7 @@ from mmemb_training.samples import Sample
 from mmemb_training.selection.bank import TargetBank
 from mmemb_training.stage import plain_accelerator
 
-Draw = Callable[[int], list[Sample]]  # the questions of a batch of rollouts, a function of its number
+Draw = Callable[[int], Sequence[Sample]]  # the questions of a batch of rollouts, a function of its number
 DrawRollouts = Callable[[Any, Sequence[Sample], Sequence[int]], tuple[list[Group], Reading]]  # encoder, samples, seed
 
 

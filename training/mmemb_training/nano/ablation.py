@@ -135,7 +135,7 @@ class Ablation:
         rules = dict(RULES.values())
         if name in rules:
             return self._run.joint(name, rules[name])
-        (rewards, groups) = next((rewards, groups) for folder, rewards, groups in REWARDS.values() if folder == name)
+        rewards, groups = next(found[1:] for found in REWARDS.values() if found[0] == name)
         return self._run.control(name, self._checkpoint(JOINT), self._run.recipe.control(rewards, groups=groups))
 
     def _calibrate(self, name: str) -> Embedder:

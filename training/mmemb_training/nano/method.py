@@ -36,7 +36,7 @@ from mmemb_training.trainer import train_jointly
 
 POOL_SEED = 1_000_000  # apart from the backbone's draws
 STYLES = {"exact": 0.5, "verbose": 0.25, "hollow": 0.25}  # shares of the backbone's rationales
-NEGATIVES = {"hard": 12, "even": 12}
+NEGATIVES = 12  # of each kind, hard and drawn evenly
 MARGINS = Margins()
 SAMPLING_TEMPERATURE = 4.0  # nats of gain
 
@@ -161,7 +161,9 @@ class NanoRun:
         """Return the pool's samples with hard negatives, mined with the backbone; the labels of digits are exact."""
         samples = self.digits.samples
         bank = TargetBank(samples, backbone)
-        return mine_negatives(samples, bank, backbone, **NEGATIVES, share_of_positive=None, seed=self.recipe.seed)
+        return mine_negatives(
+            samples, bank, backbone, hard=NEGATIVES, even=NEGATIVES, share_of_positive=None, seed=self.recipe.seed
+        )
 
     def joint(self, name: str, keeps: Keeps) -> Checkpoint:
         """Stage 3, from the backbone, on the candidates that `keeps` keeps."""

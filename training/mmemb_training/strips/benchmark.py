@@ -144,7 +144,7 @@ class SeedTables:
         samples = self._run.shared.rendered("control", 0).samples
         direct_QD = self._direct(samples)
         gap_Q = np.array([np.mean(self._run.own.gaps[sample.question.key]) for sample in samples])
-        regressor = MLPRegressor(
+        regressor: Any = MLPRegressor(
             hidden_layer_sizes=(64,), early_stopping=True, max_iter=500, random_state=self._run.seed
         )
         regressor.fit(direct_QD, np.clip(gap_Q / REWARDS.sigma, -1, 1))

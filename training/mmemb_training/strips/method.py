@@ -51,7 +51,7 @@ from mmemb_training.trainer import train_jointly
 
 STYLES = {"right": 0.6, "empty": 0.2, "off the aspect": 0.2}  # shares of the backbone's rationales
 POOL_SEED, CONTROL_SEED = 1_000_000, 2_000_000  # apart from the backbone's draws, and from each other
-NEGATIVES = {"hard": 12, "even": 12}
+NEGATIVES = 12  # of each kind, hard and drawn evenly
 MARGINS = Margins(gain=2.0, content=1.0)  # two standard deviations of what the judge errs by
 UNHELPED: Unhelped = "undecided"
 SAMPLING_TEMPERATURE = 4.0  # nats of gain
@@ -146,7 +146,8 @@ class Shared:
     def mined(self, part: str, checkpoint: Checkpoint) -> Sequence[Sample]:
         """Return the questions of "pool" or "control" with hard negatives; the labels of strips are exact."""
         samples = self.rendered(part, 0).samples
-        return mine_negatives(samples, TargetBank(samples, checkpoint), checkpoint, **NEGATIVES, share_of_positive=None)
+        bank = TargetBank(samples, checkpoint)
+        return mine_negatives(samples, bank, checkpoint, hard=NEGATIVES, even=NEGATIVES, share_of_positive=None)
 
     def batch(self, part: str, seed: int, number: int, size: int) -> list[Sample]:
         """Return one batch of "pool" or "control"; every pass is in another order and rendering."""
