@@ -63,7 +63,7 @@ AT_ONCE = 100  # questions whose rollouts are drawn together
 class StripsRecipe:
     """The sizes of a run, and the dials of its control."""
 
-    backbone_steps: int = 2000
+    backbone_steps: int = 4000
     pool: int = 3000  # questions of stage 3
     control_pool: int = 2000  # questions of stage 4, which stage 3 never saw
     joint_steps: int = 300
@@ -81,7 +81,7 @@ class StripsRecipe:
         """Return the recipe of stage 0: it learns to read rationales, and to write them as it is told."""
         return JointRecipe(
             schedule=Schedule(steps=self.backbone_steps, learning_rate=2e-3, save_every=100),
-            objective=Objective(lambda_g=1.0, lambda_d=1.0, dims=DIMS, teach_decision=False),
+            objective=Objective(lambda_g=2.0, lambda_d=1.0, dims=DIMS, teach_decision=False),
             batch=self.batch,
             length_groups=3,
         )

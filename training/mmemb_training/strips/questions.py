@@ -179,7 +179,8 @@ class _Source:
         found: list[str | tuple[int, ...]] = [shown]
         while len(found) < CANDIDATES:
             at = int(self._rng.integers(len(shown)))
-            others = self._drawings.lookalikes[shown[at]] if len(found) % 2 else len(self._drawings.values)
+            drawings, value = self._drawings, int(self._drawings.values[shown[at]])
+            others = drawings.of_value(value) if len(found) % 2 else len(drawings.values)
             changed = (*shown[:at], int(self._rng.choice(others)), *shown[at + 1 :])
             if changed not in found:
                 found.append(changed)
