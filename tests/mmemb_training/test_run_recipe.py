@@ -19,13 +19,14 @@ from fake_vllm import FakeVllm, serving
 from mmemb_deploy import BackendError, OptionError
 from mmemb_training.checkpoint import load_checkpoint
 from mmemb_training.data.table import read_samples
+from mmemb_training.micro_batches import CPU_MICRO_BATCH, with_micro_batches
 from mmemb_training.pool.build import read_pool
 from mmemb_training.recipes.estimate import estimate
 from mmemb_training.recipes.load import load_recipe
 from mmemb_training.recipes.machines import Machine
 from mmemb_training.recipes.settings import ControlRecipe, JointRecipe, changed
 from mmemb_training.recipes.shapes import SHAPES
-from mmemb_training.run_recipe import CPU_MICRO_BATCH, Run, with_micro_batches
+from mmemb_training.run_recipe import Run
 from mmemb_training.samples import held_apart
 from mmemb_training.selection.select import KeptRationales
 from mmemb_training.stage import Metrics

@@ -23,7 +23,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 
-from mmemb_deploy.devices import GIB
 from mmemb_deploy.errors import BackendError, OptionError
 from mmemb_deploy.files import claim
 from mmemb_deploy.inputs.preprocess import Ints
@@ -35,16 +34,15 @@ from mmemb_training.control.grpo import train_control
 from mmemb_training.control.publish import check_served, client_of, serve_command
 from mmemb_training.data.table import SampleTable
 from mmemb_training.joint import Lesson, lesson_of
+from mmemb_training.micro_batches import machine_here, with_micro_batches
 from mmemb_training.pool.build import Rationale, build_pool, print_report, read_pool
 from mmemb_training.pool.endpoint import EndpointWorker
 from mmemb_training.pool.local import TransformersWorker
 from mmemb_training.pool.workers import Worker
 from mmemb_training.prepare import prepare
 from mmemb_training.processes import Processes
-from mmemb_training.recipes.estimate import estimate
-from mmemb_training.recipes.machines import Machine
-from mmemb_training.recipes.settings import RunRecipe, TrainedWeights, WorkerSettings, changed
-from mmemb_training.recipes.shapes import ModelShape, read_shape
+from mmemb_training.recipes.settings import RunRecipe, TrainedWeights, WorkerSettings
+from mmemb_training.recipes.shapes import read_shape
 from mmemb_training.samples import Lazy, Sample, held_apart
 from mmemb_training.selection.assess import REPORT, assess_pool, read_assessed
 from mmemb_training.selection.bank import TargetBank
@@ -57,7 +55,6 @@ from mmemb_training.trainer import train_jointly
 
 STAGES = ("pool", "selection", "joint", "control")
 PATIENCE = timedelta(days=14)  # that processes wait for each other: one may have had the longer answers to write
-CPU_MICRO_BATCH = 8  # questions that a process reads at once where there is no GPU, whose memory could be asked for
 
 
 def accelerator_of(weights: TrainedWeights) -> Accelerator:
@@ -72,40 +69,6 @@ def accelerator_of(weights: TrainedWeights) -> Accelerator:
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )
-
-
-def machine_here(gpus: int) -> Machine | None:
-    """Return the GPUs that `gpus` processes train on, None where there is none."""
-    if not torch.cuda.is_available():
-        return None
-    found = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return Machine(name=found.name, source="this machine", memory_gib=found.total_memory / GIB, gpus=gpus)
-
-
-def with_micro_batches(
-    recipe: RunRecipe, shape: ModelShape, machine: Machine | None, stages: Sequence[str], say: Callable[[str], None]
-) -> RunRecipe:
-    """Return the recipe with a micro batch for each of the stages that train: its own, or what fits the machine.
-
-    Without a GPU, and without its own, that is CPU_MICRO_BATCH. Raises OptionError for a stage that cannot fit, naming
-    the changes after which it does.
-    """
-    made = None if machine is None else estimate(shape, recipe, machine)
-    for stage in stages:
-        settings: Any = getattr(recipe, stage)
-        memory = None if made is None else made.stages[stage]
-        size: int = settings.micro_batch or CPU_MICRO_BATCH
-        if settings.micro_batch is not None:
-            why = "as the recipe says" + (f", although {memory.reason()}" if memory and not memory.fits else "")
-        elif memory is None:
-            why = "as there is no GPU whose memory they could fill"
-        elif memory.fits:
-            size, why = memory.micro_batch, f"as fit into {memory.usable / GIB:.1f} GiB"
-        else:
-            raise OptionError(f"{memory.reason()}. It fits with {', or with '.join(made.changes if made else ())}")
-        say(f"{stage}: {size} questions at once, {why}")
-        recipe = changed(recipe, f"{stage}.micro_batch", size)
-    return recipe
 
 
 class Run:
