@@ -47,7 +47,7 @@ class Maker:
 
     def row(self, content: object, instruction: str | None = None) -> Row:
         """Preprocess an input, by default with the bundle's own instruction."""
-        asked = self.manifest.prompt.query_instruction if instruction is None else instruction
+        asked = self.manifest.prompt.asked(instruction)
         return self.encoder.row(parse(content, self.manifest.limits, self.encoder.vision), asked)
 
     def text(self, tokens: int, rng: np.random.Generator) -> str:

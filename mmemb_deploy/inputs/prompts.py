@@ -127,6 +127,10 @@ class PromptFormat:
     document_instruction: str
     layout: Literal["mmemb-r1", "qwen3-vl-embedding"] = "mmemb-r1"
 
+    def asked(self, instruction: str | None) -> str:
+        """Return a query's instruction as given, or the default where none is."""
+        return self.query_instruction if instruction is None else instruction
+
     @property
     def reasons(self) -> bool:
         """Whether the layout has a reasoning path."""

@@ -72,7 +72,7 @@ class Checkpoint:
 
     def instruction(self, given: str | None) -> str:
         """Return an instruction as given, or the checkpoint's for queries."""
-        return self.facts.prompt.query_instruction if given is None else given
+        return self.facts.prompt.asked(given)
 
 
 def new_checkpoint(

@@ -93,11 +93,8 @@ class Lazy(Sequence[T]):
 
 def query_row(question: Question, encoder: RowEncoder) -> Row:
     """Return a question's prompt; raises InputError for a content that cannot be read."""
-    default = encoder.prompt.format.query_instruction
-    return encoder.row(
-        parse(question.content, vision=encoder.vision),
-        default if question.instruction is None else question.instruction,
-    )
+    request = parse(question.content, vision=encoder.vision)
+    return encoder.row(request, encoder.prompt.format.asked(question.instruction))
 
 
 def target_row(target: Target, encoder: RowEncoder) -> Row:

@@ -32,8 +32,7 @@ class Carried:
     def __call__(self, question: Question) -> bool:
         """Return whether it does; nothing of the question but its words is read."""
         text, pictured = _words(question.content)
-        given = question.instruction
-        instruction = self._prompt.format.query_instruction if given is None else given
+        instruction = self._prompt.format.asked(question.instruction)
         content = [text_part(f"{instruction}\n")] if instruction else []
         content += [{"type": "image"}] if pictured else []
         content += [text_part(text)] if text else []
