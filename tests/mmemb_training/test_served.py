@@ -81,7 +81,7 @@ def test_the_server_reads_the_very_prompts_images_and_video_included(
 def test_rollouts_hold_the_tokens_that_were_drawn_with_their_own_log_probabilities(
     draw: Draw, tiny: Checkpoint, mixed_inputs: list[Any]
 ) -> None:
-    groups, reading = draw(asking(mixed_inputs[:5]))
+    groups, _, reading = draw(asking(mixed_inputs[:5]))
     rollouts = [one for group in groups for one in group if one.token_ids is not None]
     logprobs = reading.logprobs_RT.numpy()
     retokenised = []

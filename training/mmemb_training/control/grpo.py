@@ -51,7 +51,8 @@ from mmemb_training.selection.bank import TargetBank
 from mmemb_training.stage import plain_accelerator
 
 Draw = Callable[[int], Sequence[Sample]]  # the questions of a batch of rollouts, a function of its number
-DrawRollouts = Callable[[Any, Sequence[Sample], Sequence[int]], tuple[list[Group], Reading]]  # encoder, samples, seed
+Drawn = tuple[list[Group], list[Chunk], Reading]  # rollouts, what the encoder reads of them, and what it read
+DrawRollouts = Callable[[Any, Sequence[Sample], Sequence[int]], Drawn]  # of encoder, samples and seed
 
 
 def train_control(
@@ -77,12 +78,11 @@ def train_control(
 
     def roll_out(turn: int) -> RolloutBatch:
         samples, limit = draw(turn), checkpoint.facts.max_rationale_tokens
-        groups, old = draw_rollouts(encoder, samples, (recipe.schedule.seed, turn, accelerator.process_index))
+        groups, chunks, old = draw_rollouts(encoder, samples, (recipe.schedule.seed, turn, accelerator.process_index))
         scored = [
             score_group(group, bank.candidates(sample), recipe.rewards, limit)
             for sample, group in zip(samples, groups, strict=True)
         ]
-        chunks = chunks_of(samples, groups, checkpoint.rows, recipe.micro_batch)
         return RolloutBatch(samples, chunks, groups, scored, old, read_reference(chunks))
 
     def step_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -129,9 +129,10 @@ def _drawing(
         return lambda encoder, samples, seed: served.draw(encoder, samples, publisher.publish(), seed)
     limit = checkpoint.facts.max_rationale_tokens
 
-    def draw(encoder: Any, samples: Sequence[Sample], seed: Sequence[int]) -> tuple[list[Group], Reading]:
+    def draw(encoder: Any, samples: Sequence[Sample], seed: Sequence[int]) -> Drawn:
         groups = draw_groups(checkpoint, samples, size=recipe.group, kind=recipe.groups, max_tokens=limit, seed=seed)
-        return groups, read_alone(encoder, chunks_of(samples, groups, checkpoint.rows, recipe.micro_batch))
+        chunks = chunks_of(samples, groups, checkpoint.rows, recipe.micro_batch)
+        return groups, chunks, read_alone(encoder, chunks)
 
     return draw
 

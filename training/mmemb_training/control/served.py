@@ -36,8 +36,9 @@ from mmemb_training.control.policy import chunks_of, read_alone, server_kl
 from mmemb_training.control.rewards import Rollout
 from mmemb_training.control.rollouts import Group, decisions
 from mmemb_training.encoder import Reading
+from mmemb_training.grad_cache import Chunk
 from mmemb_training.recipes.settings import ControlRecipe
-from mmemb_training.samples import Question, Sample
+from mmemb_training.samples import Sample
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -66,9 +67,10 @@ class ServedRollouts:
 
     def draw(
         self, encoder: Any, samples: Sequence[Sample], model: str, seed: Sequence[int]
-    ) -> tuple[list[Group], Reading]:
-        """Return rollouts of every question and what `encoder` read of them; `model` is what the server calls it.
+    ) -> tuple[list[Group], list[Chunk], Reading]:
+        """Return rollouts of every question, what `encoder` reads of them, and what it read.
 
+        `model` is what the server calls the policy.
         Raises BackendError, in all processes, for a question without a whole answer and for answers that are not the
         policy's.
         """
@@ -80,7 +82,8 @@ class ServedRollouts:
         written, error = _written(asked, self._rows, samples, reasons_QG.sum(axis=1), self._limit, rng)
         self._agree(error)
         drafts = list(map(_group, reasons_QG, forced_QG, written))
-        reading = read_alone(encoder, chunks_of(samples, drafts, self._rows, recipe.micro_batch))
+        chunks = chunks_of(samples, drafts, self._rows, recipe.micro_batch)
+        reading = read_alone(encoder, chunks)
         groups = _embedded(drafts, reading)
         apart = server_kl(groups, reading)
         self._agree(
@@ -89,7 +92,7 @@ class ServedRollouts:
             if apart > MOST_APART
             else None
         )
-        return groups, reading
+        return groups, chunks, reading
 
     def _agree(self, error: str | None) -> None:
         """Raise BackendError in all processes where one of them has an error."""
@@ -113,7 +116,8 @@ def _written(
     neutral = sampling(rows, limit)
     for place in asked:
         question = samples[place].question
-        request, instruction = parse(question.content, vision=rows.vision), _instruction(question, rows)
+        request = parse(question.content, vision=rows.vision)
+        instruction = rows.prompt.format.asked(question.instruction)
         shown = rows.shown(request)
         prompts.append([*rows.row(request, instruction).token_ids_S.tolist(), rows.prompt.ids[THINK]])
         chats.append(partial(_messages, rows, instruction, request, shown))
@@ -126,10 +130,6 @@ def _written(
             return [], f"{samples[place].question.key}: no rollouts from {client.model!r} at {client.base_url}: {read}"
         found[place] = read
     return found, None
-
-
-def _instruction(question: Question, rows: RowEncoder) -> str:
-    return rows.prompt.format.query_instruction if question.instruction is None else question.instruction
 
 
 def sampling(rows: RowEncoder, max_tokens: int) -> dict[str, Any]:
