@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,7 +21,7 @@ from mmemb_training.control.rewards import Rollout, Scored, advantages
 from mmemb_training.control.rollouts import Group
 from mmemb_training.encoder import Continuation, Reading
 from mmemb_training.grad_cache import Chunk
-from mmemb_training.recipes.settings import ControlRecipe
+from mmemb_training.recipes.settings import Advantage, ControlRecipe
 from mmemb_training.samples import Sample, query_row
 
 
@@ -80,16 +81,9 @@ def policy_terms(reading: Reading, batch: RolloutBatch, recipe: ControlRecipe) -
     device = reading.direct_BD.device
     reasons_QG = torch.tensor([[one.token_ids is not None for one in group] for group in batch.groups], device=device)
     drawn_QG = torch.tensor([[not one.forced for one in group] for group in batch.groups], device=device)
-    everyone = np.ones(len(batch.groups[0]), bool)
+    members = reasons_QG.numpy(force=True)
     whole_QG, among_QG = (
-        torch.tensor(
-            np.stack([advantages(scored.reward_G, members_G, recipe.advantage) for scored, members_G in compared]),
-            device=device,
-        )
-        for compared in (
-            [(scored, everyone) for scored in batch.scored],
-            [(scored, ~np.isnan(scored.gap_G)) for scored in batch.scored],
-        )
+        _advantages(batch, compared, recipe.advantage).to(device) for compared in (np.ones_like(members), members)
     )
     logp, old, reference = (part.decision_B2.log_softmax(dim=1) for part in (reading, batch.old, batch.reference))
     if recipe.groups == "expected":
@@ -124,6 +118,12 @@ def _spoken(batch: RolloutBatch, logprobs_RT: Tensor) -> Tensor:
     drawn_R = [len(one.token_ids or ()) + (not one.truncated) for _, one in _reasoning(batch.groups)]
     index_T = torch.arange(logprobs_RT.shape[1], device=logprobs_RT.device)
     return index_T < torch.tensor(drawn_R, device=logprobs_RT.device)[:, None]
+
+
+def _advantages(batch: RolloutBatch, members_QG: NDArray[np.bool_], kind: Advantage) -> Tensor:
+    """Return how much better each member is than its group's others, (Q, G)."""
+    pairs = zip(batch.scored, members_QG, strict=True)
+    return torch.from_numpy(np.stack([advantages(scored.reward_G, members_G, kind) for scored, members_G in pairs]))
 
 
 def _mean(values_QG: Tensor, members_QG: Tensor) -> Tensor:
