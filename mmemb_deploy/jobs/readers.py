@@ -220,11 +220,11 @@ def _relative(file: str, folder: Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()
 
 
-def load_pyarrow() -> tuple[Any, Any]:
-    """Return pyarrow and pyarrow.parquet. Raises MissingExtraError without them."""
+def load_pyarrow(extra: str = "parquet") -> tuple[Any, Any]:
+    """Return pyarrow and pyarrow.parquet. Raises MissingExtraError without them, which names the extra."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError as error:
-        raise MissingExtraError("pyarrow", "parquet") from error
+        raise MissingExtraError("pyarrow", extra) from error
     return pyarrow, parquet

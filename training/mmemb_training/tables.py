@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mmemb_deploy.errors import MissingExtraError, OptionError
+from mmemb_deploy.errors import OptionError
 from mmemb_deploy.files import whole
+from mmemb_deploy.jobs.readers import load_pyarrow
 
 LOCK = ".lock"
 
@@ -18,18 +18,18 @@ def write_part(folder: Path, rows: Sequence[Mapping[str, Any]], process: int = 0
     """Add rows as a new part, named by the process that adds it, so that several may. No rows, no part."""
     if not rows:
         return
-    arrow = load_arrow()
+    arrow, parquet = load_pyarrow("train")
     number = 1 + max((int(path.stem.split("-")[1]) for path in folder.glob("part-*.parquet")), default=-1)
     with whole(folder / f"part-{number:05d}{f'-{process}' if process else ''}.parquet") as new:
-        arrow.parquet.write_table(arrow.Table.from_pylist([dict(row) for row in rows]), new)
+        parquet.write_table(arrow.Table.from_pylist([dict(row) for row in rows]), new)
 
 
 def read_parts(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of all parts in order. Raises OptionError for a file that is no part of such a table."""
-    arrow = load_arrow()
+    arrow, parquet = load_pyarrow("train")
     for path in sorted(folder.glob("part-*.parquet")):
         try:
-            table = arrow.parquet.read_table(path, columns=list(columns))
+            table = parquet.read_table(path, columns=list(columns))
         except (arrow.ArrowException, OSError) as error:
             raise OptionError(f"{path} cannot be read: {error}. Delete it, and the job writes it again") from error
         missing = set(columns) - set(table.column_names)
@@ -55,13 +55,3 @@ def locked(folder: Path, process: int = 0, *, wait: bool = False) -> Generator[N
                 f"{folder} is in use by another process: wait for it, or choose another folder"
             ) from error
         yield
-
-
-def load_arrow() -> Any:
-    """Return pyarrow, its parquet and its file formats with it. Raises MissingExtraError without it."""
-    try:
-        for name in ("pyarrow.ipc", "pyarrow.parquet"):
-            import_module(name)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("pyarrow", "train") from error
-    return import_module("pyarrow")

@@ -10,25 +10,26 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.files import claim, whole
+from mmemb_deploy.jobs.readers import load_pyarrow
 from mmemb_training.data.registry import read
 from mmemb_training.samples import Lazy, Question, Sample, Target
-from mmemb_training.tables import load_arrow, locked
+from mmemb_training.tables import locked
 
 BATCH = 4096  # rows of a file that are written together
 
 
-class SampleTable(Sequence[Sample]):
+class SampleTable(Lazy[Sample]):
     """The samples of files that `write_samples` wrote, in order; `task_N` are their tasks' numbers, of `tasks`."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        arrow = load_arrow()
+        arrow, _ = load_pyarrow("train")
         opened = [arrow.ipc.open_file(arrow.memory_map(str(file))) for file in files]
         self._batches: list[Any] = [one.get_batch(index) for one in opened for index in range(one.num_record_batches)]
         self._ends = np.cumsum([len(batch) for batch in self._batches], dtype=np.int64)
@@ -36,23 +37,14 @@ class SampleTable(Sequence[Sample]):
         coded = named.dictionary_encode().unify_dictionaries().combine_chunks()
         self.tasks: list[str] = coded.dictionary.to_pylist()
         self.task_N: NDArray[np.int32] = coded.indices.to_numpy(zero_copy_only=False)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        super().__init__(len(self.task_N), self._read)
 
     def question_keys(self) -> Iterator[str]:
         """Yield the keys of the samples, in order, without the rest of them."""
         for batch in self._batches:
             yield from batch.column("key").to_pylist()
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(index, slice):
-            return Lazy(len(self), self.__getitem__)[index]
-        row = range(len(self))[index]
+    def _read(self, row: int) -> Sample:
         batch = int(np.searchsorted(self._ends, row, side="right"))
         found = self._batches[batch]
         place = row - int(self._ends[batch]) + len(found)
@@ -85,7 +77,7 @@ def read_samples(data: Sequence[str], limit: int | None, folder: Path) -> Sample
 
 def write_samples(samples: Iterable[Sample], file: Path) -> None:
     """Write samples whose contents are JSON, words and paths, to a file that is whole or absent."""
-    arrow, rows = load_arrow(), iter(samples)
+    (arrow, _), rows = load_pyarrow("train"), iter(samples)
     text = arrow.string()
     side = arrow.struct([("content", text), ("labels", arrow.list_(text)), ("instruction", text)])
     fields = [(name, text) for name in ("key", "task", "wanted", "content", "instruction")]
