@@ -11,6 +11,14 @@ from mmemb_deploy.errors import OptionError
 from mmemb_deploy.inputs.preprocess import Ints
 
 
+def shuffled(count: int, size: int, number: int, seed: int) -> tuple[int, list[int]]:
+    """Return in which pass over `count` samples a batch is, and the places of its `size` samples, or all."""
+    size = min(size, count)
+    passes, turn = divmod(number, count // size)
+    order = np.random.default_rng([seed, passes]).permutation(count)
+    return passes, order[turn * size : (turn + 1) * size].tolist()
+
+
 class TaskBatches:
     """Batches of one task each, so that negatives are of the kind that the task confuses; tasks by their size.
 

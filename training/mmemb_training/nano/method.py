@@ -32,6 +32,7 @@ from mmemb_training.selection.evaluators import EmbedderEvaluator
 from mmemb_training.selection.mining import mine_negatives
 from mmemb_training.selection.select import Assessed, Keeps, Verdict, kept_rationales
 from mmemb_training.stage import Metrics, Watch, plain_accelerator, run_stage
+from mmemb_training.task_batches import shuffled
 from mmemb_training.trainer import train_jointly
 
 POOL_SEED = 1_000_000  # apart from the backbone's draws
@@ -204,11 +205,9 @@ class NanoRun:
 
     def _batch(self, number: int, size: int) -> list[Sample]:
         """Return one batch of the pool's samples; every pass over the pool is in another order and rendering."""
-        size = min(size, len(self.digits.samples))
-        passes, turn = divmod(number, len(self.digits.samples) // size)
-        order = np.random.default_rng([self.recipe.seed, passes]).permutation(len(self.digits.samples))
+        passes, places = shuffled(len(self.digits.samples), size, number, self.recipe.seed)
         shown = self._rendered(passes).samples
-        return [shown[index] for index in order[turn * size : (turn + 1) * size]]
+        return [shown[place] for place in places]
 
     def _pool(self) -> Mapping[str, Sequence[Rationale]]:
         questions = [sample.question for sample in self.digits.samples]

@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from mmemb_deploy.evaluation.digitchain import Split
 from mmemb_deploy.files import write_whole
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.recipes.settings import Rewards
+from mmemb_training.samples import query_row
+from mmemb_training.selection.bank import embed_rows
 from mmemb_training.strips.judge import auc
 from mmemb_training.strips.measure import (
     Chosen,
@@ -31,9 +34,11 @@ from mmemb_training.strips.method import MARGINS, RULES, SeedRun, Shared
 from mmemb_training.strips.questions import FAMILIES, draw_strips
 
 TEST_SEED, HELD_OUT_SEED = 5, 6
-RENDERINGS = 8  # of every test question
+RENDERINGS = 8  # of every test question, for the models that the arms compare
+COMPARED = "joint", "rejection", "control"
 REINFORCED = "reinforcement"
 REWARDS = Rewards(cost=0.1, sigma=0.3)
+SPLITS: tuple[Split, Split] = "calibration", "test"
 PARTS = "pool", "control", "selection", "dial"
 DIAL = (0.0, 0.3, 1.0, 3.0)  # costs, beside that of REWARDS
 
@@ -101,7 +106,7 @@ class SeedTables:
             def train(rule: str = rule) -> Checkpoint:
                 return self._run.joint(rule)
 
-            held_out, test = (self._seen(name, train, split).rendering(0) for split in ("calibration", "test"))
+            held_out, test = (self._seen(name, train, split).rendering(0) for split in SPLITS)
             best = test.at(by_decision(test) >= best_threshold(held_out, by_decision))
             table[rule] = {
                 "never": float(test.never_LQ.mean()),
@@ -141,8 +146,9 @@ class SeedTables:
         """A gate regressed on the gap that stage 3's own rationales open (TWN, arXiv 2605.14448), from embeddings."""
         from sklearn.neural_network import MLPRegressor
 
-        samples = self._run.shared.rendered("control", 0).samples
-        direct_QD = self._direct(samples)
+        samples, checkpoint = self._run.shared.rendered("control", 0).samples, self._run.joint()
+        rows = [query_row(one.question, checkpoint.rows) for one in samples]
+        direct_QD = embed_rows(checkpoint, rows).astype(np.float64)
         gap_Q = np.array([np.mean(self._run.own.gaps[sample.question.key]) for sample in samples])
         regressor: Any = MLPRegressor(
             hidden_layer_sizes=(64,), early_stopping=True, max_iter=500, random_state=self._run.seed
@@ -156,26 +162,19 @@ class SeedTables:
 
         return gate
 
-    def _direct(self, samples: Any) -> Doubles:
-        from mmemb_training.samples import query_row
-        from mmemb_training.selection.bank import embed_rows
-
-        checkpoint = self._run.joint()
-        return embed_rows(checkpoint, [query_row(one.question, checkpoint.rows) for one in samples]).astype(np.float64)
-
-    def _seen(self, name: str, train: Callable[[], Checkpoint], split: str) -> Seen:
+    def _seen(self, name: str, train: Callable[[], Checkpoint], split: Split) -> Seen:
         """Return both routes of the test or the held-out questions under a model, which is trained if need be."""
         path = self._folder / f"{name}-{split}.npz"
         if not path.exists():
             checkpoint = train()
             self._report(f"seed {self._run.seed}: measuring {name} on the {split} split")
-            seed, renderings = (HELD_OUT_SEED, 1) if split == "calibration" else (TEST_SEED, self._renderings(name))
-            count = max(20, self._questions // 2) if split == "calibration" else self._questions
-            Seen.of(checkpoint, "calibration" if split == "calibration" else "test", seed, count, renderings).save(path)
+            if split == "test":
+                renderings = RENDERINGS if name in COMPARED else 1
+                seen = Seen.of(checkpoint, split, TEST_SEED, self._questions, renderings)
+            else:
+                seen = Seen.of(checkpoint, split, HELD_OUT_SEED, max(20, self._questions // 2), 1)
+            seen.save(path)
         return Seen.load(path)
-
-    def _renderings(self, name: str) -> int:
-        return RENDERINGS if name in ("joint", "rejection", "control") else 1
 
 
 def run_benchmark(shared: Shared, seeds: int, questions: int, report: Callable[[str], None]) -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ from mmemb_training.strips.judge import noisy
 from mmemb_training.strips.model import DIMS, MAX_RATIONALE_TOKENS, strips_checkpoint
 from mmemb_training.strips.questions import Strips, draw_strips
 from mmemb_training.strips.workers import ASPECTS, empty, states_only_truths, strip_workers, write
+from mmemb_training.task_batches import shuffled
 from mmemb_training.trainer import train_jointly
 
 STYLES = {"right": 0.6, "empty": 0.2, "off the aspect": 0.2}  # shares of the backbone's rationales
@@ -136,27 +137,25 @@ class Shared:
         if (folder / REPORT).exists():
             return list(read_assessed(folder))
         backbone = self.backbone()
-        samples = self.mined("pool", backbone)
+        samples, bank = self.mined("pool", backbone)
         workers = strip_workers(self.rendered("pool", 0).told, POOL_SEED)
         questions = [sample.question for sample in samples]
         build_pool(questions, workers, self.folder / "pool", batch=len(questions))
-        evaluator = EmbedderEvaluator(backbone, TargetBank(samples, backbone), temperature=0.02)
+        evaluator = EmbedderEvaluator(backbone, bank, temperature=0.02)
         return list(assess_pool(samples, read_pool(self.folder / "pool"), evaluator, folder, MARGINS))
 
-    def mined(self, part: str, checkpoint: Checkpoint) -> Sequence[Sample]:
-        """Return the questions of "pool" or "control" with hard negatives; the labels of strips are exact."""
+    def mined(self, part: str, checkpoint: Checkpoint) -> tuple[Sequence[Sample], TargetBank]:
+        """Return the questions of "pool" or "control" with hard negatives, and the bank of both; labels are exact."""
         samples = self.rendered(part, 0).samples
         bank = TargetBank(samples, checkpoint)
-        return mine_negatives(samples, bank, checkpoint, hard=NEGATIVES, even=NEGATIVES, share_of_positive=None)
+        mined = mine_negatives(samples, bank, checkpoint, hard=NEGATIVES, even=NEGATIVES, share_of_positive=None)
+        return mined, bank
 
     def batch(self, part: str, seed: int, number: int, size: int) -> list[Sample]:
         """Return one batch of "pool" or "control"; every pass is in another order and rendering."""
-        count = len(self.rendered(part, 0).samples)
-        size = min(size, count)
-        passes, turn = divmod(number, count // size)
-        order = np.random.default_rng([seed, passes]).permutation(count)
+        passes, places = shuffled(len(self.rendered(part, 0).samples), size, number, seed)
         shown = self.rendered(part, passes).samples
-        return [shown[index] for index in order[turn * size : (turn + 1) * size]]
+        return [shown[place] for place in places]
 
     def stage(self, name: str, begin: Callable[[], tuple[Checkpoint, Metrics, int]], asked: object) -> Checkpoint:
         """Run a stage in a folder of its name, or load what it made."""
@@ -235,8 +234,7 @@ class SeedRun:
         path = self.shared.folder / f"seed-{self.seed}" / "own.json"
         if not path.exists():
             start = self.joint()
-            samples = self.shared.mined("control", start)
-            bank = TargetBank(samples, start)
+            samples, bank = self.shared.mined("control", start)
             found = OwnRationales({}, {})
             for begin in range(0, len(samples), AT_ONCE):
                 part = samples[begin : begin + AT_ONCE]
@@ -274,7 +272,7 @@ class SeedRun:
 
         def begin() -> tuple[Checkpoint, Metrics, int]:
             start = self.joint()
-            samples = self.shared.mined("control", start)
+            samples, bank = self.shared.mined("control", start)
             negatives = {sample.question.key: sample.negatives for sample in samples}
 
             def draw(turn: int) -> list[Sample]:
@@ -282,7 +280,7 @@ class SeedRun:
                 return [replace(sample, negatives=negatives[sample.question.key]) for sample in batch]
 
             folder = self.shared.folder / name
-            steps = train_control(start, draw, recipe, folder, bank=TargetBank(samples, start))
+            steps = train_control(start, draw, recipe, folder, bank=bank)
             return start, steps, self.recipe.control_steps
 
         return self.shared.stage(name, begin, asdict(recipe))
