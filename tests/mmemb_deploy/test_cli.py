@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mmemb_deploy import __version__
+from mmemb_deploy.cli.main import main
 
 
 def mmemb(*arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -81,12 +82,20 @@ def test_every_command_explains_itself(command: list[str]) -> None:
     assert "--json" in run.stdout
 
 
-def test_train_and_export_run_from_the_command_line(tmp_path: Path) -> None:
-    trained = mmemb("train", "nano", "run", "--scale", "0.001", "--json", folder=tmp_path)
-    assert trained.returncode == 0, trained.stderr
-    checkpoint = json.loads(trained.stdout)["checkpoint"]
-    exported = mmemb("export", checkpoint, "bundle", "--form", "fused", "--probes", 24, "--json", folder=tmp_path)
-    assert exported.returncode == 0, exported.stderr
-    assert json.loads(exported.stdout)["certificate"]["token_agreement"] >= 0.995
-    assert mmemb("verify", "bundle", folder=tmp_path).returncode == 0
-    assert mmemb("export", checkpoint, "bundle", folder=tmp_path).returncode == 2
+def test_train_and_export_run_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: each of its own would import torch and transformers."""
+
+    def exit_code(*arguments: object) -> object:
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, arguments)])
+        return ended.value.code
+
+    monkeypatch.chdir(tmp_path)
+    assert exit_code("train", "nano", "run", "--scale", "0.001", "--json") == 0
+    checkpoint = json.loads(capsys.readouterr().out)["checkpoint"]
+    assert exit_code("export", checkpoint, "bundle", "--form", "fused", "--probes", 12, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["certificate"]["token_agreement"] >= 0.995
+    assert exit_code("verify", "bundle") == 0
+    assert exit_code("export", checkpoint, "bundle") == 2
