@@ -154,17 +154,18 @@ class NanoRun:
         if (folder / REPORT).exists():
             return list(read_assessed(folder))
         backbone = self.backbone()
-        samples = self.mined(backbone)
-        evaluator = EmbedderEvaluator(backbone, TargetBank(samples, backbone), temperature=0.02)
+        samples, bank = self.mined(backbone)
+        evaluator = EmbedderEvaluator(backbone, bank, temperature=0.02)
         return list(assess_pool(samples, self._pool(), evaluator, folder, MARGINS, seed=self.recipe.seed))
 
-    def mined(self, backbone: Checkpoint) -> Sequence[Sample]:
-        """Return the pool's samples with hard negatives, mined with the backbone; the labels of digits are exact."""
+    def mined(self, checkpoint: Checkpoint) -> tuple[Sequence[Sample], TargetBank]:
+        """Return the pool's samples with hard negatives, and the bank they come from; labels are exact."""
         samples = self.digits.samples
-        bank = TargetBank(samples, backbone)
-        return mine_negatives(
-            samples, bank, backbone, hard=NEGATIVES, even=NEGATIVES, share_of_positive=None, seed=self.recipe.seed
+        bank = TargetBank(samples, checkpoint)
+        mined = mine_negatives(
+            samples, bank, checkpoint, hard=NEGATIVES, even=NEGATIVES, share_of_positive=None, seed=self.recipe.seed
         )
+        return mined, bank
 
     def joint(self, name: str, keeps: Keeps) -> Checkpoint:
         """Stage 3, from the backbone, on the candidates that `keeps` keeps."""
@@ -189,7 +190,7 @@ class NanoRun:
         """Stage 4, from what stage 3 left."""
 
         def begin() -> tuple[Checkpoint, Metrics, int]:
-            samples = self.mined(start)
+            samples, bank = self.mined(start)
             negatives = {sample.question.key: sample.negatives for sample in samples}
 
             def draw(turn: int) -> list[Sample]:
@@ -198,7 +199,7 @@ class NanoRun:
                     for sample in self._batch(turn, recipe.queries)
                 ]
 
-            steps = train_control(start, draw, recipe, self.folder / name, bank=TargetBank(samples, start))
+            steps = train_control(start, draw, recipe, self.folder / name, bank=bank)
             return start, steps, self.recipe.control_steps
 
         return self._stage(name, begin)

@@ -127,7 +127,7 @@ class JudgeEvaluator:
                 f"embedder as evaluator"
             )
         video = query if query.frames else candidate
-        asked = sample.question.instruction or self._rows.prompt.format.query_instruction
+        asked = self._rows.prompt.format.asked(sample.question.instruction)
         text = f"Query: {asked} {query.text}\nCandidate: {candidate.text}"
         both = replace(video, text=text, images=(*query.images, *candidate.images))
         row = self._rows.row(both, JUDGE_INSTRUCTION)
