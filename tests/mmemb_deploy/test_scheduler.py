@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -88,6 +89,15 @@ def value(job: Job) -> float:
     """Return the one number of an embedding."""
     assert job.item.embedding_D is not None
     return float(job.item.embedding_D[0])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage_of_these_tests_alone() -> Iterator[None]:
+    """Keep `check_left_nothing` from searching a million objects of torch's, once for every example."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 INPUTS = st.builds(SimulatedInput, st.integers(1, 60), st.floats(0, 1), st.integers(0, 25))
