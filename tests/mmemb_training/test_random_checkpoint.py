@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmemb_deploy import OptionError
-from mmemb_training import random_checkpoint as module
+from mmemb_training import checkpoint as module
 from mmemb_training.checkpoint import load_checkpoint, outline_checkpoint
 from mmemb_training.random_checkpoint import random_checkpoint
 from mmemb_training.recipes.shapes import SHAPES, ModelShape, read_shape

@@ -8,6 +8,7 @@ mmemb.json                                                    prompt format, emb
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,14 @@ def new_checkpoint(
 
 
 def save_checkpoint(
-    checkpoint: Checkpoint, folder: Path, *, provenance: dict[str, Any] | None = None, writes: bool = True
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    weight: Callable[[str], torch.Tensor] | None = None,
+    provenance: dict[str, Any] | None = None,
+    writes: bool = True,
 ) -> None:
-    """Write a checkpoint; `provenance` adds to what it says of its origin.
+    """Write a checkpoint; `provenance` adds to what it says of its origin, `weight` gives values for the model's own.
 
     Sharded weights are gathered one after the other: all their processes call this, and the one that `writes` holds a
     file's worth of them. The facts come last: a folder that has them is whole.
@@ -123,12 +129,12 @@ def save_checkpoint(
         model.config.dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
-    write_weights(weights, lambda name: gathered(weights[name]), folder, writes=writes)
+    write_weights(weights, weight or (lambda name: gathered(weights[name])), folder, writes=writes)
     if writes:
-        save_facts(checkpoint, folder, provenance=provenance)
+        _save_facts(checkpoint, folder, provenance=provenance)
 
 
-def save_facts(checkpoint: Checkpoint, folder: Path, *, provenance: dict[str, Any] | None = None) -> None:
+def _save_facts(checkpoint: Checkpoint, folder: Path, *, provenance: dict[str, Any] | None = None) -> None:
     """Write all of a checkpoint but its weights and its config."""
     spec = checkpoint.vision
     PreTrainedTokenizerFast(

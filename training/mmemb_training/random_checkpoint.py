@@ -11,11 +11,11 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.inputs import prompts
 from mmemb_deploy.inputs.prompts import PromptEncoder
-from mmemb_training.checkpoint import new_checkpoint, save_facts
+from mmemb_training.checkpoint import new_checkpoint, save_checkpoint
 from mmemb_training.prepare import PROMPT
 from mmemb_training.recipes.shapes import TEXT_KEYS, VISION_KEYS, ModelShape
 from mmemb_training.tokenizer import train_tokenizer
-from mmemb_training.weights import named_weights, write_weights
+from mmemb_training.weights import named_weights
 
 PIXELS = 256 * 32 * 32  # of an image: 256 visual tokens
 STD = 0.02  # of every matrix
@@ -44,10 +44,15 @@ def random_checkpoint(shape: ModelShape, folder: Path, *, dtype: torch.dtype = t
         max_rationale_tokens=64,
         provenance={"weights": "random", "shape": shape.name, "seed": seed},
     )
-    model.config.architectures = [type(model).__name__]  # by which engines know what to load
-    model.config.save_pretrained(folder)
-    save_facts(checkpoint, folder)
-    _write_weights(model, folder, seed)
+    generator, outline = torch.Generator().manual_seed(seed), named_weights(model)
+
+    def drawn(name: str) -> torch.Tensor:
+        weight = outline[name]
+        if weight.ndim == 1:
+            return torch.full(weight.shape, float(not name.endswith(".bias")), dtype=weight.dtype)
+        return (torch.randn(weight.shape, generator=generator) * STD).to(weight.dtype)
+
+    save_checkpoint(checkpoint, folder, weight=drawn)
 
 
 def model_config(shape: ModelShape, encoder: PromptEncoder) -> Qwen3VLConfig:
@@ -74,15 +79,3 @@ def model_config(shape: ModelShape, encoder: PromptEncoder) -> Qwen3VLConfig:
         vision_end_token_id=ids[prompts.VISION_END],
         tie_word_embeddings=text.tied,
     )
-
-
-def _write_weights(model: Any, folder: Path, seed: int) -> None:
-    generator, outline = torch.Generator().manual_seed(seed), named_weights(model)
-
-    def drawn(name: str) -> torch.Tensor:
-        weight = outline[name]
-        if weight.ndim == 1:
-            return torch.full(weight.shape, float(not name.endswith(".bias")), dtype=weight.dtype)
-        return (torch.randn(weight.shape, generator=generator) * STD).to(weight.dtype)
-
-    write_weights(outline, drawn, folder)
