@@ -149,7 +149,7 @@ def test_the_benchmark_measures_every_arm_once_and_reports_all(tmp_path: Path, m
         stages.append(name)
 
     tables = run_benchmark(Shared(tmp_path, RECIPE, watch), 1, 20, lambda _: None)
-    assert len(stages) == len(set(stages)) == 1 + len(RULES) + 1 + 2
+    assert len(stages) == len(set(stages)) == 1 + len(RULES) + 1 + 3
     found = json.loads(json.dumps(result([*tables, *tables])))
     text = markdown(found)
     for name in (*RULES, *FAMILIES, REINFORCED, "rejection sampling", "gate on the gap", "score structure"):
@@ -157,4 +157,4 @@ def test_the_benchmark_measures_every_arm_once_and_reports_all(tmp_path: Path, m
     assert found["control"]["rejection sampling"]["behind"]["best"]["error"] == 0  # the same seed, twice
     again = run_benchmark(Shared(tmp_path, RECIPE, watch), 1, 20, lambda _: None)
     assert again == tables
-    assert len(stages) == 8
+    assert len(stages) == 9

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from mmemb_deploy.evaluation.controls import compare_modes
 from mmemb_deploy.evaluation.digitchain import Split
 from mmemb_deploy.files import write_whole
 from mmemb_training.checkpoint import Checkpoint
 from mmemb_training.recipes.settings import Rewards
+from mmemb_training.runtime import torch_embedder
 from mmemb_training.samples import query_row
 from mmemb_training.selection.bank import embed_rows
 from mmemb_training.strips.judge import auc
@@ -31,15 +33,16 @@ from mmemb_training.strips.measure import (
     threshold_of_tokens,
 )
 from mmemb_training.strips.method import MARGINS, RULES, SeedRun, Shared
-from mmemb_training.strips.questions import FAMILIES, draw_strips
+from mmemb_training.strips.questions import FAMILIES, draw_pairs, draw_strips
 
 TEST_SEED, HELD_OUT_SEED = 5, 6
 RENDERINGS = 8  # of every test question, for the models that the arms compare
-COMPARED = "joint", "rejection", "control"
+COMPARED = "joint", "rejection", "control-expected", "control"
 REINFORCED = "reinforcement"
 REWARDS = Rewards(cost=0.1, sigma=0.3)
 SPLITS: tuple[Split, Split] = "calibration", "test"
-PARTS = "pool", "control", "selection", "dial"
+PARTS = "pool", "control", "dependence", "selection", "dial"
+DEPENDENCE = "always", "shuffled_rationale", "empty_rationale"  # modes of the reinforced model
 DIAL = (0.0, 0.3, 1.0, 3.0)  # costs, beside that of REWARDS
 
 
@@ -57,8 +60,8 @@ class SeedTables:
         """Return one of PARTS; what was measured is not measured again."""
         path = self._folder / f"{name}.json"
         if not path.exists():
-            measure = {"pool": self._pool, "control": self._control, "selection": self._selection, "dial": self._dial}
-            write_whole(path, json.dumps(measure[name]()))
+            parts = self._pool, self._control, self._dependence, self._selection, self._dial
+            write_whole(path, json.dumps(dict(zip(PARTS, parts, strict=True))[name]()))
         return json.loads(path.read_text())
 
     def _pool(self) -> dict[str, Any]:
@@ -76,6 +79,11 @@ class SeedTables:
             "stage 3, score structure": ("joint", self._run.joint, by_margin),
             "stage 3, gate on the gap": ("joint", self._run.joint, self._gap_gate),
             "rejection sampling": ("rejection", self._run.rejection, by_decision),
+            "reinforcement, expected groups": (
+                "control-expected",
+                lambda: self._run.control(REWARDS, groups="expected"),
+                by_decision,
+            ),
             REINFORCED: ("control", lambda: self._run.control(REWARDS), by_decision),
         }
         stage_3 = self._seen("joint", self._run.joint, "calibration")
@@ -87,15 +95,26 @@ class SeedTables:
         scores_LQ = gate(test)
         best = test.at(scores_LQ >= best_threshold(held_out, gate))
         equal = test.at(scores_LQ >= threshold_of_tokens(held_out, gate, budget))
+        ways = {
+            "never": test.at(np.zeros(scores_LQ.shape, bool)),
+            "always": test.at(np.ones(scores_LQ.shape, bool)),
+            "best": best,
+            "equal": equal,
+        }
         return {
-            "never": _summary(test, test.at(np.zeros(scores_LQ.shape, bool))),
-            "always": _summary(test, test.at(np.ones(scores_LQ.shape, bool))),
-            "best": _summary(test, best) | {"headroom": _headroom(test, best)},
-            "equal": _summary(test, equal) | {"headroom": _headroom(test, equal)},
-            "families": self._families(best),
+            **{name: _summary(test, way) | _headroom(test, way) for name, way in ways.items()},
+            "families": {name: self._families(way.hits_Q) for name, way in ways.items()},
             "hits_best": best.hits_Q.tolist(),
             "hits_equal": equal.hits_Q.tolist(),
         }
+
+    def _dependence(self) -> dict[str, dict[str, float]]:
+        """Return hit@1 by family with the rationale intact, another question's, and empty, on one rendering."""
+        checkpoint = self._run.control(REWARDS)
+        self._report(f"seed {self._run.seed}: measuring {REINFORCED} without its rationales")
+        pairs = draw_pairs("test", TEST_SEED, self._questions)
+        outcomes = compare_modes(torch_embedder(checkpoint), pairs, self._run.seed)
+        return {mode: self._families(outcomes[mode].hits_Q) for mode in DEPENDENCE}
 
     def _selection(self) -> dict[str, Any]:
         """Return, by rule of selection: never, always and auto, the last at its best threshold."""
@@ -112,7 +131,7 @@ class SeedTables:
                 "never": float(test.never_LQ.mean()),
                 "always": float(test.always_LQ.mean()),
                 "auto": _summary(test, best),
-                "families": self._families(best),
+                "families": self._families(best.hits_Q),
                 "hits": best.hits_Q.tolist(),
             }
         return table
@@ -133,8 +152,8 @@ class SeedTables:
             table[str(cost)] = _summary(test, test.at(test.scores_LQ >= 0.5))
         return table
 
-    def _families(self, chosen: Chosen) -> dict[str, float]:
-        return {family: float(chosen.hits_Q[self._families_Q == family].mean()) for family in FAMILIES}
+    def _families(self, hits_Q: Doubles) -> dict[str, float]:
+        return {family: float(hits_Q[self._families_Q == family].mean()) for family in FAMILIES}
 
     @cached_property
     def _families_Q(self) -> Any:
@@ -193,7 +212,10 @@ def _summary(seen: Seen, chosen: Chosen) -> dict[str, float]:
     }
 
 
-def _headroom(seen: Seen, chosen: Chosen) -> float:
-    """Return (auto - random) / (oracle - random), all at the same rate; 0 where an oracle would gain nothing."""
-    random, oracle = seen.random(chosen.rate), seen.oracle(chosen.rate)
-    return (float(chosen.hits_Q.mean()) - random) / (oracle - random) if oracle > random else 0.0
+def _headroom(seen: Seen, chosen: Chosen) -> dict[str, float]:
+    """Return the oracle's hit@1 at the same rate, and the headroom captured: (auto - random) / (oracle - random).
+
+    The latter is 0 where an oracle would gain nothing.
+    """
+    hit, random, oracle = float(chosen.hits_Q.mean()), seen.random(chosen.rate), seen.oracle(chosen.rate)
+    return {"oracle": oracle, "headroom": (hit - random) / (oracle - random) if oracle > random else 0.0}

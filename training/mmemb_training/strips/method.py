@@ -26,7 +26,6 @@ from mmemb_training.control.rollouts import draw_groups
 from mmemb_training.joint import Lesson, lesson_of
 from mmemb_training.pool.build import build_pool, read_pool
 from mmemb_training.recipes.settings import (
-    Advantage,
     ControlRecipe,
     Groups,
     JointRecipe,
@@ -96,7 +95,7 @@ class StripsRecipe:
             length_groups=3,
         )
 
-    def control(self, seed: int, rewards: Rewards, groups: Groups, advantage: Advantage) -> ControlRecipe:
+    def control(self, seed: int, rewards: Rewards, groups: Groups) -> ControlRecipe:
         """Return the recipe of stage 4."""
         return ControlRecipe(
             schedule=Schedule(
@@ -106,7 +105,6 @@ class StripsRecipe:
             queries=self.control_questions,
             group=self.rollouts,
             groups=groups,
-            advantage=advantage,
         )
 
 
@@ -265,10 +263,10 @@ class SeedRun:
         recipe = self.recipe.joint(self.seed, steps=self.recipe.control_steps)
         return self._joint("rejection", "own rationales that help", self.joint, "control", kept, recipe)
 
-    def control(self, rewards: Rewards, groups: Groups = "paired", advantage: Advantage = "centred") -> Checkpoint:
+    def control(self, rewards: Rewards, groups: Groups = "paired") -> Checkpoint:
         """Stage 4, from what stage 3 left."""
-        recipe = self.recipe.control(self.seed, rewards, groups, advantage)
-        name = f"seed-{self.seed}/control-{groups}-{advantage}-{rewards.cost}-{rewards.sigma}"
+        recipe = self.recipe.control(self.seed, rewards, groups)
+        name = f"seed-{self.seed}/control-{groups}-{rewards.cost}-{rewards.sigma}"
 
         def begin() -> tuple[Checkpoint, Metrics, int]:
             start = self.joint()

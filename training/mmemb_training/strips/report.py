@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_training.strips.benchmark import REINFORCED
+from mmemb_training.strips.benchmark import DEPENDENCE, REINFORCED
 from mmemb_training.strips.method import RULES
 from mmemb_training.strips.questions import FAMILIES
 
 DRAWS = 2000  # of the bootstrap
-FIGURES = ("hit_at_1", "rate", "tokens", "headroom")
+FIGURES = ("hit_at_1", "rate", "tokens", "random", "oracle", "headroom")
+SHOWN = ("hit_at_1", "rate", "tokens", "headroom")
+WAYS = ("never", "always", "best", "equal")
 Tables = Mapping[str, Any]
 
 
@@ -29,6 +31,7 @@ def result(seeds: Sequence[Tables]) -> dict[str, Any]:
         "judge_auc": _spread([one["pool"]["auc"] for one in seeds]),
         "needy_without": _spread([one["pool"]["needy_without"] for one in seeds]),
         "control": {name: _arm(seeds, name) for name in arms},
+        "dependence": {mode: _families([one["dependence"][mode] for one in seeds]) for mode in DEPENDENCE},
         "selection": {rule: _rule(seeds, rule) for rule in RULES},
         "dial": next((one["dial"] for one in seeds if one["dial"]), {}),
     }
@@ -37,12 +40,9 @@ def result(seeds: Sequence[Tables]) -> dict[str, Any]:
 def _arm(seeds: Sequence[Tables], name: str) -> dict[str, Any]:
     found = [one["control"]["arms"][name] for one in seeds]
     row: dict[str, Any] = {
-        point: {
-            figure: _spread([one[point][figure] for one in found]) for figure in FIGURES if figure in found[0][point]
-        }
-        for point in ("never", "always", "best", "equal")
+        way: {figure: _spread([one[way][figure] for one in found]) for figure in FIGURES} for way in WAYS
     }
-    row["families"] = _families(found)
+    row["families"] = {way: _families([one["families"][way] for one in found]) for way in WAYS}
     if name != REINFORCED:
         row["behind"] = {point: _difference(seeds, name, f"hits_{point}") for point in ("best", "equal")}
     return row
@@ -60,7 +60,7 @@ def _rule(seeds: Sequence[Tables], rule: str) -> dict[str, Any]:
         "never": _spread([one["never"] for one in found]),
         "always": _spread([one["always"] for one in found]),
         "auto": {figure: _spread([one["auto"][figure] for one in found]) for figure in FIGURES[:3]},
-        "families": _families(found),
+        "families": _families([one["families"] for one in found]),
     }
     if rule != RULES[0]:
         ours = np.array([one["selection"][RULES[0]]["hits"] for one in seeds])
@@ -68,9 +68,8 @@ def _rule(seeds: Sequence[Tables], rule: str) -> dict[str, Any]:
     return row
 
 
-def _families(found: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    rows = list(found)
-    return {family: float(np.mean([one["families"][family] for one in rows])) for family in FAMILIES}
+def _families(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {family: float(np.mean([row[family] for row in rows])) for family in FAMILIES}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -93,13 +92,17 @@ def markdown(found: Mapping[str, Any]) -> str:
     control = [
         (
             name,
-            *(_shown(row["best"][figure]) for figure in FIGURES),
+            *(_shown(row["best"][figure]) for figure in SHOWN),
             _shown(row["equal"]["hit_at_1"]),
             *(_ahead(row["behind"][point]) if "behind" in row else "" for point in ("best", "equal")),
         )
         for name, row in found["control"].items()
     ]
-    families = [(name, *(f"{row['families'][one]:.3f}" for one in FAMILIES)) for name, row in found["control"].items()]
+    reinforced = found["control"][REINFORCED]["families"]
+    ways = {way: reinforced[way] for way in ("never", "always")}
+    ways |= {mode.replace("_", " "): found["dependence"][mode] for mode in DEPENDENCE[1:]}
+    ways |= {name: row["families"]["best"] for name, row in found["control"].items()}
+    families = [(name, *(f"{row[one]:.3f}" for one in FAMILIES)) for name, row in ways.items()]
     selection = [
         (
             rule,
