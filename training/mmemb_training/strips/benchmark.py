@@ -43,7 +43,7 @@ REWARDS = Rewards(cost=0.1, sigma=0.3)
 SPLITS: tuple[Split, Split] = "calibration", "test"
 PARTS = "pool", "control", "dependence", "selection", "dial"
 DEPENDENCE = "always", "shuffled_rationale", "empty_rationale"  # modes of the reinforced model
-DIAL = (0.0, 0.3, 1.0, 3.0)  # costs, beside that of REWARDS
+DIAL = (0.0, 0.3, 1.0, 3.0, 10.0)  # costs, beside that of REWARDS
 
 
 class SeedTables:
@@ -86,8 +86,7 @@ class SeedTables:
             ),
             REINFORCED: ("control", lambda: self._run.control(REWARDS), by_decision),
         }
-        stage_3 = self._seen("joint", self._run.joint, "calibration")
-        budget = 0.5 * float(stage_3.tokens_LQ.mean())
+        budget = self._budget()
         return {"budget": budget, "arms": {name: self._arm(*arm, budget) for name, arm in arms.items()}}
 
     def _arm(self, model: str, train: Callable[[], Checkpoint], gate: Gate, budget: float) -> dict[str, Any]:
@@ -117,8 +116,8 @@ class SeedTables:
         return {mode: self._families(outcomes[mode].hits_Q) for mode in DEPENDENCE}
 
     def _selection(self) -> dict[str, Any]:
-        """Return, by rule of selection: never, always and auto, the last at its best threshold."""
-        table = {}
+        """Return, by rule of selection: never, always, and its gate at its best threshold and at equal tokens."""
+        table, budget = {}, self._budget()
         for rule in RULES:
             name = "joint" if rule == RULES[0] else f"joint-{RULES.index(rule)}"
 
@@ -127,14 +126,21 @@ class SeedTables:
 
             held_out, test = (self._seen(name, train, split).rendering(0) for split in SPLITS)
             best = test.at(by_decision(test) >= best_threshold(held_out, by_decision))
+            equal = test.at(by_decision(test) >= threshold_of_tokens(held_out, by_decision, budget))
             table[rule] = {
                 "never": float(test.never_LQ.mean()),
                 "always": float(test.always_LQ.mean()),
-                "auto": _summary(test, best),
+                "best": _summary(test, best),
+                "equal": _summary(test, equal),
                 "families": self._families(best.hits_Q),
-                "hits": best.hits_Q.tolist(),
+                "hits_best": best.hits_Q.tolist(),
+                "hits_equal": equal.hits_Q.tolist(),
             }
         return table
+
+    def _budget(self) -> float:
+        """Return half of the tokens a question that stage 3's model writes where it always reasons."""
+        return 0.5 * float(self._seen("joint", self._run.joint, "calibration").tokens_LQ.mean())
 
     def _dial(self) -> dict[str, Any]:
         """Return, by cost: what the policy decides by itself (a score of 0.5), for the first seed alone."""

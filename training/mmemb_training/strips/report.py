@@ -19,7 +19,8 @@ from mmemb_training.strips.questions import FAMILIES
 DRAWS = 2000  # of the bootstrap
 FIGURES = ("hit_at_1", "rate", "tokens", "random", "oracle", "headroom")
 SHOWN = ("hit_at_1", "rate", "tokens", "headroom")
-WAYS = ("never", "always", "best", "equal")
+POINTS = ("best", "equal")
+WAYS = ("never", "always", *POINTS)
 Tables = Mapping[str, Any]
 
 
@@ -44,7 +45,7 @@ def _arm(seeds: Sequence[Tables], name: str) -> dict[str, Any]:
     }
     row["families"] = {way: _families([one["families"][way] for one in found]) for way in WAYS}
     if name != REINFORCED:
-        row["behind"] = {point: _difference(seeds, name, f"hits_{point}") for point in ("best", "equal")}
+        row["behind"] = {point: _difference(seeds, name, f"hits_{point}") for point in POINTS}
     return row
 
 
@@ -55,16 +56,16 @@ def _difference(seeds: Sequence[Tables], name: str, hits: str) -> dict[str, Any]
 
 
 def _rule(seeds: Sequence[Tables], rule: str) -> dict[str, Any]:
-    found = [one["selection"][rule] for one in seeds]
-    row: dict[str, Any] = {
-        "never": _spread([one["never"] for one in found]),
-        "always": _spread([one["always"] for one in found]),
-        "auto": {figure: _spread([one["auto"][figure] for one in found]) for figure in FIGURES[:3]},
-        "families": _families([one["families"] for one in found]),
-    }
+    found, ours = ([one["selection"][each] for one in seeds] for each in (rule, RULES[0]))
+    row: dict[str, Any] = {way: _spread([one[way] for one in found]) for way in ("never", "always")}
+    for point in POINTS:
+        row[point] = {figure: _spread([one[point][figure] for one in found]) for figure in FIGURES[:3]}
+    row["families"] = _families([one["families"] for one in found])
     if rule != RULES[0]:
-        ours = np.array([one["selection"][RULES[0]]["hits"] for one in seeds])
-        row["behind"] = _paired(ours, np.array([one["hits"] for one in found]))
+        row["behind"] = {
+            point: _paired(*(np.array([one[f"hits_{point}"] for one in arm]) for arm in (ours, found)))
+            for point in POINTS
+        }
     return row
 
 
@@ -94,7 +95,7 @@ def markdown(found: Mapping[str, Any]) -> str:
             name,
             *(_shown(row["best"][figure]) for figure in SHOWN),
             _shown(row["equal"]["hit_at_1"]),
-            *(_ahead(row["behind"][point]) if "behind" in row else "" for point in ("best", "equal")),
+            *(_ahead(row["behind"][point]) if "behind" in row else "" for point in POINTS),
         )
         for name, row in found["control"].items()
     ]
@@ -106,10 +107,11 @@ def markdown(found: Mapping[str, Any]) -> str:
     selection = [
         (
             rule,
-            *(_shown(row["auto"][figure]) for figure in FIGURES[:3]),
+            *(_shown(row["best"][figure]) for figure in FIGURES[:3]),
+            _shown(row["equal"]["hit_at_1"]),
             _shown(row["always"]),
             _shown(row["never"]),
-            _ahead(row["behind"]) if "behind" in row else "",
+            *(_ahead(row["behind"][point]) if "behind" in row else "" for point in POINTS),
             *(f"{row['families'][one]:.3f}" for one in FAMILIES),
         )
         for rule, row in found["selection"].items()
@@ -118,6 +120,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         (cost, *(f"{row[name]:.3f}" for name in ("rate", "tokens", "hit_at_1"))) for cost, row in found["dial"].items()
     ]
     ahead = ("reinforcement ahead by", "at equal tokens")
+    rules = ("rule", "hit@1", "rate", "tokens", "hit@1 at equal tokens")
     parts = [
         f"# Strips\n\n{found['seeds']} seeds; the judge's AUC is {_shown(found['judge_auc'])}, and "
         f"{_shown(found['needy_without'])} of the questions that a rationale would help kept none.",
@@ -125,7 +128,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         + _table(("arm", "hit@1", "rate", "tokens", "headroom", "hit@1 at equal tokens", *ahead), control),
         "## By family, at the best threshold\n\n" + _table(("arm", *FAMILIES), families),
         "## Selection\n\n"
-        + _table(("rule", "auto hit@1", "rate", "tokens", "always", "never", "ours ahead by", *FAMILIES), selection),
+        + _table((*rules, "always", "never", "gain and content ahead by", "at equal tokens", *FAMILIES), selection),
         "## The cost dial, by the policy's own decision\n\n" + _table(("cost", "rate", "tokens", "hit@1"), dial),
     ]
     return "\n\n".join(parts) + "\n"
