@@ -28,6 +28,7 @@ def test_the_committed_results_are_read() -> None:
         "runtime-cpu.json",
         "search-1024-cpu.json",
         "search-128-cpu.json",
+        "strips-cpu.json",
         "tensorrt-rtx.json",
     }
 

@@ -40,6 +40,25 @@ ROWS = {
         "| cost 0 / 0.1 / 2 | 0.920 / 0.922 / 0.921 | 0.44 / 0.25 / 0.23 | 14.0 / 5.4 / 5.2 |",
         "| without paired groups | 0.922 | 0.24 | 5.3 |",
     ],
+    "strips-control": [
+        "| random, at reinforcement's rate | 0.745 ± 0.003 | 0.35 |  |  |  |  |  |",
+        "| stage 3's decision, its threshold calibrated | 0.903 ± 0.004 | 0.37 | 6.5 | 0.89 | 0.891 ± 0.004 "
+        "| 0.007 ± 0.002 (0.005 to 0.010) | 0.008 ± 0.001 (0.006 to 0.011) |",
+        "| **reinforcement** | 0.910 ± 0.003 | 0.35 | 6.1 | 0.91 | 0.899 ± 0.004 |  |  |",
+        "| oracle, at that rate | 0.927 ± 0.003 | 0.35 |  | 1.00 |  |  |  |",
+    ],
+    "strips-families": [
+        "| always | 0.992 | 0.956 | 0.913 | 0.917 | 0.987 | 0.690 |",
+        "| always, rationales shuffled | 0.344 | 0.208 | 0.362 | 0.748 | 0.983 | 0.517 |",
+        "| **reinforcement** | 0.992 | 0.951 | 0.905 | 0.978 | 0.988 | 0.724 |",
+    ],
+    "strips-selection": [
+        "| right in themselves (instance-level) | 0.911 ± 0.002 | 0.92 | 9.9 | 0.781 ± 0.004 | 0.914 | 0.666 "
+        "| -0.009 ± 0.004 (-0.016 to -0.001) | 0.109 ± 0.005 (0.095 to 0.124) |",
+        "| **that help by what they say (gain and content)** | 0.903 ± 0.003 | 0.37 | 6.5 | 0.890 ± 0.003 "
+        "| 0.892 | 0.658 |  |  |",
+    ],
+    "strips-dial": ["| 0 | 0.37 | 6.4 | 0.917 |", "| 10 | 0.00 | 0.0 | 0.660 |"],
     "reasoning": [
         "| 2 CPU cores, one query alone | never | auto | always | auto against always |",
         "| nano: hit@1 | 0.725 | 0.885 | 0.900 | -0.015 |",

@@ -1,7 +1,8 @@
 """The tables of documents, from a folder of results: `tables` gives those that the folder has figures for.
 
 Results lie in files named DAY-NAME.json, of which the latest of a name counts. Those of digitchain, ablation,
-precisions, peers and tensorrt-rtx are several runs put together by hand; all others are as `mmemb bench` writes them.
+strips, precisions, peers and tensorrt-rtx are several runs put together by hand; all others are as `mmemb bench` writes
+them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mmemb_benchmarks.report import engine_tables, job_tables, load_tables, method_tables
+from mmemb_benchmarks.report import engine_tables, job_tables, load_tables, method_tables, strips_tables
 from mmemb_benchmarks.report.table import Table
 from mmemb_deploy.errors import OptionError
 
@@ -55,6 +56,10 @@ _TABLES: dict[str, tuple[tuple[str, ...], Callable[..., Table]]] = {  # the file
     "selection": (("ablation-cpu",), method_tables.selection),
     "decision": (("ablation-cpu",), method_tables.decision),
     "reward": (("ablation-cpu",), method_tables.reward),
+    "strips-control": (("strips-cpu",), strips_tables.control),
+    "strips-families": (("strips-cpu",), strips_tables.families),
+    "strips-selection": (("strips-cpu",), strips_tables.selection),
+    "strips-dial": (("strips-cpu",), strips_tables.dial),
     "reasoning": (("latency-nano-cpu", "load-nano-cpu", "latency-small-cpu", "load-small-cpu"), load_tables.reasoning),
     "loops": (("loops-nano-cpu",), load_tables.loops),
     "loops-small": (("loops-small-cpu",), load_tables.loops),
