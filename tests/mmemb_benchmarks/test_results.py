@@ -26,6 +26,8 @@ def test_the_committed_results_are_read() -> None:
         "peers-cpu.json",
         "precisions-cpu.json",
         "runtime-cpu.json",
+        "scale-cpu.json",
+        "scale-million-cpu.json",
         "search-1024-cpu.json",
         "search-128-cpu.json",
         "strips-cpu.json",

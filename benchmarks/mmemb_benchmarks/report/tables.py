@@ -67,6 +67,7 @@ _TABLES: dict[str, tuple[tuple[str, ...], Callable[..., Table]]] = {  # the file
     "overload": (("overload-nano-cpu",), load_tables.overload),
     "overlap": (("overlap-small-cpu",), job_tables.overlap),
     "memory": (("memory-cpu", "memory-nano-cpu"), job_tables.memory),
+    "scale": (("scale-cpu", "scale-million-cpu"), job_tables.scale),
     "search": (("search-128-cpu", "search-1024-cpu"), job_tables.search),
     "precisions": (("precisions-cpu",), method_tables.precisions),
     "peers": (("peers-cpu",), engine_tables.peers),
