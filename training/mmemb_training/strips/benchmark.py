@@ -60,8 +60,14 @@ class SeedTables:
         """Return one of PARTS; what was measured is not measured again."""
         path = self._folder / f"{name}.json"
         if not path.exists():
-            parts = self._pool, self._control, self._dependence, self._selection, self._dial
-            write_whole(path, json.dumps(dict(zip(PARTS, parts, strict=True))[name]()))
+            measure: dict[str, Callable[[], Any]] = {
+                "pool": self._pool,
+                "control": self._control,
+                "dependence": self._dependence,
+                "selection": self._selection,
+                "dial": self._dial,
+            }
+            write_whole(path, json.dumps(measure[name]()))
         return json.loads(path.read_text())
 
     def _pool(self) -> dict[str, Any]:
