@@ -26,7 +26,6 @@ FAMILIES = {
     "same": "same",
 }
 
-
 WAYS = {
     "never": "never",
     "always": "always",
