@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import HTTPOptions
-from starlette.types import ASGIApp
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmemb_deploy.bundle.folder import NANO, Bundle
 from mmemb_deploy.bundle.manifest import manifest_digest
@@ -75,13 +76,14 @@ class Replica:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         arguments, settings, embedder = self._arguments, self._arguments.settings, self._service.embedder
         name = (settings.model_names or (embedder.manifest.model.name,))[0]
-        return create_app(
+        front = create_app(
             self._service,
             settings,
             digest=self._digest,
             gallery=open_gallery(embedder, arguments.gallery) if arguments.page else None,
             traces=Traces(name, embedder.dim) if settings.otel else None,
         )
+        return _named_by_proxy(front)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the seconds of work that wait here, and the share of the time since the last call that was worked."""
@@ -94,6 +96,20 @@ class Replica:
         """Raise where the engine has stopped by a defect, so that Ray replaces the replica."""
         if not self._service.alive:
             raise RuntimeError("the engine has stopped by a defect")
+
+
+def _named_by_proxy(front: ASGIApp) -> ASGIApp:
+    """Leave it to Ray's proxy to tell a client its request's id, which `front` has from there: once is enough."""
+
+    async def named(scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)["X-Request-ID"]
+            await send(message)
+
+        await front(scope, receive, answer)
+
+    return named
 
 
 DEPLOYMENT: Deployment = serve.deployment(

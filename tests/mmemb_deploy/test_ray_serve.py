@@ -78,7 +78,8 @@ def test_it_answers_as_the_server_does_and_comes_back_when_a_replica_dies() -> N
     vectors = np.array([entry["embedding"] for entry in answer.json()["data"]])
     expected = Embedder.load().encode(["one", "two plus three"], reasoning="never")
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
-    assert httpx.get(f"{ADDRESS}/ready").status_code == 200
+    ready = httpx.get(f"{ADDRESS}/ready", headers={"X-Request-ID": "mine"})
+    assert (ready.status_code, ready.headers.get_list("X-Request-ID")) == (200, ["mine"])
     told = serve.get_app_handle(NAME).record_autoscaling_stats.remote().result()
     assert told.keys() == {QUEUED, BUSY}
 
