@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +40,14 @@ def control(path: Path) -> Table:
     reinforced = result["control"]["reinforcement"]
     rate = f"{reinforced['best']['rate']['mean']:.2f}"
     rows: list[tuple[str, ...]] = [
-        (way, _shown(found["hit_at_1"]), f"{found['rate']['mean']:.2f}", f"{found['tokens']['mean']:.1f}", *[""] * 4)
-        for way, found in ((way, reinforced[way]) for way in ("never", "always"))
+        (way, _shown(reinforced[way]["hit_at_1"]), *_price(reinforced[way]), *[""] * 4) for way in ("never", "always")
     ]
     rows.append(("random, at reinforcement's rate", _shown(reinforced["best"]["random"]), rate, *[""] * 5))
     for key, label in ARMS.items():
         found = result["control"][key]
-        best, equal = found["best"], found["equal"]
-        behind = (_ahead(found["behind"][point]) for point in ("best", "equal")) if "behind" in found else ("", "")
-        rates = f"{best['rate']['mean']:.2f}", f"{best['tokens']['mean']:.1f}", f"{best['headroom']['mean']:.2f}"
-        rows.append((label, _shown(best["hit_at_1"]), *rates, _shown(equal["hit_at_1"]), *behind))
+        best, equal = found["best"], _shown(found["equal"]["hit_at_1"])
+        headroom = f"{best['headroom']['mean']:.2f}"
+        rows.append((label, _shown(best["hit_at_1"]), *_price(best), headroom, equal, *_behind(found)))
     rows.append(("oracle, at that rate", _shown(reinforced["best"]["oracle"]), rate, "", "1.00", "", "", ""))
     ahead = "reinforcement ahead by", "at equal tokens"
     head = "who decides", "hit@1", "rate", "tokens", "headroom", "hit@1 at equal tokens"
@@ -72,11 +70,9 @@ def selection(path: Path) -> Table:
     rows: list[tuple[str, ...]] = []
     for key, label in SELECTION.items():
         found = result["selection"][key]
-        best, equal = found["best"], found["equal"]
-        behind = (_ahead(found["behind"][point]) for point in ("best", "equal")) if "behind" in found else ("", "")
-        figures = _shown(best["hit_at_1"]), f"{best['rate']['mean']:.2f}", f"{best['tokens']['mean']:.1f}"
+        best, equal = found["best"], _shown(found["equal"]["hit_at_1"])
         others = (f"{found[mode]['mean']:.3f}" for mode in ("always", "never"))
-        rows.append((label, *figures, _shown(equal["hit_at_1"]), *others, *behind))
+        rows.append((label, _shown(best["hit_at_1"]), *_price(best), equal, *others, *_behind(found)))
     ahead = "gain and content ahead by", "at equal tokens"
     head = "rationales learnt", "auto", "its rate", "its tokens", "auto at equal tokens", "always", "never"
     return Table(caption(result), (*head, *ahead), rows)
@@ -97,6 +93,16 @@ _DIAL = {"rate": ".2f", "tokens": ".1f", "hit_at_1": ".3f"}
 
 def _shown(spread: Mapping[str, float]) -> str:
     return f"{spread['mean']:.3f}" + (f" ± {spread['error']:.3f}" if "error" in spread else "")
+
+
+def _price(found: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the rate of reasoning and the tokens a question."""
+    return f"{found['rate']['mean']:.2f}", f"{found['tokens']['mean']:.1f}"
+
+
+def _behind(found: Mapping[str, Any]) -> Sequence[str]:
+    """Return by how much ours is ahead of a row, at its best threshold and at equal tokens; nothing for ours itself."""
+    return [_ahead(found["behind"][point]) for point in ("best", "equal")] if "behind" in found else ["", ""]
 
 
 def _ahead(difference: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The tables of documents, from a folder of results: `tables` gives those that the folder has figures for.
 
 Results lie in files named DAY-NAME.json, of which the latest of a name counts. Those of digitchain, ablation,
-strips, precisions, peers and tensorrt-rtx are several runs put together by hand; all others are as `mmemb bench` writes
+strips, precisions, peers and tensorrt-rtx are several runs put together by hand; all others are as their commands write
 them.
 """
 

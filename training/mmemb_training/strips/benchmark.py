@@ -97,20 +97,13 @@ class SeedTables:
 
     def _arm(self, model: str, train: Callable[[], Checkpoint], gate: Gate, budget: float) -> dict[str, Any]:
         held_out, test = self._seen(model, train, "calibration"), self._seen(model, train, "test")
-        scores_LQ = gate(test)
-        best = test.at(scores_LQ >= best_threshold(held_out, gate))
-        equal = test.at(scores_LQ >= threshold_of_tokens(held_out, gate, budget))
-        ways = {
-            "never": test.at(np.zeros(scores_LQ.shape, bool)),
-            "always": test.at(np.ones(scores_LQ.shape, bool)),
-            "best": best,
-            "equal": equal,
-        }
+        points = _points(held_out, test, gate, budget)
+        reasons_LQ = np.ones(test.scores_LQ.shape, bool)
+        ways = {"never": test.at(~reasons_LQ), "always": test.at(reasons_LQ)} | points
         return {
             **{name: _summary(test, way) | _headroom(test, way) for name, way in ways.items()},
             "families": {name: self._families(way.hits_Q) for name, way in ways.items()},
-            "hits_best": best.hits_Q.tolist(),
-            "hits_equal": equal.hits_Q.tolist(),
+            **{f"hits_{name}": point.hits_Q.tolist() for name, point in points.items()},
         }
 
     def _dependence(self) -> dict[str, dict[str, float]]:
@@ -131,16 +124,13 @@ class SeedTables:
                 return self._run.joint(rule)
 
             held_out, test = (self._seen(name, train, split).rendering(0) for split in SPLITS)
-            best = test.at(by_decision(test) >= best_threshold(held_out, by_decision))
-            equal = test.at(by_decision(test) >= threshold_of_tokens(held_out, by_decision, budget))
+            points = _points(held_out, test, by_decision, budget)
             table[rule] = {
                 "never": float(test.never_LQ.mean()),
                 "always": float(test.always_LQ.mean()),
-                "best": _summary(test, best),
-                "equal": _summary(test, equal),
-                "families": self._families(best.hits_Q),
-                "hits_best": best.hits_Q.tolist(),
-                "hits_equal": equal.hits_Q.tolist(),
+                **{name: _summary(test, point) for name, point in points.items()},
+                "families": self._families(points["best"].hits_Q),
+                **{f"hits_{name}": point.hits_Q.tolist() for name, point in points.items()},
             }
         return table
 
@@ -213,6 +203,13 @@ def run_benchmark(shared: Shared, seeds: int, questions: int, report: Callable[[
     measured = [SeedTables(SeedRun(shared, seed), questions, report) for seed in range(seeds)]
     parts = {name: [one.table(name) for one in measured] for name in PARTS}
     return [{name: found[seed] for name, found in parts.items()} for seed in range(seeds)]
+
+
+def _points(held_out: Seen, test: Seen, gate: Gate, tokens: float) -> dict[str, Chosen]:
+    """Return what a gate does at the two thresholds that held-out questions choose: the best, and that of `tokens`."""
+    thresholds = {"best": best_threshold(held_out, gate), "equal": threshold_of_tokens(held_out, gate, tokens)}
+    scores_LQ = gate(test)
+    return {name: test.at(scores_LQ >= threshold) for name, threshold in thresholds.items()}
 
 
 def _summary(seen: Seen, chosen: Chosen) -> dict[str, float]:
