@@ -54,11 +54,11 @@ def found(
     wrong = replace(PEERS["transformers eager"], options={"checkpoint": str(other)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PEERS, WRONG, wrong)
-        return run(tiny_checkpoint, fused_bundle, "transformers eager", WRONG, ABSENT)
+        return run(tiny_checkpoint, fused_bundle, "transformers eager", WRONG, ABSENT, "transformers bfloat16")
 
 
 def test_peers_embed_the_same_prompts_alike_and_are_timed(found: PeersResult, fused_bundle: Path) -> None:
-    assert list(found.peers) == [BASELINE, "transformers eager", fused_bundle.name]
+    assert list(found.peers) == [BASELINE, "transformers eager", "transformers bfloat16", fused_bundle.name]
     for peer in found.peers.values():
         assert set(peer.seconds) == set(peer.spread) == {"embed x2", "token x2", "think and embed x2"}
         assert peer.environment

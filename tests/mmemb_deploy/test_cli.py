@@ -95,7 +95,7 @@ def test_train_and_export_run_from_the_command_line(
     monkeypatch.chdir(tmp_path)
     assert exit_code("train", "nano", "run", "--scale", "0.001", "--json") == 0
     checkpoint = json.loads(capsys.readouterr().out)["checkpoint"]
-    assert exit_code("export", checkpoint, "bundle", "--form", "fused", "--probes", 12, "--json") == 0
+    assert exit_code("export", checkpoint, "bundle", "--form", "fused", "--probes", 24, "--json") == 0
     assert json.loads(capsys.readouterr().out)["certificate"]["token_agreement"] >= 0.995
     assert exit_code("verify", "bundle") == 0
     assert exit_code("export", checkpoint, "bundle") == 2
