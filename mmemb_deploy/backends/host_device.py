@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from threading import RLock
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from mmemb_deploy.backends.device import ALIGNMENT, Plane, Wanted
+from mmemb_deploy.backends.device import ALIGNMENT, Plane, Shape, Wanted
 from mmemb_deploy.errors import BackendError
 
 
@@ -40,15 +42,11 @@ class HostDevice:
 
     def upload(self, array: NDArray[Any], address: int) -> None:
         """Copy an array to an address."""
-        contiguous = np.ascontiguousarray(array)
-        ctypes.memmove(address, contiguous.ctypes.data, contiguous.nbytes)
+        _at(address, array.shape, array.dtype)[...] = array
 
     def download(self, wanted: Sequence[Wanted]) -> list[NDArray[Any]]:
         """Return copies of arrays at addresses."""
-        found = [np.empty(each.shape, each.dtype) for each in wanted]
-        for array, each in zip(found, wanted, strict=True):
-            ctypes.memmove(array.ctypes.data, each.address, array.nbytes)
-        return found
+        return [_at(each.address, each.shape, each.dtype).copy() for each in wanted]
 
     def copy(self, source: Plane, target: Plane, width: int, height: int) -> None:
         """Copy lines."""
@@ -62,10 +60,13 @@ class HostDevice:
         return start
 
 
-def _at(address: int, nbytes: int) -> NDArray[np.uint8]:
-    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+@lru_cache(maxsize=4096)  # what a step reads and writes lies where it lay, and to describe it takes longer than to copy
+def _at(address: int, shape: Shape, dtype: DTypeLike) -> NDArray[Any]:
+    """Return the array at an address; it keeps no memory alive."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype).reshape(shape)
 
 
 def _lines(plane: Plane, width: int, height: int) -> NDArray[np.uint8]:
-    whole = _at(plane.address, plane.pitch * (height - 1) + width)
+    whole = _at(plane.address, (plane.pitch * (height - 1) + width,), "uint8")
     return np.lib.stride_tricks.as_strided(whole, (height, width), (plane.pitch, 1))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("onnxruntime", "cpu") from error
 
 PROVIDER = "CPUExecutionProvider"
+HOST = "cpu", 0
+BINDINGS = 256  # that a graph on the CPU keeps
 HOST_TYPES = {name: np.dtype(name) for name in ("uint8", "int64", "float32")}
 
 
@@ -106,12 +109,14 @@ class OrtGraph:
         self,
         session: Any,
         facts: GraphFacts,
-        place: tuple[str, int] = ("cpu", 0),
+        place: tuple[str, int] = HOST,
         types: Mapping[str, Any] = HOST_TYPES,
         options: Any = None,
     ) -> None:
         self.facts = facts
-        self._session, self._place, self._types, self._options = session, place, types, options
+        self._bind = partial(_bound, session, facts, place, types, options)
+        if place == HOST:  # to bind takes as long as some layers of a small model; a GPU may copy inputs as it does so
+            self._bind = lru_cache(maxsize=BINDINGS)(self._bind)
 
     def takes(self, shapes: Mapping[str, Shape]) -> bool:
         """Return True: ONNX Runtime makes room for what comes."""
@@ -123,20 +128,30 @@ class OrtGraph:
     ) -> Callable[[], None]:
         """Return what runs the graph over these shapes and addresses."""
         del again
-        binding = self._session.io_binding()
-        sizes = axis_sizes(self.facts, shapes)
-        for tensor in self.facts.inputs:
-            kind = self._types[tensor.dtype]
-            binding.bind_input(tensor.name, *self._place, kind, shapes[tensor.name], addresses[tensor.name])
-        for tensor in self.facts.outputs:
-            kind = self._types[tensor.dtype]
-            shape = sized(tensor.shape, sizes)
-            binding.bind_output(tensor.name, *self._place, kind, shape, addresses[tensor.name])
+        return self._bind(tuple(shapes.items()), tuple(addresses.items()))
 
-        def run() -> None:
-            try:
-                self._session.run_with_iobinding(binding, self._options)
-            except Exception as error:
-                raise BackendError(f"ONNX Runtime failed in {self.facts.file}: {error}") from error
 
-        return run
+def _bound(
+    session: Any,
+    facts: GraphFacts,
+    place: tuple[str, int],
+    types: Mapping[str, Any],
+    options: Any,
+    inputs: Iterable[tuple[str, Shape]],
+    addresses: Iterable[tuple[str, int]],
+) -> Callable[[], None]:
+    """Return what runs a graph over inputs of these shapes, and tensors at these addresses."""
+    binding, shapes, at = session.io_binding(), dict(inputs), dict(addresses)
+    sizes = axis_sizes(facts, shapes)
+    for tensor in facts.inputs:
+        binding.bind_input(tensor.name, *place, types[tensor.dtype], shapes[tensor.name], at[tensor.name])
+    for tensor in facts.outputs:
+        binding.bind_output(tensor.name, *place, types[tensor.dtype], sized(tensor.shape, sizes), at[tensor.name])
+
+    def run() -> None:
+        try:
+            session.run_with_iobinding(binding, options)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed in {facts.file}: {error}") from error
+
+    return run

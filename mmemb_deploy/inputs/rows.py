@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -89,14 +90,17 @@ class RowEncoder:
         images, frames = shown.images, shown.frames
         visuals = (*frames, *images) if self.prompt.layout.video_first else (*images, *frames)
         token_ids_S = np.asarray(ids, np.int64)
-        shown_S = np.isin(token_ids_S, self._pads)
         return Row(
             token_ids_S,
             rotary_positions(ids, visuals, self._pads, self.vision.merge_size),
             visuals,
-            np.where(shown_S, shown_S.cumsum(), 0),
+            self._visual_index(token_ids_S) if visuals else np.zeros_like(token_ids_S),
             self.prompt.prefix_length(instruction),
         )
+
+    def _visual_index(self, token_ids_S: Ints) -> Ints:
+        shown_S = np.isin(token_ids_S, self._pads)
+        return np.where(shown_S, shown_S.cumsum(), 0)
 
     def shown(self, request: Request) -> Shown:
         """Resize what a request shows. Raises InputError for an image that cannot be resized."""
@@ -125,7 +129,7 @@ class Batch:
     visuals: tuple[Visual, ...]
     prefix: int  # tokens at the start of every row that are the same in all and do not depend on the inputs
 
-    @property
+    @cached_property
     def last_B(self) -> Ints:
         """Place of each row's last token."""
         last: Ints = self.mask_BT.sum(axis=1) - 1

@@ -10,7 +10,7 @@ Axes: H key-value heads, E head size.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mmemb_deploy.backends.device import Device, Memory, Plane, aligned
@@ -62,11 +62,11 @@ class Block:
         """Allocate one, all zeros: what no token was written to is read too, and hidden only then."""
         return cls(layout, device.allocate(layout.planes * layout.plane_bytes(rows, slots)), rows, slots)
 
-    def address(self, plane: int, row: int = 0) -> int:
-        """Return where a row of a plane begins."""
-        layout = self.layout
-        start = plane * layout.plane_bytes(self.rows, self.slots)
-        return self.memory.address + start + row * layout.heads * self.slots * layout.head_bytes
+    def addresses(self, row: int) -> Sequence[int]:
+        """Return where a row begins in every plane."""
+        layout, pitch = self.layout, self.layout.plane_bytes(self.rows, self.slots)
+        start = self.memory.address + row * layout.heads * self.slots * layout.head_bytes
+        return range(start, start + layout.planes * pitch, pitch)
 
 
 class Pool:
@@ -90,9 +90,9 @@ class Pool:
         """Slots of a row."""
         return self._block.slots
 
-    def addresses(self, row: int) -> Iterator[int]:
-        """Yield where a row begins in every plane."""
-        return (self._block.address(plane, row) for plane in range(self.layout.planes))
+    def addresses(self, row: int) -> Sequence[int]:
+        """Return where a row begins in every plane."""
+        return self._block.addresses(row)
 
     def holder(self, index: int) -> Row | None:
         """Return the lease of a row, None where it is free."""
@@ -122,7 +122,8 @@ class Pool:
             self._move_to(2 * needed, self.slots)
         if count > self.rows:
             raise self._too_many(count)
-        starts = [start for start in range(self.rows - count + 1) if not self._held(range(start, start + count))]
+        free = [self.holder(index) is None for index in range(self.rows)]
+        starts = [start for start in range(self.rows - count + 1) if all(free[start : start + count])]
         kept = (start for start in starts if all(self._prefixes[start + row][0] == prefix for row in range(count)))
         first = next(kept, starts[0] if starts else -1)
         if first < 0:
@@ -220,10 +221,7 @@ class Pool:
 
     def _copy(self, source: Block, row: int, target: Block, to_row: int, tokens: int) -> None:
         size = self.layout.head_bytes
-        for plane in range(self.layout.planes):
+        for here, there in zip(source.addresses(row), target.addresses(to_row), strict=True):
             self._device.copy(
-                Plane(source.address(plane, row), source.slots * size),
-                Plane(target.address(plane, to_row), target.slots * size),
-                tokens * size,
-                self.layout.heads,
+                Plane(here, source.slots * size), Plane(there, target.slots * size), tokens * size, self.layout.heads
             )

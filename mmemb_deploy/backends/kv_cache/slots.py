@@ -185,7 +185,7 @@ class SlotDecoder:
         made = (outputs or inputs).outputs(engine.facts, shapes, without=frozenset(self._present))
         addresses |= {name: each.address for name, each in made.items()}
         if first is not None:
-            model, cached = self._model, list(self.pool.addresses(first))
+            model, cached = self._model, self.pool.addresses(first)
             rows = len(arrays[abi.TOKEN_IDS])
             shapes |= dict.fromkeys(self._past, (rows, model.kv_heads, self.pool.slots, model.head_dim))
             addresses |= dict(zip(self._past, cached, strict=True)) | dict(zip(self._present, cached, strict=True))
