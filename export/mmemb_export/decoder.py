@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmemb_deploy.bundle import abi
 from mmemb_training.model import decoder_forward, last_state
@@ -54,7 +53,8 @@ class Decoder(DecoderPart):
         last_B = last.clamp(min=0)
         state_BD = last_state(hidden_BTD, last_B)
         present = (tensor for layer in cache for tensor in layer)
-        embedding_BD = F.normalize(state_BD.float(), dim=-1)
+        norm_B1 = torch.linalg.vector_norm(state_BD.float(), dim=-1, keepdim=True)
+        embedding_BD = state_BD.float() / norm_B1.clamp_min(1e-12)  # F.normalize would repeat the norm D times first
         if self.lm_head is None:
             return embedding_BD, state_BD.float(), *present
         logits_BW = self.lm_head(state_BD).float()

@@ -88,6 +88,9 @@ def fused(model: ir.Model, *, heads: int, kv_heads: int) -> ir.Model:
     tape = Tape()
     one = constant(graph, "fused.one", ir.DataType.INT64, [1])
     flat = constant(graph, "fused.flat", ir.DataType.INT64, [0, 0, -1])
+    by_head = {
+        each: constant(graph, f"fused.heads_{each}", ir.DataType.INT64, [0, 0, each, -1]) for each in {heads, kv_heads}
+    }
     new = tape.op("Shape", [_input(graph, abi.TOKEN_IDS)], {"start": 1, "end": 2})
     end = tape.op("Add", [_input(graph, abi.START), new])
     last = tape.op("Cast", [tape.op("Sub", [end, one])], {"to": ir.DataType.INT32})
@@ -95,8 +98,11 @@ def fused(model: ir.Model, *, heads: int, kv_heads: int) -> ir.Model:
     _before_all(graph, tape)
 
     def attend(tape: Tape, layer: Layer) -> Written:
-        values = tape.op("Reshape", [_producer(layer.values, "Transpose").inputs[0], flat])
-        rotated = [_rotated_flat(tape, each, flat, n) for each, n in ((layer.queries, heads), (layer.keys, kv_heads))]
+        values = _producer(_producer(layer.values, "Transpose").inputs[0], "Reshape").inputs[0]
+        rotated = [
+            _rotated_flat(tape, each, by_head[count], flat, count)
+            for each, count in ((layer.queries, heads), (layer.keys, kv_heads))
+        ]
         written = tape.op_multi_out(
             "GroupQueryAttention",
             [*rotated, values, layer.past_keys, layer.past_values, last, longest],
@@ -182,13 +188,18 @@ def _swept(model: ir.Model) -> ir.Model:
     return model
 
 
-def _rotated_flat(tape: Tape, rotated: ir.Value, flat: ir.Value, heads: int) -> ir.Value:
-    """Rotate (B, T, heads x E) in place of (B, heads, T, E)."""
+def _rotated_flat(tape: Tape, rotated: ir.Value, by_head: ir.Value, flat: ir.Value, heads: int) -> ir.Value:
+    """Rotate (B, T, heads x E) in place of (B, heads, T, E); the shapes by which heads are parted are constants."""
     rotary = _producer(rotated, "RotaryEmbedding")
-    by_head, cos, sin = rotary.inputs
-    states = _producer(by_head, "Transpose").inputs[0]
+    transposed, cos, sin = rotary.inputs
+    norm = _producer(_producer(transposed, "Transpose").inputs[0], "RMSNormalization")
+    parted = _producer(norm.inputs[0], "Reshape")
+    parted.replace_input_with(1, by_head)
+    parted.attributes.pop("allowzero")
     return tape.op(
-        "RotaryEmbedding", [tape.op("Reshape", [states, flat]), cos, sin], {"num_heads": heads, "interleaved": 0}
+        "RotaryEmbedding",
+        [tape.op("Reshape", [norm.outputs[0], flat]), cos, sin],
+        {"num_heads": heads, "interleaved": 0},
     )
 
 
