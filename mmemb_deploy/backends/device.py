@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from mmemb_deploy.bundle.manifest import GraphFacts
 from mmemb_deploy.errors import BackendError
@@ -17,6 +17,7 @@ from mmemb_deploy.errors import BackendError
 ALIGNMENT = 256  # bytes; of an address that TensorRT reads or writes
 
 Shape = tuple[int, ...]
+DType = str | np.dtype[Any] | type[np.generic]
 
 
 class RecordError(BackendError):
@@ -73,7 +74,7 @@ class Wanted:
 
     address: int
     shape: Shape
-    dtype: DTypeLike
+    dtype: DType
 
 
 class Device(Protocol):

@@ -10,9 +10,9 @@ from threading import RLock
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from mmemb_deploy.backends.device import ALIGNMENT, Plane, Shape, Wanted
+from mmemb_deploy.backends.device import ALIGNMENT, DType, Plane, Shape, Wanted
 from mmemb_deploy.errors import BackendError
 
 
@@ -61,10 +61,10 @@ class HostDevice:
 
 
 @lru_cache(maxsize=4096)  # what a step reads and writes lies where it lay, and to describe it takes longer than to copy
-def _at(address: int, shape: Shape, dtype: DTypeLike) -> NDArray[Any]:
+def _at(address: int, shape: Shape, dtype: DType) -> NDArray[Any]:
     """Return the array at an address; it keeps no memory alive."""
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype).reshape(shape)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address)).view(dtype).reshape(shape)
 
 
 def _lines(plane: Plane, width: int, height: int) -> NDArray[np.uint8]:

@@ -114,9 +114,9 @@ class OrtGraph:
         options: Any = None,
     ) -> None:
         self.facts = facts
-        self._bind = partial(_bound, session, facts, place, types, options)
-        if place == HOST:  # to bind takes as long as some layers of a small model; a GPU may copy inputs as it does so
-            self._bind = lru_cache(maxsize=BINDINGS)(self._bind)
+        bind = partial(_bound, session, facts, place, types, options)
+        # To bind takes as long as some layers of a small model. On a GPU, ONNX Runtime may copy inputs as it does so.
+        self._bind: Callable[..., Callable[[], None]] = lru_cache(BINDINGS)(bind) if place == HOST else bind
 
     def takes(self, shapes: Mapping[str, Shape]) -> bool:
         """Return True: ONNX Runtime makes room for what comes."""

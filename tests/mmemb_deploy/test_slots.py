@@ -198,7 +198,7 @@ def test_rationales_of_several_lengths_give_the_same_embeddings(
         cache: Any = decoder.prefill(*prompt).cache
         with decoder.stack([cache], 11) as stacked:
             longer = decoder.extend(stacked, ids_BT, lengths_B, range(3))
-            found.append([longer.embeddings, longer.next_token_B])
+            found.append([longer.embeddings, longer.next_token_B, longer.logits().copy()])
             after = decoder.extend(longer.cache, *tokens([31], [32], [33]), range(3))  # after padding between tokens
             found[-1] += [after.embeddings, after.logits()]
     for ours, theirs in zip(*found, strict=True):
@@ -330,6 +330,12 @@ def test_a_step_of_a_2b_model_copies_no_keys_and_brings_8_bytes_a_row_to_the_hos
             step = decoder.extend(step.cache, step.next_token_B[:, None], np.ones(rows, np.int64), [])
     fed_back = rows * (8 + 24 + 8)  # ids, positions and starts, from a step to the next
     assert device.counts == {"inside": 4 * fed_back, "down": 4 * 64, "waits": 4}
+
+    with decoder.stack([cache], 5) as stacked:
+        device.counts.clear()
+        decoder.extend(stacked, ids_BT[:, :5], np.full(rows, 5), range(rows))
+    assert device.counts["down"] == rows * (8 + 4 * hidden)  # next tokens and embeddings, and no logits
+    assert device.counts["waits"] == 1
 
 
 def test_prompts_with_a_prefix_that_their_rows_still_hold_begin_after_it(padded: Setting) -> None:

@@ -321,8 +321,15 @@ class SlotDecoder:
             ends = np.flatnonzero((new_B > 0) & (lengths_B <= begin + chunk))
             made = self._follow_chunk(cache.rows, ids_BT, new_B, ends)
             if len(ends):
-                next_B[ends], embeddings_BD[ends], logits_BW[ends] = made
-        return Extended(next_B, [embeddings_BD[row] for row in embedded], lambda: logits_BW, cache)
+                next_B[ends], embeddings_BD[ends], fetch = made
+                if begin + chunk < total:  # the next chunk's will lie where these do
+                    logits_BW[ends] = fetch()
+
+        def logits() -> Floats:
+            logits_BW[ends] = fetch()
+            return logits_BW
+
+        return Extended(next_B, [embeddings_BD[row] for row in embedded], logits, cache)
 
     def _follow_alone(
         self, cache: SlotCache, token_ids_BT: Ints, lengths_B: Ints, embedded: Sequence[int]
@@ -337,8 +344,10 @@ class SlotDecoder:
         logits_BW = np.concatenate(logits)
         return Extended(np.concatenate(next_tokens), [embeddings[row] for row in embedded], lambda: logits_BW, cache)
 
-    def _follow_chunk(self, rows: Sequence[Row], token_ids_BT: Ints, new_B: Ints, ends: Ints) -> list[NDArray[Any]]:
-        """Run a chunk; return next tokens (ends,), embeddings and logits of the rows that end in it."""
+    def _follow_chunk(
+        self, rows: Sequence[Row], token_ids_BT: Ints, new_B: Ints, ends: Ints
+    ) -> tuple[Ints, Floats, Callable[[], Floats]]:
+        """Run a chunk; return next tokens (ends,), embeddings, and what fetches logits, of the rows that end in it."""
         assert self._generator is not None
         first, count = self._span(rows)
         places = np.array([row.index - first for row in rows])
@@ -353,16 +362,16 @@ class SlotDecoder:
         window = self._window(new + max(row.length for row in rows))
         bound = self._bind(self._generator, inputs, first, window, self._prompts)
         bound.run()
-        names = self._tells_next, abi.EMBEDDING, abi.LOGITS
-        wanted = [row_of(bound.outputs[name], place) for name in names for place in places[ends].tolist()]
-        found = self._device.download(wanted)
+
+        def wanted(name: str) -> list[Wanted]:
+            return [row_of(bound.outputs[name], place) for place in places[ends].tolist()]
+
+        found = self._device.download([*wanted(self._tells_next), *wanted(abi.EMBEDDING)])
         for row, more in zip(rows, new_B.tolist(), strict=True):
             row.length, row.position = row.length + more, row.position + more
-        count = len(ends)
-        if not count:
-            return []
-        told, *made = (np.array(found[kind * count : (kind + 1) * count]) for kind in range(len(names)))
-        return [self._next(told), *made]
+        told, embeddings = found[: len(ends)], found[len(ends) :]
+        next_E = self._next(np.stack(told)) if told else np.zeros(0, np.int64)
+        return next_E, np.array(embeddings), lambda: np.stack(self._device.download(wanted(abi.LOGITS)))
 
     def _next(self, told: NDArray[Any]) -> Ints:
         """Return the likeliest next tokens, of what tells them."""
