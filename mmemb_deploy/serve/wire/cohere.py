@@ -33,6 +33,7 @@ from mmemb_deploy.serve.wire.common import (
 from mmemb_deploy.serve.wire.openai import Text, base64_of
 
 Format = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
+MOST = "As many as the server's --max-inputs, which /info tells; Cohere's own service takes 96."
 DOCUMENTS = ("search_document", "clustering", "image")  # compared with one another: never by a gate that load moves
 
 
@@ -51,9 +52,11 @@ class CohereRequest(Wishes):
     input_type: Literal["search_document", "search_query", "classification", "clustering", "image"] = Field(
         description="search_query and classification embed as queries, the others as documents."
     )
-    texts: list[Text] | None = Field(None, min_length=1, fail_fast=True)
-    images: list[Text] | None = Field(None, min_length=1, fail_fast=True, description="Data URIs, one input each.")
-    inputs: list[Content] | None = Field(None, min_length=1, fail_fast=True)
+    texts: list[Text] | None = Field(None, min_length=1, fail_fast=True, description=MOST)
+    images: list[Text] | None = Field(
+        None, min_length=1, fail_fast=True, description=f"Data URIs, one input each. {MOST}"
+    )
+    inputs: list[Content] | None = Field(None, min_length=1, fail_fast=True, description=MOST)
     output_dimension: int | None = Field(None, ge=1, description="A size that the model was trained for.")
     embedding_types: list[Format] = Field(
         ["float"],

@@ -54,7 +54,7 @@ class Served:
     def check_count(self, inputs: Sequence[object], field: str) -> None:
         """Raise Refusal unless there is an input, and not more of them than one request may hold."""
         if not 0 < len(inputs) <= self.max_inputs:
-            message = f"{field} has {len(inputs)} inputs: pass 1 to {self.max_inputs}"
+            message = f"{field} has {len(inputs)} inputs: pass 1 to {self.max_inputs}, this server's --max-inputs"
             raise Refusal(400, "invalid_request", message, field)
 
     def check_dimensions(self, dimensions: int | None, field: str) -> None:

@@ -85,6 +85,19 @@ def test_inputs_that_fit_are_embedded_whatever_truncate_says(client: cohere.Clie
             client.embed(model="nano", input_type="search_query", texts=["a " * 50_000], truncate=truncate)
 
 
+def test_more_than_cohere_takes_are_embedded_up_to_the_server_s_own_limit(client: cohere.ClientV2, serve: Any) -> None:
+    texts = ["seven"] * 97
+    for asked in ({"texts": texts}, {"inputs": [{"content": [{"type": "text", "text": text}]} for text in texts]}):
+        given: Any = asked
+        assert floats(client.embed(model="nano", input_type="search_document", **given)).shape == (97, 128)
+    with (
+        serve(max_inputs=96) as small,
+        cohere.ClientV2("a key", base_url=small.url) as other,
+        pytest.raises(cohere.BadRequestError, match="texts has 97 inputs: pass 1 to 96, this server's --max-inputs"),
+    ):
+        other.embed(model="nano", input_type="search_document", texts=texts)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
