@@ -134,7 +134,7 @@ class Front:
                 note = noted(request.scope)
                 note.field = contract.field(asked)
                 ask = contract.ask(asked, self._served)
-                note.request_id = getattr(asked, "request_id", None) or note.request_id
+                note.client_request_id = getattr(asked, "request_id", None)
                 note.rows = len(ask.inputs)
                 result = await unless_gone(self._embedded(ask, began), request.receive)
                 details = details_of(result)

@@ -29,7 +29,8 @@ NOTED = "mmemb.noted"  # where a scope holds its Noted
 class Noted:
     """What is known of a request, for the log and for errors."""
 
-    request_id: str
+    request_id: str  # of X-Request-ID, or made
+    client_request_id: str | None = None  # of the body; the answer's header has it before the other
     field: str = "input"  # that holds its inputs
     rows: int = 0
     tokens: int = 0
@@ -62,7 +63,7 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = note.request_id
+                MutableHeaders(scope=message)["X-Request-ID"] = note.client_request_id or note.request_id
             await send(message)
 
         try:
@@ -77,8 +78,8 @@ class RequestLog:
                 "rows": note.rows,
                 "tokens": note.tokens,
             }
-            if note.error is not None:
-                fields["error"] = note.error
+            fields |= {"client_request_id": note.client_request_id, "error": note.error}
+            fields = {name: value for name, value in fields.items() if value is not None}
             asyncio.get_running_loop().call_soon(_log, fields)  # once the answer is out
 
 

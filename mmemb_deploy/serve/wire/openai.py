@@ -96,7 +96,9 @@ class OpenAIRequest(Wishes):
     truncate_prompt_tokens: Literal[-1] | None = Field(
         None, description="-1 or nothing: inputs are never cut, one that is too long is refused."
     )
-    request_id: str | None = Field(None, pattern=REQUEST_ID.pattern, description="In place of X-Request-ID.")
+    request_id: str | None = Field(
+        None, pattern=REQUEST_ID.pattern, description="The answer's X-Request-ID, and in the log."
+    )
     add_special_tokens: Literal[True] | None = Field(None, description="The bundle's own layout always has them.")
     continue_final_message: Literal[True] | None = Field(None, description="The bundle's own layout always does.")
 

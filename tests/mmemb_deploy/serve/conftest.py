@@ -55,7 +55,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> Callable[[list[httpx.Response]], 
         until = time.monotonic() + 20
         while True:
             said = [record.__dict__["fields"] for record in caplog.records if record.getMessage() == "request"]
-            found = {line["request_id"]: line for line in said}
+            found = {line.get("client_request_id", line["request_id"]): line for line in said}
             if set(ids) <= set(found) or time.monotonic() > until:
                 return [found[each] for each in ids if each in found]
             time.sleep(0.005)

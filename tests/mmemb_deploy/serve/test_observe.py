@@ -98,6 +98,18 @@ def test_an_id_that_was_sent_is_sent_back_and_else_made(served: Any) -> None:
     assert body.headers["X-Request-ID"] == "of-the-body"
 
 
+def test_a_line_has_the_id_of_the_body_beside_that_of_the_header(
+    served: Any, lines: Callable[[Any], list[dict[str, Any]]]
+) -> None:
+    headers = {"X-Request-ID": "of-a-proxy"}
+    answer = served.post("/v1/embeddings", {"input": "a", "request_id": "of-the-body"}, headers=headers)
+    other = served.post("/v1/embeddings", {"input": "a"}, headers={"X-Request-ID": "alone"})
+    told, alone = lines([answer, other])
+    assert (told["request_id"], told["client_request_id"]) == ("of-a-proxy", "of-the-body")
+    assert alone["request_id"] == "alone"
+    assert "client_request_id" not in alone
+
+
 def test_a_request_is_one_line_without_what_it_said(
     served: Any, lines: Callable[[Any], list[dict[str, Any]]], caplog: pytest.LogCaptureFixture
 ) -> None:
