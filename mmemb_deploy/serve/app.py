@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
 from logging import getLogger
 from typing import Any
@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope
 
 from mmemb_deploy.errors import DeadlineError, MmembError, OverloadError
 from mmemb_deploy.results import EncodeResult
-from mmemb_deploy.serve.ask import Ask
+from mmemb_deploy.serve.ask import Ask, Ended, Event
 from mmemb_deploy.serve.body import read_body
 from mmemb_deploy.serve.failures import CLIENT_GONE, ClientGoneError, Refusal, refusal_of, schema_refusal
 from mmemb_deploy.serve.media import MediaLimits, MediaReader
@@ -29,7 +29,7 @@ from mmemb_deploy.serve.metrics import Metrics
 from mmemb_deploy.serve.middleware import Keys, RequestLog, noted
 from mmemb_deploy.serve.openapi import OPEN_PATHS, document
 from mmemb_deploy.serve.page.gallery import Gallery
-from mmemb_deploy.serve.page.routes import page_routes
+from mmemb_deploy.serve.page.routes import Trial, page_routes
 from mmemb_deploy.serve.service import Service
 from mmemb_deploy.serve.settings import Settings
 from mmemb_deploy.serve.tracing import Traces
@@ -38,6 +38,7 @@ from mmemb_deploy.serve.wire.common import Contract, Served, details_of
 
 LOGGER = getLogger("mmemb_deploy.serve")
 CONTRACTS = (openai.CONTRACT, cohere.CONTRACT, tei.CONTRACT)
+PAGE = "page"  # what metrics call the tries of the page
 CONFIG = orjson.OPT_SERIALIZE_NUMPY
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -105,7 +106,7 @@ class Front:
             routes=[
                 *(Route(each.path, self._endpoint(each), methods=["POST"]) for each in CONTRACTS),
                 *(Route(path, handler, methods=["GET"]) for path, handler in get.items()),
-                *([] if gallery is None else page_routes(self._service, gallery, self._read)),
+                *([] if gallery is None else page_routes(Tries(self._service, self._metrics), gallery, self._read)),
             ],
             exception_handlers=dict.fromkeys((Exception, Refusal, MmembError, HTTPException), self._failed)
             | {ClientGoneError: _gone},
@@ -141,7 +142,8 @@ class Front:
                 note.tokens = sum(detail.prompt_tokens + detail.rationale_tokens for detail in details)
                 answer = _json(contract.answer(asked, result, self._served))
                 seconds = time.perf_counter() - began
-                asyncio.get_running_loop().call_soon(self._metrics.answered, details, seconds)  # once the answer is out
+                loop = asyncio.get_running_loop()
+                loop.call_soon(self._metrics.answered, contract.name, details, seconds)  # once the answer is out
                 if self._traces is not None and span is not None:
                     self._traces.answered(span, details, ask.options.get("truncate_dim"))
                 return Response(answer, media_type="application/json", headers=contract.headers(result, seconds))
@@ -170,14 +172,14 @@ class Front:
     async def _failed(self, request: Request, error: Exception) -> Response:
         contract = _contract(request.scope)
         if isinstance(error, OverloadError):
-            self._metrics.rejected(error.reason)
+            self._metrics.rejected(_counted_as(request.scope), error.reason)
         return self._refused(request.scope, refusal_of(error, noted(request.scope).field, contract.request))
 
     def _refused(self, scope: Scope, refusal: Refusal) -> Response:
         """Answer with a refusal in the envelope of the contract that was asked."""
         contract = _contract(scope)
         noted(scope).error = refusal.code
-        self._metrics.failed(refusal.code)
+        self._metrics.failed(_counted_as(scope), refusal.code)
         status = contract.status.get(refusal.status, refusal.status)
         return Response(_json(contract.refuse(refusal)), status, refusal.headers, "application/json")
 
@@ -200,6 +202,28 @@ class Front:
 
     async def _metrics_page(self, _: Request) -> Response:
         return Response(self._metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+class Tries:
+    """The service as the page asks it: its tries are counted as its own."""
+
+    def __init__(self, service: Service, metrics: Metrics) -> None:
+        self._service, self._metrics = service, metrics
+        self.embedder = service.embedder
+
+    async def watch(self, ask: Ask) -> AsyncGenerator[Event]:
+        """Do as `Service.watch`."""
+        try:
+            async with aclosing(self._service.watch(ask)) as events:
+                async for event in events:
+                    if isinstance(event, Ended):
+                        self._metrics.answered(PAGE, [event.detail], event.seconds)
+                    yield event
+        except MmembError as error:
+            if isinstance(error, OverloadError):
+                self._metrics.rejected(PAGE, error.reason)
+            self._metrics.failed(PAGE, refusal_of(error, "input", Trial).code)
+            raise
 
 
 async def unless_gone(work: Awaitable[EncodeResult], receive: Receive) -> EncodeResult:
@@ -232,6 +256,13 @@ async def _gone(request: Request, _: Exception) -> Response:
 def _contract(scope: Scope) -> Contract:
     """Return the contract that a path belongs to; OpenAI's for all that no other has."""
     return next((each for each in CONTRACTS if each.path == scope["path"]), openai.CONTRACT)
+
+
+def _counted_as(scope: Scope) -> str:
+    """Return the contract by which metrics know a request."""
+    if scope["path"].startswith("/page/"):
+        return PAGE
+    return next((each.name for each in CONTRACTS if each.path == scope["path"]), "none")
 
 
 def _models(served: Served) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import re
 import shutil
 import threading
 from collections.abc import AsyncGenerator, Generator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,16 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
+from starlette.types import ASGIApp
 
 from mmemb_deploy import Embedder, InputError, OptionError
 from mmemb_deploy.evaluation.digitchain import NAMES
+from mmemb_deploy.serve.app import create_app
 from mmemb_deploy.serve.ask import Ask, Ended, Event, Scored, Wrote
 from mmemb_deploy.serve.page.gallery import MOST_PICTURES, Gallery, Sample, open_gallery
 from mmemb_deploy.serve.page.routes import NEAREST, page_routes
 from mmemb_deploy.serve.service import Service
+from mmemb_deploy.serve.settings import Settings
 
 Told = list[tuple[str, dict[str, Any]]]
 
@@ -45,20 +48,12 @@ def gallery(embedder: Embedder) -> Gallery:
 
 
 @pytest.fixture(scope="module")
-def app(embedder: Embedder, gallery: Gallery) -> Starlette:
-    service = Service(embedder)
-
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncGenerator[None]:
-        await service.start()
-        yield
-        await service.drain(5)
-
-    return Starlette(routes=page_routes(service, gallery), lifespan=lifespan)
+def app(embedder: Embedder, gallery: Gallery) -> ASGIApp:
+    return create_app(Service(embedder), Settings(drain_seconds=5), gallery=gallery)
 
 
 @pytest.fixture(scope="module")
-def client(app: Starlette) -> Iterator[TestClient]:
+def client(app: ASGIApp) -> Iterator[TestClient]:
     with TestClient(app) as client:
         yield client
 
@@ -285,7 +280,7 @@ def serving(app: Any) -> Generator[str]:
 
 
 @pytest.fixture(scope="module")
-def address(app: Starlette) -> Iterator[str]:
+def address(app: ASGIApp) -> Iterator[str]:
     with serving(app) as address:
         yield address
 
@@ -403,7 +398,7 @@ def test_a_visitor_draws_two_digits_and_asks_for_their_sum(page: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_visitor_is_asked_for_the_key_that_the_server_wants(browser: Any, app: Starlette) -> None:
+def test_a_visitor_is_asked_for_the_key_that_the_server_wants(browser: Any, app: ASGIApp) -> None:
     async def locked(scope: Any, receive: Any, send: Any) -> None:
         wanted = scope["path"].startswith("/page/") and (b"authorization", b"Bearer secret") not in scope["headers"]
         answer = JSONResponse({"error": {"message": "the key is missing"}}, 401) if wanted else app

@@ -25,6 +25,7 @@ from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.routing import router
 from mmemb_deploy.serve.ask import Ask, Ended, Event, Scored, Wrote
+from mmemb_deploy.serve.failures import Refusal
 from mmemb_deploy.serve.page.gallery import Gallery
 
 PAGE = Path(__file__).with_name("index.html")
@@ -82,8 +83,8 @@ def page_routes(
 ) -> list[BaseRoute]:
     """Return the routes of `/`, `/page/gallery` and `/page/try`, whose body is what `read` returns.
 
-    A try answers 400 where its body is none; what goes wrong after that is its last event. Its events are those of the
-    server: "gate", any number of "token", then "done" or "error", each with a JSON object.
+    A try raises Refusal where its body is none; what goes wrong after that is its last event. Its events are those of
+    the server: "gate", any number of "token", then "done" or "error", each with a JSON object.
     """
     html = PAGE.read_text(encoding="utf-8")
     headers = {
@@ -101,14 +102,13 @@ def page_routes(
         return JSONResponse(facts)
 
     async def try_it(request: Request) -> Response:
-        if request.headers.get("Content-Type", "").partition(";")[0].strip() != "application/json":
-            return _refused(415, "Content-Type is not application/json: send the body as JSON", None)
         try:
             trial = Trial.model_validate_json(await read(request))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             param = ".".join(map(str, first["loc"]))
-            return _refused(400, f"{param or 'the body'}: {first['msg']}", param or None)
+            message = f"{param or 'the body'}: {first['msg']}"
+            raise Refusal(400, "invalid_request", message, param or None) from error
         events = service.watch(trial.ask(reasons=service.embedder.reasons))
         streaming = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(_told(events, gallery), media_type="text/event-stream", headers=streaming)
@@ -200,11 +200,6 @@ def _facts(service: Watched, gallery: Gallery) -> dict[str, Any]:
         "note": gallery.note,
         "ink": gallery.ink,
     }
-
-
-def _refused(status: int, message: str, param: str | None) -> Response:
-    error = {"message": message, "type": "invalid_request_error", "param": param, "code": None}
-    return JSONResponse({"error": error}, status)
 
 
 def _sent(event: str, data: dict[str, Any]) -> str:

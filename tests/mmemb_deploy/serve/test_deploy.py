@@ -15,7 +15,12 @@ EXAMPLES = Path(__file__).parents[3] / "examples" / "serve"
 def test_the_dashboard_draws_metrics_that_a_server_has(served: Any) -> None:
     served.post("/v1/embeddings", {"input": ["seven", "three plus four"]})
     served.post("/v1/embeddings", {"input": ""})
-    types = dict(re.findall(r"^# TYPE (\S+) (\w+)$", served.get("/metrics").text, re.MULTILINE))
+    text = served.get("/metrics").text
+    types = dict(re.findall(r"^# TYPE (\S+) (\w+)$", text, re.MULTILINE))
+    labels = {
+        name: re.findall(r'(\w+)="', labels)
+        for name, labels in re.findall(r"^(mmemb:\w+)\{(.*?)\}", text, re.MULTILINE)
+    }
     dashboard = json.loads((EXAMPLES / "grafana.json").read_text())
     drawn = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     names = {name for expression in drawn for name in re.findall(r'__name__="([^"]+)"', expression)}
@@ -23,6 +28,10 @@ def test_the_dashboard_draws_metrics_that_a_server_has(served: Any) -> None:
     for name in names:
         kind = types.get(name) or types[name.removesuffix("_bucket")]
         assert kind == ("histogram" if name.endswith("_bucket") else "counter" if name.endswith("_total") else "gauge")
+    parted = re.findall(r'by \(([\w, ]+)\) \(rate\(\{__name__="([^"]+)"', " ".join(drawn))
+    assert len(parted) > 8
+    for by, name in parted:
+        assert name not in labels or set(by.split(", ")) <= set(labels[name]), name
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import pytest
@@ -14,8 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mmemb_deploy import Embedder, OverloadError
 from mmemb_deploy.results import EncodeResult
-from mmemb_deploy.serve.ask import Ask
+from mmemb_deploy.serve.ask import Ask, Event
 from mmemb_deploy.serve.logs import FIELDS, JsonLines
+from mmemb_deploy.serve.page.gallery import open_gallery
 from mmemb_deploy.serve.service import Service
 from mmemb_deploy.serve.tracing import Traces
 
@@ -63,16 +64,18 @@ def test_metrics_count_what_was_answered(serve: Any, embedder: Embedder) -> None
         found = metrics_of(served)
     reasoned = [detail for detail in details if detail.route == "reason"]
     assert len(reasoned) == 2
-    assert found["mmemb:request_success_total", "reason"] == 2
-    assert found["mmemb:request_success_total", "fast"] == 1
-    assert found["mmemb:e2e_request_latency_seconds_count", "reason"] == 1
-    assert found["mmemb:request_failure_total", "invalid_request"] == 1
-    assert found["mmemb:request_failure_total", "overloaded"] == 1
-    assert found["mmemb:admission_rejections_total", "tokens"] == 1
-    assert found["mmemb:generation_tokens_total",] == sum(detail.rationale_tokens for detail in details)
-    assert found["mmemb:prompt_tokens_total",] > sum(detail.prompt_tokens for detail in details)
-    assert found["mmemb:gate_score_count",] == found["mmemb:request_prefill_time_seconds_count",] == 3
-    assert found["mmemb:request_decode_time_seconds_count",] == 2
+    assert found["mmemb:request_success_total", "openai", "reason"] == 2
+    assert found["mmemb:request_success_total", "tei", "fast"] == 1
+    assert found["mmemb:e2e_request_latency_seconds_count", "openai", "reason"] == 1
+    assert found["mmemb:request_failure_total", "openai", "invalid_request"] == 1
+    assert found["mmemb:request_failure_total", "openai", "overloaded"] == 1
+    assert found["mmemb:admission_rejections_total", "openai", "tokens"] == 1
+    assert found["mmemb:generation_tokens_total", "openai"] == sum(detail.rationale_tokens for detail in details)
+    assert found["mmemb:prompt_tokens_total", "openai"] == sum(detail.prompt_tokens for detail in details)
+    assert found["mmemb:prompt_tokens_total", "tei"] > 0
+    for name in ("mmemb:gate_score_count", "mmemb:request_prefill_time_seconds_count"):
+        assert (found[name, "openai"], found[name, "tei"]) == (2, 1)
+    assert found["mmemb:request_decode_time_seconds_count", "openai"] == 2
     assert found["mmemb:num_requests_running",] == 3
     assert found["mmemb:num_requests_waiting", "reason"] == 1
     assert found["mmemb:num_requests_waiting", "prefill"] == 2
@@ -82,8 +85,35 @@ def test_metrics_count_what_was_answered(serve: Any, embedder: Embedder) -> None
 def test_two_servers_count_for_themselves(serve: Any) -> None:
     with serve() as first, serve() as second:
         first.post("/embed", {"inputs": "one", "reasoning": "never"})
-        assert metrics_of(first)["mmemb:request_success_total", "fast"] == 1
-        assert ("mmemb:request_success_total", "fast") not in metrics_of(second)
+        assert metrics_of(first)["mmemb:request_success_total", "tei", "fast"] == 1
+        assert ("mmemb:request_success_total", "tei", "fast") not in metrics_of(second)
+
+
+class Full(Service):
+    """Has room for nobody who watches."""
+
+    async def watch(self, ask: Ask) -> AsyncGenerator[Event]:
+        del ask
+        raise OverloadError("no room", reason="rows", retry_after=1)
+        yield  # a generator
+
+
+def test_the_page_s_tries_are_counted_apart(serve: Any, embedder: Embedder) -> None:
+    gallery = open_gallery(embedder)
+    with serve(gallery=gallery) as served:
+        tries = [{"text": "three plus four"}, {"text": " "}, {"txt": "seven"}]
+        assert [served.post("/page/try", body).status_code for body in tries] == [200, 200, 400]
+        assert served.get("/nothing").status_code == 404
+        found = metrics_of(served)
+    with serve(gallery=gallery, service=Full(embedder)) as served:
+        served.post("/page/try", {"text": "seven"})
+        full = metrics_of(served)
+    assert found["mmemb:request_success_total", "page", "reason"] == 1
+    assert found["mmemb:gate_score_count", "page"] == 1
+    failed = {tuple(labels): value for (name, *labels), value in found.items() if name == "mmemb:request_failure_total"}
+    assert failed == {("page", "invalid_input"): 1, ("page", "invalid_request"): 1, ("none", "not_found"): 1}
+    assert full["mmemb:admission_rejections_total", "page", "rows"] == 1
+    assert full["mmemb:request_failure_total", "page", "overloaded"] == 1
 
 
 def test_an_id_that_was_sent_is_sent_back_and_else_made(served: Any) -> None:
