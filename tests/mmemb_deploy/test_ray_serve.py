@@ -91,6 +91,26 @@ def test_it_answers_as_the_server_does_and_comes_back_when_a_replica_dies() -> N
 
 
 @pytest.mark.usefixtures("served")
+def test_requests_on_a_replica_that_dies_end_with_an_error_and_the_next_are_answered() -> None:
+    handle = serve.get_app_handle(NAME)
+    with ThreadPoolExecutor() as threads:
+        answers = [threads.submit(embed, [f"{place} plus 3"] * 200, "always") for place in range(4)]
+        while not handle.record_autoscaling_stats.remote().result()[QUEUED]:
+            assert not all(answer.done() for answer in answers), "they were done before they were seen to wait"
+        ray.kill(replica(), no_restart=True)
+        ended = [answer.result(60) for answer in answers]
+        after = embed(["one"])
+    statuses = {answer.status_code for answer in ended}
+    assert 500 in statuses
+    assert statuses <= {200, 500}  # those that the proxy had not handed over yet
+    failed = [answer for answer in ended if answer.status_code == 500]
+    assert {(answer.text, answer.headers["content-type"].partition(";")[0]) for answer in failed} == {
+        ("Internal Server Error", "text/plain")
+    }
+    assert after.status_code == 200
+
+
+@pytest.mark.usefixtures("served")
 def test_what_was_accepted_is_answered_before_a_replica_ends() -> None:
     handle = serve.get_app_handle(NAME)
     with ThreadPoolExecutor() as threads:
