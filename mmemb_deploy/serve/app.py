@@ -52,11 +52,12 @@ def create_app(
     gallery: Gallery | None = None,
     reader: MediaReader | None = None,
     traces: Traces | None = None,
+    metrics: Metrics | None = None,
 ) -> ASGIApp:
     """Return the application around a service, which it starts and drains with its lifespan.
 
     `digest` is the bundle's, `gallery` what the page at `/` searches (None leaves the page out), `reader` reads images
-    in place of the one that the settings describe, and `traces` makes spans.
+    in place of the one that the settings describe, `traces` makes spans, and `metrics` counts, in place of its own.
     """
     embedder = service.embedder
     served = Served(
@@ -66,7 +67,8 @@ def create_app(
         max_waiting_rows=settings.max_waiting_rows,
         digest=digest,
     )
-    return Front(service, settings, served, reader or _reader(settings), traces).app(gallery)
+    metrics = metrics or Metrics(served.names[0], service.figures)
+    return Front(service, settings, served, reader or _reader(settings), traces, metrics).app(gallery)
 
 
 def _reader(settings: Settings) -> MediaReader:
@@ -83,11 +85,16 @@ class Front:
     """What the routes share."""
 
     def __init__(
-        self, service: Service, settings: Settings, served: Served, reader: MediaReader, traces: Traces | None
+        self,
+        service: Service,
+        settings: Settings,
+        served: Served,
+        reader: MediaReader,
+        traces: Traces | None,
+        metrics: Metrics,
     ) -> None:
         self._service, self._settings, self._served = service, settings, served
-        self._reader, self._traces = reader, traces
-        self._metrics = Metrics(served.names[0], service.figures)
+        self._reader, self._traces, self._metrics = reader, traces, metrics
         self._description = _json(document(CONTRACTS, served, locked=bool(settings.api_keys)))
         self._models = _json(_models(served))
         self._info = _json(tei.info(served))

@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import HTTPOptions
+from ray.util.metrics import Gauge
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,6 +24,7 @@ from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.ray_cluster import connect, takes_gpus
 from mmemb_deploy.serve.app import create_app
 from mmemb_deploy.serve.logs import log_json
+from mmemb_deploy.serve.metrics import Metrics
 from mmemb_deploy.serve.page.gallery import open_gallery
 from mmemb_deploy.serve.scaling import BUSY, QUEUED, ScaleByWork
 from mmemb_deploy.serve.service import Service
@@ -71,17 +74,21 @@ class Replica:
         self._service = Service(
             embedder, max_waiting_rows=settings.max_waiting_rows, max_wait=settings.max_wait_seconds
         )
+        self._name = (settings.model_names or (embedder.manifest.model.name,))[0]
+        labels = {"replica": serve.get_replica_context().replica_id.unique_id}
+        self._metrics = Metrics(self._name, self._service.figures, labels)
+        self._ray_metrics = RayMetrics(self._metrics.registry)
         self._told_at, self._ran = time.monotonic(), 0.0
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         arguments, settings, embedder = self._arguments, self._arguments.settings, self._service.embedder
-        name = (settings.model_names or (embedder.manifest.model.name,))[0]
         front = create_app(
             self._service,
             settings,
             digest=self._digest,
             gallery=open_gallery(embedder, arguments.gallery) if arguments.page else None,
-            traces=Traces(name, embedder.dim) if settings.otel else None,
+            traces=Traces(self._name, embedder.dim) if settings.otel else None,
+            metrics=self._metrics,
         )
         return _named_by_proxy(front)
 
@@ -93,9 +100,29 @@ class Replica:
         return {QUEUED: self._service.backlog_seconds, BUSY: busy}
 
     def check_health(self) -> None:
-        """Raise where the engine has stopped by a defect, so that Ray replaces the replica."""
+        """Raise where the engine has stopped by a defect, so that Ray replaces the replica; it asks every 10 s."""
+        self._ray_metrics.publish()
         if not self._service.alive:
             raise RuntimeError("the engine has stopped by a defect")
+
+
+class RayMetrics:
+    """Shows a replica's metrics among Ray's own, which each node exports of all that runs on it."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._gauges: dict[str, Gauge] = {}
+
+    def publish(self) -> None:
+        """Set a gauge to each sample: Ray's own counters and histograms can only be added to."""
+        for family in self._registry.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_created"):
+                    continue
+                if sample.name not in self._gauges:
+                    name = sample.name.replace(":", "_")  # Ray takes no colons
+                    self._gauges[sample.name] = Gauge(name, family.documentation, tuple(sample.labels))
+                self._gauges[sample.name].set(sample.value, sample.labels)
 
 
 def _named_by_proxy(front: ASGIApp) -> ASGIApp:

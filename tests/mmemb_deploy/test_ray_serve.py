@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from mmemb_deploy import Embedder
 
@@ -25,7 +27,7 @@ with warnings.catch_warnings():
     from ray import serve
     from ray.serve.schema import ServeDeploySchema
 
-    from mmemb_deploy.serve.ray import NAME, Arguments, app
+    from mmemb_deploy.serve.ray import DEPLOYMENT, NAME, Arguments, app
     from mmemb_deploy.serve.scaling import BUSY, QUEUED, ScaleByWork
     from mmemb_deploy.serve.settings import Settings
 
@@ -33,8 +35,8 @@ with warnings.catch_warnings():
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 
 YAML = Path(__file__).parents[2] / "examples" / "ray" / "serve.yaml"
-with socket.create_server(("127.0.0.1", 0)) as free:
-    PORT = free.getsockname()[1]
+with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as free_too:
+    PORT, METRICS_PORT = (each.getsockname()[1] for each in (free, free_too))
 ADDRESS = f"http://127.0.0.1:{PORT}"
 
 
@@ -44,7 +46,8 @@ def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # of its workers
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        fast: Any = {"_system_config": {"metrics_report_interval_ms": 500}, "_metrics_export_port": METRICS_PORT}
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, **fast)
         serve.start(http_options={"port": PORT})
         yield
         serve.shutdown()
@@ -63,6 +66,12 @@ def served(cluster: None) -> Iterator[None]:
 def embed(texts: list[str], reasoning: str = "never") -> httpx.Response:
     asked = {"model": "nano", "input": texts, "reasoning": reasoning}
     return httpx.post(f"{ADDRESS}/v1/embeddings", json=asked, timeout=60)
+
+
+def samples(address: str) -> list[Sample]:
+    """Return what is exported there."""
+    text = httpx.get(address, timeout=60).text
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
 
 def replica() -> Any:
@@ -88,6 +97,32 @@ def test_it_answers_as_the_server_does_and_comes_back_when_a_replica_dies() -> N
     while (status := embed(["one"]).status_code) != 200:
         assert time.monotonic() < until, f"still {status}"
         time.sleep(0.1)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_ray_exports_the_metrics_of_all_replicas_where_metrics_has_those_of_one() -> None:
+    two: Any = {"num_replicas": 2, "autoscaling_config": None, "ray_actor_options": {"num_cpus": 1}}
+    quiet = Settings(log_level="error")
+    serve.run(DEPLOYMENT.options(**two).bind(Arguments(page=False, threads=1, settings=quiet)), name=NAME)
+    try:
+        for _ in range(4):
+            assert embed(["one", "two plus three"]).status_code == 200
+        own = {sample.labels["replica"] for sample in samples(f"{ADDRESS}/metrics")}
+        until = time.monotonic() + 90
+        while True:
+            exported = samples(f"http://127.0.0.1:{METRICS_PORT}/metrics")
+            answered = [each for each in exported if each.name == "ray_mmemb_request_success_total"]
+            if sum(each.value for each in answered) == 8:
+                break
+            assert time.monotonic() < until, answered
+            time.sleep(0.5)
+    finally:
+        serve.delete(NAME)
+    waiting = {each.labels["replica"] for each in exported if each.name == "ray_mmemb_num_requests_waiting"}
+    assert (len(own), len(waiting)) == (1, 2)
+    assert own < waiting
+    assert {each.labels["contract"] for each in answered} == {"openai"}
+    assert any(each.name == "ray_mmemb_e2e_request_latency_seconds_bucket" for each in exported)
 
 
 @pytest.mark.usefixtures("served")
