@@ -348,6 +348,7 @@ class Embedder:
             fallback=item.fallback,
             degraded_by=item.degraded_by,
             prompt_tokens=item.row.length,
+            visual_tokens=item.row.visual_tokens,
             timings=Timings(item.preprocess, item.fast_path, item.generation, item.queued, item.held),
             pages=item.pages,
         )

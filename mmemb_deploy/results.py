@@ -45,6 +45,7 @@ class Detail:
     fallback: str | None  # why an input that was to reason got its direct embedding, where the reasoner may fail
     degraded_by: str | None  # what took reasoning away from an input that was to reason: "load", "deadline" or "memory"
     prompt_tokens: int
+    visual_tokens: int  # of those, the ones that stand for pixels
     timings: Timings
     pages: tuple[int, ...] = ()  # of its document, counted from 1; none without one
 

@@ -1,1 +1,1 @@
-"""`mmemb serve`: one bundle behind the HTTP interfaces of OpenAI, Cohere and text-embeddings-inference."""
+"""`mmemb serve`: one bundle behind the HTTP interfaces of OpenAI, Cohere, Voyage and text-embeddings-inference."""

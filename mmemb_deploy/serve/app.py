@@ -33,11 +33,11 @@ from mmemb_deploy.serve.page.routes import Trial, page_routes
 from mmemb_deploy.serve.service import Service
 from mmemb_deploy.serve.settings import Settings
 from mmemb_deploy.serve.tracing import Traces
-from mmemb_deploy.serve.wire import cohere, openai, tei
+from mmemb_deploy.serve.wire import cohere, openai, tei, voyage
 from mmemb_deploy.serve.wire.common import Contract, Served, details_of
 
 LOGGER = getLogger("mmemb_deploy.serve")
-CONTRACTS = (openai.CONTRACT, cohere.CONTRACT, tei.CONTRACT)
+CONTRACTS = (openai.CONTRACT, cohere.CONTRACT, voyage.CONTRACT, tei.CONTRACT)
 PAGE = "page"  # what metrics call the tries of the page
 CONFIG = orjson.OPT_SERIALIZE_NUMPY
 

@@ -51,7 +51,7 @@ def serve(
     threads: Threads = None,
     digest: Digest = None,
 ) -> None:
-    """Serve a bundle by HTTP: OpenAI's /v1/embeddings, Cohere's /v2/embed, TEI's /embed, and a page to try it.
+    """Serve a bundle by HTTP: OpenAI's /v1/embeddings, Cohere's /v2/embed, TEI's /embed, Voyage's images, and a page.
 
     TLS is left to a proxy in front. SIGTERM answers what was accepted, then ends.
     """

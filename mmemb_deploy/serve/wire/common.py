@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Protocol, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
@@ -137,7 +137,8 @@ class Wishes(Strict):
         )
 
 
-def _still(part: Any) -> Any:
+def still(part: Any) -> Any:
+    """Return a part as it is. Raises PydanticCustomError for one of a video."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in ("video_url", "video", "video_base64"):
         raise PydanticCustomError("video", "video files are not read here: send frames as image_url parts")
@@ -164,25 +165,44 @@ class ImagePart(Strict):
     type: Literal["image_url"]
     image_url: Address
 
+    @property
+    def url(self) -> str:
+        """Return where the image is."""
+        return self.image_url.url
+
+
+def by_type(*kinds: str) -> Discriminator:
+    """Choose among the parts tagged with these kinds, in angle brackets, by a part's `type`."""
+
+    def tag(part: Any) -> str | None:
+        kind = part.get("type") if isinstance(part, dict) else None
+        return f"<{kind}>" if kind in kinds else None
+
+    message = f"a part is an object of the type {' or '.join(map(repr, kinds))}"
+    return Discriminator(tag, custom_error_type="part", custom_error_message=message)
+
 
 Part = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image>")],
-    Discriminator(
-        lambda part: (
-            {"text": "<text>", "image_url": "<image>"}.get(str(part.get("type"))) if isinstance(part, dict) else None
-        ),
-        custom_error_type="part",
-        custom_error_message="a part is an object of the type 'text' or 'image_url'",
-    ),
-    BeforeValidator(_still),
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
+    by_type("text", "image_url"),
+    BeforeValidator(still),
 ]
 Parts = Annotated[list[Part], Field(min_length=1, fail_fast=True)]
 
 
-def input_of(parts: Sequence[TextPart | ImagePart]) -> Input:
+class Picture(Protocol):
+    """A part that is an image, in whichever contract's form."""
+
+    @property
+    def url(self) -> str:
+        """Return where it is: a data URI, or an address of the web."""
+        ...
+
+
+def input_of(parts: Sequence[TextPart | Picture]) -> Input:
     """Return the input that parts make: its images in their order, and its texts as lines of one text."""
     text = "\n".join(part.text for part in parts if isinstance(part, TextPart))
-    images = [Link(part.image_url.url) for part in parts if isinstance(part, ImagePart)]
+    images = [Link(part.url) for part in parts if not isinstance(part, TextPart)]
     return {"text": text, "images": images} if images else text
 
 

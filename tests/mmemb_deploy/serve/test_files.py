@@ -25,10 +25,13 @@ def bodies(path: str) -> list[tuple[str, dict[str, Any]]]:
             ("/v1/embeddings", {"messages": parts({"type": "text", "text": "a", **given})}),
             ("/v2/embed", {"input_type": "search_query", "inputs": [{"content": [given]}]}),
             ("/v2/embed", {"input_type": "search_query", "inputs": [given]}),
+            ("/v1/multimodalembeddings", {"inputs": [{"content": [given]}]}),
             ("/embed", {"inputs": given}),
             ("/embed", {"inputs": [given]}),
         ]
-    for kind in ("video_url", "video", "document", "file", "image_url"):
+    for kind in ("video_url", "video", "document", "file", "image_url", "image_base64"):
+        voyages = {"type": kind, kind: path}, {"type": kind, kind: f"file://{path}"}
+        found += [("/v1/multimodalembeddings", {"inputs": [{"content": [part]}]}) for part in voyages]
         for value in (path, {"url": path}, {"url": f"file://{path}"}):
             part = {"type": kind, kind: value}
             found.append(("/v1/embeddings", {"messages": parts(part)}))

@@ -20,6 +20,7 @@ from mmemb_deploy.serve.media import MediaLimits, MediaReader
 from mmemb_deploy.serve.service import Service
 
 JSON = {"Content-Type": "application/json"}
+WORDS = {"content": [{"type": "text", "text": "a"}]}  # an input of Voyage's
 
 
 class Held(Service):
@@ -92,6 +93,7 @@ def test_more_inputs_than_the_setting_are_refused(serve: Any) -> None:
         for path, body, status in (
             ("/v1/embeddings", {"input": ["a"] * 3}, 400),
             ("/v2/embed", {"input_type": "image", "texts": ["a"] * 3}, 400),
+            ("/v1/multimodalembeddings", {"inputs": [WORDS] * 3}, 400),
             ("/embed", {"inputs": ["a"] * 3}, 422),
         ):
             answer = served.post(path, body)
@@ -109,7 +111,7 @@ def locked(serve: Any) -> Iterator[Any]:
 def test_without_a_key_there_is_no_answer(locked: Any, shown: str | None) -> None:
     good = shown == "bearer first"
     headers = {} if shown is None else {"Authorization": shown.encode("latin-1")}
-    for path in ("/v1/embeddings", "/v2/embed", "/embed"):
+    for path in ("/v1/embeddings", "/v2/embed", "/v1/multimodalembeddings", "/embed"):
         answer = locked.post(path, {"input": "a"}, headers=headers)
         assert (answer.status_code == 401) is not good
         assert answer.headers.get("WWW-Authenticate") == (None if good else "Bearer")
@@ -149,10 +151,13 @@ def test_what_a_service_raises_has_its_status(
     with serve(service=Held(embedder, error)) as served:
         openai_s = served.post("/v1/embeddings", {"input": "a"})
         cohere_s = served.post("/v2/embed", {"input_type": "image", "texts": ["a"]})
+        voyage_s = served.post("/v1/multimodalembeddings", {"inputs": [WORDS]})
         tei_s = served.post("/embed", {"inputs": "a"})
-    assert [each.status_code for each in (openai_s, cohere_s, tei_s)] == [status, status, of_tei]
-    assert openai_s.json()["error"]["message"] == cohere_s.json()["message"] == tei_s.json()["error"] == str(error)
-    for answer in (openai_s, cohere_s, tei_s):
+    answers = openai_s, cohere_s, voyage_s, tei_s
+    assert [each.status_code for each in answers] == [status, status, status, of_tei]
+    assert openai_s.json()["error"]["message"] == cohere_s.json()["message"] == str(error)
+    assert voyage_s.json()["detail"] == tei_s.json()["error"] == str(error)
+    for answer in answers:
         waits = answer.headers.get("retry-after"), answer.headers.get("retry-after-ms")
         assert waits == (("2", "1250") if error is OVERLOAD else (None, None))
 

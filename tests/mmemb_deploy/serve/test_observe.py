@@ -59,6 +59,8 @@ def test_metrics_count_what_was_answered(serve: Any, embedder: Embedder) -> None
     with serve(service=Figured(embedder)) as served:
         served.post("/v1/embeddings", {"input": TEXTS})
         served.post("/embed", {"inputs": "one", "reasoning": "never"})
+        voyage_s = {"inputs": [{"content": [{"type": "text", "text": "one"}]}], "reasoning": "never"}
+        served.post("/v1/multimodalembeddings", voyage_s)
         served.post("/v1/embeddings", {"input": ""})
         served.post("/v1/embeddings", {"input": "a", "on_overload": "reject"})
         found = metrics_of(served)
@@ -66,6 +68,7 @@ def test_metrics_count_what_was_answered(serve: Any, embedder: Embedder) -> None
     assert len(reasoned) == 2
     assert found["mmemb:request_success_total", "openai", "reason"] == 2
     assert found["mmemb:request_success_total", "tei", "fast"] == 1
+    assert found["mmemb:request_success_total", "voyage", "fast"] == 1
     assert found["mmemb:e2e_request_latency_seconds_count", "openai", "reason"] == 1
     assert found["mmemb:request_failure_total", "openai", "invalid_request"] == 1
     assert found["mmemb:request_failure_total", "openai", "overloaded"] == 1

@@ -13,7 +13,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-POST = ("/v1/embeddings", "/v2/embed", "/embed")
+POST = ("/v1/embeddings", "/v2/embed", "/v1/multimodalembeddings", "/embed")
 SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much]  # to make up, on a machine that is busy
 GET = ("/v1/models", "/info", "/health", "/ready", "/metrics", "/openapi.json")
 
@@ -62,7 +62,8 @@ def test_it_lists_every_path_with_every_answer(served: Any) -> None:
     found = served.get("/openapi.json").json()
     assert set(found["paths"]) == {*POST, *GET}
     usual = {"200", "400", "401", "404", "408", "413", "415", "500", "503", "504"}
-    assert set(found["paths"]["/v1/embeddings"]["post"]["responses"]) == usual
+    for path in POST[:-1]:
+        assert set(found["paths"][path]["post"]["responses"]) == usual
     of_tei = {"200", "401", "404", "408", "413", "415", "422", "424", "429", "504"}
     assert set(found["paths"]["/embed"]["post"]["responses"]) == of_tei
 
