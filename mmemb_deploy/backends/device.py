@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from mmemb_deploy.bundle.manifest import GraphFacts
 from mmemb_deploy.errors import BackendError
@@ -17,7 +17,6 @@ from mmemb_deploy.errors import BackendError
 ALIGNMENT = 256  # bytes; of an address that TensorRT reads or writes
 
 Shape = tuple[int, ...]
-DType = str | np.dtype[Any] | type[np.generic]
 
 
 class RecordError(BackendError):
@@ -74,7 +73,7 @@ class Wanted:
 
     address: int
     shape: Shape
-    dtype: DType
+    dtype: DTypeLike
 
 
 class Device(Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemb_deploy.backends.device import ALIGNMENT, DType, Plane, Shape, Wanted
+from mmemb_deploy.backends.device import ALIGNMENT, Plane, Shape, Wanted
 from mmemb_deploy.errors import BackendError
 
 
@@ -42,11 +42,11 @@ class HostDevice:
 
     def upload(self, array: NDArray[Any], address: int) -> None:
         """Copy an array to an address."""
-        _at(address, array.shape, array.dtype)[...] = array
+        _at(address, array.shape, array.dtype.str)[...] = array
 
     def download(self, wanted: Sequence[Wanted]) -> list[NDArray[Any]]:
         """Return copies of arrays at addresses."""
-        return [_at(each.address, each.shape, each.dtype).copy() for each in wanted]
+        return [_at(each.address, each.shape, np.dtype(each.dtype).str).copy() for each in wanted]
 
     def copy(self, source: Plane, target: Plane, width: int, height: int) -> None:
         """Copy lines."""
@@ -61,7 +61,7 @@ class HostDevice:
 
 
 @lru_cache(maxsize=4096)  # what a step reads and writes lies where it lay, and to describe it takes longer than to copy
-def _at(address: int, shape: Shape, dtype: DType) -> NDArray[Any]:
+def _at(address: int, shape: Shape, dtype: str) -> NDArray[Any]:
     """Return the array at an address; it keeps no memory alive."""
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address)).view(dtype).reshape(shape)
