@@ -124,8 +124,9 @@ class Scheduler:
         now = self._clock()
         self._drop()
         self._settle(now)
-        if self._prefills(now):
-            self._prefill()
+        room = self._room_to_prefill(now)
+        if room is not None:
+            self._prefill(room)
         elif self._elsewhere:
             self._write()
         elif self._ready or self._live:
@@ -213,14 +214,19 @@ class Scheduler:
             job.item.degraded_by = reason
             self._end(job)
 
-    def _prefills(self, now: float) -> bool:
-        """Return whether prompts are next."""
+    def _room_to_prefill(self, now: float) -> int | None:
+        """Return how many tokens more the KV cache may hold where prompts are next, else None."""
         first = self._prompts.first()
         if first is None:
-            return False
+            return None
+        room = self._paths.limits.cache_bytes // self._paths.token_bytes - self.cache_tokens
+        return room if self._prefills(first, room, now) else None
+
+    def _prefills(self, first: Job, room: int, now: float) -> bool:
+        """Return whether prompts are next, of which one is due first."""
         if not self.reasoning:
             return True
-        if first.keeps and first.item.row.length + first.after > self._room():
+        if first.keeps and first.item.row.length + first.after > room:
             return False
         if self._pace.patient:
             return self.reasoning < self.most
@@ -230,8 +236,8 @@ class Scheduler:
             self._owed <= 0 or now + self.costs.prompts.run(1) + self.costs.steps.run(len(self._live)) > first.deadline
         )
 
-    def _prefill(self) -> None:
-        fits = partial(self._fits, self._room())
+    def _prefill(self, room: int) -> None:
+        fits = partial(self._fits, room)
         jobs = self._prompts.batch(fits, alike=math.inf if self._pace.patient else ALIKE)
         rows = [job.item.row for job in jobs]
         began = self._clock()
@@ -270,10 +276,6 @@ class Scheduler:
         if after is not None and jobs * (tokens + after) > room:
             return False
         return self._paths.fast_path.fits(jobs, tokens, after=None if after is None else 0)
-
-    def _room(self) -> int:
-        """Return how many tokens more the KV cache may hold."""
-        return self._paths.limits.cache_bytes // self._paths.token_bytes - self.cache_tokens
 
     def _reasons(self, job: Job) -> bool:
         """Return whether a job reasons by its score."""

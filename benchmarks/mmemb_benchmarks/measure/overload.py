@@ -261,21 +261,22 @@ async def measure_overload(
             batch_size=batch_size,
             report=report,
         )
-        sustained = {mode: load.sustainable_per_s for mode, load in found.modes.items()}
-        if not all(sustained.values()):
-            raise OptionError(f"p95 is never below {limit:.3g} ms: raise --p95-ms, --trials, or let nothing else run")
-        report(f"{', '.join(map(str, LEVELS))} times {sustained['auto']:.1f} a second, {seconds:g} s each")
-        async with TwoRoutes(embedder, batch_size, patience=patience, max_wait=limit / 4000) as bounded:
-            levels, recovery = await measure_levels(
-                bounded,
-                traffic,
-                routes,
-                options["auto"],
-                threshold=gate.threshold,
-                sustained=sustained["auto"],
-                seconds=seconds,
-                target_ms=limit,
-            )
+    sustained = {mode: load.sustainable_per_s for mode, load in found.modes.items()}
+    if not all(sustained.values()):
+        raise OptionError(f"p95 is never below {limit:.3g} ms: raise --p95-ms, --trials, or let nothing else run")
+    report(f"{', '.join(map(str, LEVELS))} times {sustained['auto']:.1f} a second, {seconds:g} s each")
+    async with TwoRoutes(embedder, batch_size, patience=patience, max_wait=limit / 4000) as target:
+        levels, recovery = await measure_levels(
+            target,
+            traffic,
+            routes,
+            options["auto"],
+            threshold=gate.threshold,
+            sustained=sustained["auto"],
+            seconds=seconds,
+            target_ms=limit,
+        )
+    async with TwoRoutes(embedder, batch_size, patience=patience) as target:
         report("deadlines")
         deadlines = await measure_deadlines(
             target,
