@@ -337,7 +337,7 @@ def endpoint() -> Iterator[Endpoint]:
 
 
 FAKE_GPU = Path(__file__).parent / "fake_gpu"  # on PYTHONPATH, it gives every Python process a GPU
-PlugIn = Callable[..., AbstractContextManager[Any]]  # options of `fakegpu.machine.Machine` to a machine, meanwhile
+PlugIn = Callable[..., AbstractContextManager[Any]]  # TensorRT's version and options of a fake machine to it, meanwhile
 
 
 @pytest.fixture(scope="session")
@@ -347,9 +347,11 @@ def plug_in() -> PlugIn:
     from mmemb_deploy.backends.tensorrt.api import load_library
 
     @contextmanager
-    def plugged_in(**options: Any) -> Generator[Any]:
+    def plugged_in(version: str | None = None, **options: Any) -> Generator[Any]:
         with pytest.MonkeyPatch.context() as patch:
             patch.syspath_prepend(FAKE_GPU)
+            if version is not None:
+                patch.setenv("FAKE_TENSORRT", version)
             import fakegpu
             from fakegpu.machine import Machine
 

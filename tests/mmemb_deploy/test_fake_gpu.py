@@ -5,7 +5,8 @@ import inspect
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from onnx import TensorProto, helper
 pytestmark = pytest.mark.no_gpu
 
 LISTS = Path(__file__).parents[1] / "mmemb_engines"
+PlugIn = Callable[..., AbstractContextManager[Any]]
 BOUNDS = (1,), (2,), (8,)
 
 
@@ -75,20 +77,22 @@ def caught(gpu: Any) -> Iterator[Any]:
 class Context:
     """An engine of y = x + 1, x being (n,) float32 of 1 to 8, and a context with its input and output in place."""
 
-    def __init__(self, cuda: Cuda, *, cache: bool = False, strategy: str = "STATIC") -> None:
+    def __init__(
+        self, cuda: Cuda, *, cache: bool = False, strategy: str = "STATIC", flags: tuple[str, ...] = ()
+    ) -> None:
         self.cuda, self.said = cuda, list[str]()
         self.trt: Any = import_module("tensorrt")
         said = self.said
 
         def log(_: Any, severity: int, text: str) -> None:
-            assert severity == self.trt.ILogger.ERROR
+            assert severity in (self.trt.ILogger.ERROR, self.trt.ILogger.INTERNAL_ERROR)
             said.append(text)
 
         self.log = type("Log", (self.trt.ILogger,), {"log": log})()
-        self.engine = self.trt.Runtime(self.log).deserialize_cuda_engine(self.plan(cache))
+        self.engine = self.trt.Runtime(self.log).deserialize_cuda_engine(self.plan(cache, flags))
         self.context = self.engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy[strategy])
 
-    def plan(self, cache: bool) -> Any:
+    def plan(self, cache: bool = False, flags: tuple[str, ...] = ()) -> Any:
         builder = self.trt.Builder(self.log)
         network = builder.create_network(1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = self.trt.OnnxParser(network, self.log)
@@ -96,6 +100,8 @@ class Context:
         config, profile = builder.create_builder_config(), builder.create_optimization_profile()
         profile.set_shape("new" if cache else "x", *([(1, 1, 2, 4)] * 3 if cache else BOUNDS))
         config.add_optimization_profile(profile)
+        for flag in flags:
+            config.set_flag(self.trt.BuilderFlag[flag])
         return builder.build_serialized_network(network, config)
 
     def bind(self, size: int = 3) -> tuple[int, int]:
@@ -112,20 +118,22 @@ class Context:
         return bool(self.context.execute_async_v3(self.cuda.stream))
 
 
-def model(nodes: list[Any], inputs: dict[str, Any], outputs: dict[str, Any], opset: int) -> bytes:
+def model(
+    nodes: list[Any], inputs: dict[str, Any], outputs: dict[str, Any], opset: int, weights: Sequence[float] = (1,)
+) -> bytes:
     infos = [
         [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in side.items()]
         for side in (inputs, outputs)
     ]
-    weight = helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])
+    weight = helper.make_tensor("one", TensorProto.FLOAT, [len(weights)], weights)
     graph = helper.make_graph(nodes, "small", infos[0], infos[1], [weight])
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     return bytes(made.SerializeToString())
 
 
-def adding() -> bytes:
+def adding(*weights: float) -> bytes:
     node = helper.make_node("Add", ["x", "one"], ["y"])
-    return model([node], {"x": (TensorProto.FLOAT, ["n"])}, {"y": (TensorProto.FLOAT, ["n"])}, 23)
+    return model([node], {"x": (TensorProto.FLOAT, ["n"])}, {"y": (TensorProto.FLOAT, ["n"])}, 23, weights or (1,))
 
 
 def scattering() -> bytes:
@@ -411,6 +419,219 @@ def test_a_network_that_tensorrt_does_not_read_is_refused(context: Context) -> N
         assert parser.get_error(0).node_operator() == operator
 
 
+@pytest.fixture
+def stripped(cuda: Cuda) -> Context:
+    """The engine without its one weight, and a place for input and output."""
+    context = Context(cuda, flags=("STRIP_PLAN",))
+    context.bind()
+    return context
+
+
+def refitters(context: Context) -> tuple[Any, Any]:
+    refitter = context.trt.Refitter(context.engine, context.log)
+    return refitter, context.trt.OnnxParserRefitter(refitter, context.log)
+
+
+def result(context: Context) -> list[float]:
+    assert context.run()
+    found = context.cuda.download(context.context.get_tensor_address("y"), np.empty(3, np.float32))
+    context.cuda.wait()
+    return [float(each) for each in found]
+
+
+def test_a_stripped_engine_is_filled_by_its_graph_with_all_that_it_lacks(stripped: Context, context: Context) -> None:
+    one = np.float32(1).tobytes()
+    assert (one in context.plan(), one in context.plan(flags=("STRIP_PLAN",))) == (True, False)
+    refitter, parser = refitters(stripped)
+    assert refitter.get_all_weights() == refitter.get_missing_weights() == ["one"]
+    assert not refitter.refit_cuda_engine()
+    assert "1 weights are missing: one" in stripped.said[-1]
+    assert parser.refit_from_bytes(adding())
+    assert refitter.get_missing_weights() == []
+    assert refitter.refit_cuda_engine()
+    assert result(stripped) == [1, 2, 3]
+
+
+def test_a_stripped_engine_that_was_not_filled_does_not_run(stripped: Context, caught: Any) -> None:
+    with pytest.raises(caught, match="a run of small, which was never filled with 1 weights"):
+        stripped.run()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (scattering().replace(b"one", b"two"), "Only successfully refitted 0 weights out of 1"),
+        (adding(1, 1), "Failed to set named weights: one"),
+        (b"no graph", "Failed to import"),
+    ],
+    ids=["another name", "another shape", "no graph"],
+)
+def test_a_graph_without_the_weights_fills_nothing(content: bytes, why: str, stripped: Context, tmp_path: Path) -> None:
+    refitter, parser = refitters(stripped)
+    assert not parser.refit_from_bytes(content)
+    assert why in stripped.said[-1]
+    (tmp_path / "graph.onnx").write_bytes(content)
+    assert not parser.refit_from_file(str(tmp_path / "graph.onnx"))
+    assert not parser.refit_from_file(str(tmp_path / "missing.onnx"))
+    assert not refitter.refit_cuda_engine()
+
+
+def test_other_weights_are_for_engines_that_are_built_for_others(cuda: Cuda, stripped: Context, caught: Any) -> None:
+    for context in (Context(cuda, flags=("REFIT",)), Context(cuda, flags=("REFIT", "STRIP_PLAN"))):
+        context.bind()
+        refitter, parser = refitters(context)
+        assert parser.refit_from_bytes(adding(5))
+        assert refitter.refit_cuda_engine()
+        assert result(context) == [5, 6, 7]
+    refitter, parser = refitters(stripped)
+    assert parser.refit_from_bytes(adding(5))
+    with pytest.raises(caught, match="a refit of small by another one than it was built with"):
+        refitter.refit_cuda_engine()
+
+
+def test_an_engine_that_was_not_built_to_be_filled_is_not(context: Context) -> None:
+    with pytest.raises(TypeError, match="nullptr"):
+        refitters(context)
+    assert "not built with a flag for refitting" in context.said[-1]
+
+
+def test_an_engine_is_not_filled_while_it_runs(cuda: Cuda, caught: Any) -> None:
+    context = Context(cuda, flags=("REFIT",))
+    context.bind()
+    refitter, parser = refitters(context)
+    assert context.run()
+    assert parser.refit_from_bytes(adding())
+    with pytest.raises(caught, match="1 runs are still queued"):
+        refitter.refit_cuda_engine()
+    cuda.wait()
+    assert refitter.refit_cuda_engine()
+
+
+def test_weights_are_read_from_a_graph_that_is_still_there(stripped: Context, caught: Any) -> None:
+    refitter, parser = refitters(stripped)
+    assert parser.refit_from_bytes(adding())
+    del parser
+    with pytest.raises(caught, match="weights that went with their OnnxParserRefitter"):
+        refitter.refit_cuda_engine()
+
+
+def test_a_plan_is_of_one_release_unless_it_brings_code_that_it_is_let_to_run(plug_in: PlugIn) -> None:
+    def loaded(version: str, plan: bytes, *, trusted: bool) -> str | None:
+        """Load a plan; return why it was refused."""
+        with plug_in(version=version):
+            context = Context(Cuda())
+            runtime = context.trt.Runtime(context.log)
+            runtime.engine_host_code_allowed = trusted
+            return None if runtime.deserialize_cuda_engine(plan) is not None else context.said[-1]
+
+    plans = {}
+    for version in ("10.16.1", "10.17.0"):
+        with plug_in(version=version):
+            context = Context(Cuda())
+            plans[version] = context.plan(), context.plan(flags=("VERSION_COMPATIBLE",))
+    plain, lasting = plans["10.16.1"]
+    assert loaded("10.16.1", plain, trusted=False) is None
+    for version in plans:
+        assert "engine_host_code_allowed is not set" in str(loaded(version, lasting, trusted=False))
+        assert loaded(version, lasting, trusted=True) is None
+    other = {("10.17.0", plain), *(("10.16.1", plan) for plan in plans["10.17.0"])}
+    assert all("the plan is of TensorRT" in str(loaded(version, plan, trusted=True)) for version, plan in other)
+
+
+def test_an_attention_has_a_mask_or_a_causal_kind_and_lengths_in_int32(plug_in: PlugIn) -> None:
+    heads = TensorProto.FLOAT, [2, 1, 4, 8]
+    inputs = {**dict.fromkeys("qkv", heads), "mask": (TensorProto.FLOAT, [4, 4]), "long": (TensorProto.INT64, [2])}
+
+    def refusal(masks: list[str], counts: str | None) -> str:
+        node = helper.make_node("Attention", [*"qkv", *masks], ["y"], name="attention")
+        with plug_in(version="11.4.0"):
+            context = Context(Cuda())
+            trt, builder = context.trt, context.trt.Builder(context.log)
+            network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+            assert trt.OnnxParser(network, context.log).parse(model([node], inputs, {"y": heads}, 24))
+            layer = network.get_layer(0)
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
+            layer.attention.causal_kind = trt.CausalMaskKind.LOWER_RIGHT
+            if counts is not None:
+                long = network.get_input(4)
+                short = network.add_cast(long, trt.DataType.INT32).get_output(0)
+                layer.attention.key_value_lengths = {"INT64": long, "INT32": short}[counts]
+            built = builder.build_serialized_network(network, builder.create_builder_config())
+            return "" if built is not None else context.said[-1]
+
+    assert refusal([], "INT32") == refusal([], None) == ""
+    assert "key_value_lengths must be of INT32, not of INT64" in refusal([], "INT64")
+    assert "a mask and a causal kind cannot be set together" in refusal(["mask"], "INT32")
+
+
+@pytest.fixture
+def pair(plug_in: PlugIn) -> Iterator[Any]:
+    """Two fake GPUs, used wrongly."""
+    with plug_in(devices=2) as gpus:
+        yield gpus
+        gpus.misuses.clear()
+
+
+def test_what_a_thread_makes_is_of_the_device_that_is_current_in_it(pair: Any) -> None:
+    cuda = Cuda()
+    assert (cuda("cudaGetDeviceCount"), cuda("cudaGetDevice")) == (2, 0)
+    cuda("cudaSetDevice", 1)
+    Cuda()("cudaMalloc", 64)
+    assert [memory.used for memory in pair.memories] == [0, 64]
+    others: list[int] = []
+    thread = threading.Thread(target=lambda: others.append(cuda("cudaGetDevice")))
+    thread.start()
+    thread.join()
+    assert (others, cuda("cudaGetDevice")) == ([0], 1)
+    with pytest.raises(OSError, match="cudaErrorInvalidDevice"):
+        cuda("cudaSetDevice", 2)
+
+
+def test_work_for_a_device_that_is_not_current_is_refused(pair: Any) -> None:
+    cuda = Cuda()
+    address, event = int(cuda("cudaMallocAsync", 32, cuda.stream)), cuda("cudaEventCreate")
+    cuda("cudaSetDevice", 1)
+    there = Cuda()
+    calls = {
+        "cudaMemsetAsync": (address, 0, 4, cuda.stream),
+        "cudaMallocAsync": (4, cuda.stream),
+        "cudaEventRecord": (event, there.stream),  # of two devices
+    }
+    for call, arguments in calls.items():
+        with pytest.raises(OSError, match="cudaErrorInvalidResourceHandle"):
+            cuda(call, *arguments)
+    with pytest.raises(import_module("fakegpu").MisuseError, match="a memset on device 1 uses memory of device 0"):
+        there("cudaMemsetAsync", address, 0, 4, there.stream)
+    cuda("cudaFreeAsync", address, cuda.stream)
+    cuda.wait()
+    assert pair.memories[0].used == 0
+
+
+@pytest.mark.usefixtures("pair")
+def test_an_engine_runs_on_the_device_that_it_was_loaded_on() -> None:
+    caught = import_module("fakegpu").MisuseError
+    context = Context(Cuda(), flags=("REFIT",))
+    context.bind()
+    refitter, _ = refitters(context)
+    Cuda()("cudaSetDevice", 1)
+    there = Cuda()
+    assert not context.run()
+    assert "cudaErrorInvalidResourceHandle" in context.said[-1]
+    for call in (
+        lambda: context.context.execute_async_v3(there.stream),
+        context.engine.create_execution_context,
+        refitter.refit_cuda_engine,
+    ):
+        with pytest.raises(caught, match="of small, which is on device 0, on device 1"):
+            call()
+    other = Context(there)
+    other.bind()
+    other.context.set_tensor_address("x", context.context.get_tensor_address("x"))
+    with pytest.raises(caught, match="a run of small: x on device 1 uses memory of device 0"):
+        other.run()
+
+
 def offered(trt: Any) -> Iterator[tuple[str, str]]:
     """Yield every class of the fake with every name that it has."""
     for name, value in vars(trt).items():
@@ -422,9 +643,10 @@ def offered(trt: Any) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("version", ["10.16.1", "11.4.0"])
-def test_it_offers_nothing_that_tensorrt_does_not(version: str, context: Context) -> None:
+def test_it_offers_nothing_that_tensorrt_does_not(version: str, plug_in: PlugIn) -> None:
     real: dict[str, list[str]] = json.loads((LISTS / f"api_tensorrt_{version}.json").read_text())
-    found = set(offered(context.trt))
+    with plug_in(version=version):
+        found = set(offered(import_module("tensorrt")))
     assert len(found) > 60
     assert [(kind, name) for kind, name in found if kind not in real or (name and name not in real[kind])] == []
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from PIL import Image
 
 from mmemb_deploy import Embedder
 from mmemb_deploy.backends import nvtx
+from mmemb_deploy.backends.cuda import Cuda
 from mmemb_deploy.backends.device import ALIGNMENT
 from mmemb_deploy.cli.main import application
 from mmemb_deploy.errors import BackendError
@@ -307,3 +309,49 @@ def test_a_decode_step_moves_a_few_bytes_a_row_and_makes_nothing_anew(
         assert step["d2d_bytes"] <= 64 * len(texts)
         assert step["h2d_pinned_bytes"] in (0, 4 * ALIGNMENT)  # nothing, or all that a step reads of its rows
         assert step["cache_bytes"] <= 2 * model.layers * model.kv_heads * model.head_dim * 4 * len(texts)
+
+
+def test_all_of_an_embedder_is_on_the_gpu_of_its_index_in_every_thread(
+    plug_in: PlugIn, built: Path, traffic: Path, tmp_path: Path, tiny_embedder: Embedder, mixed_inputs: list[Any]
+) -> None:
+    folder = Path(shutil.copytree(built, tmp_path / "bundle"))
+    (listing,) = folder.glob("engines/*/engines.json")
+    listing.write_text(json.dumps(json.loads(listing.read_text()) | {"certificate": None}))
+
+    def run(embedder: Embedder, turn: int) -> NDArray[Any]:
+        return embedder.encode(mixed_inputs[:4], **ROUTES[turn % 3])
+
+    with plug_in(devices=2) as gpus:
+        build(folder, 4, "--traffic", str(traffic), "--device", "1")
+        embedder = Embedder.load(folder, backend="tensorrt", device=1)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(partial(run, embedder), range(6)))
+        assert all(close(each, run(tiny_embedder, turn)) for turn, each in enumerate(found))
+        assert [memory.taken > 0 for memory in gpus.memories] == [False, True]
+        assert {each.device for handle, each in (*gpus.streams.items(), *gpus.events.items()) if handle > 0} == {1}
+        del embedder
+        gc.collect()
+        assert gpus.memories[1].used == 0
+
+
+def test_a_thread_that_does_not_set_its_device_is_refused(
+    plug_in: PlugIn, built: Path, tiny_embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with plug_in(devices=2), ThreadPoolExecutor(1) as pool:
+        embedder = Embedder.load(built, backend="tensorrt", device=1)
+        monkeypatch.setattr(Cuda, "lock", property(lambda cuda: cuda._lock))
+        with pytest.raises(BackendError, match="invalid resource handle"):
+            pool.submit(embedder.encode, ["one"]).result()
+        assert close(embedder.encode(["one"]), tiny_embedder.encode(["one"]))
+
+
+def test_embedders_of_two_gpus_take_turns_in_one_thread(
+    plug_in: PlugIn, built: Path, tiny_embedder: Embedder, mixed_inputs: list[Any]
+) -> None:
+    with plug_in(devices=2) as gpus:
+        embedders = [Embedder.load(built, backend="tensorrt", device=device) for device in (0, 1)]
+        for options in ROUTES:
+            for embedder in embedders:
+                assert close(embedder.encode(mixed_inputs, **options), tiny_embedder.encode(mixed_inputs, **options))
+        first, second = (memory.used for memory in gpus.memories)
+        assert first == second > 0

@@ -1,9 +1,12 @@
-"""The fake GPU: its streams, whose work runs as late as it may, captures, and counters of all that moved.
+"""The fake GPUs: their streams, whose work runs as late as it may, captures, and counters of all that moved.
 
 Work that was put on a stream waits until the host synchronises, which is the latest that CUDA allows and the time at
 which every forgotten wait, early free and reused buffer shows. What CUDA itself would refuse is a `CudaError`; what it
 would take and then compute nonsense from is a `MisuseError`, which is also kept in `misuses` in case someone
 catches it.
+
+Memory, streams, events and engines are of the device that was current in the thread that made them. Work for a device
+that is not current is refused, copies too, which CUDA would take: who asks for them forgot to set the device.
 """
 
 from __future__ import annotations
@@ -14,13 +17,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
 
 from fakegpu.memory import BASE, BYTES, NOTHING, Block, Host, Memory, MisuseError, Span, host_array
 
 Run = Callable[[], None]
-HANDLES = 1 << 32  # of one machine
+OWNED = 44  # bits of the addresses of one device
 
 
 class CudaError(Exception):
@@ -48,8 +52,9 @@ class Capture:
 
 @dataclass(eq=False)
 class Stream:
-    """Work in order: `asked` were queued and `done` have run."""
+    """Work of a device in order: `asked` were queued and `done` have run."""
 
+    device: int = 0
     queue: deque[Run] = field(default_factory=deque)
     asked: int = 0
     done: int = 0
@@ -63,29 +68,44 @@ class Stream:
             self.queue.popleft()()
 
 
+@dataclass(eq=False)
+class Event:
+    """A mark of a device: the stream that it was recorded in last, and how much must have run there."""
+
+    device: int
+    recorded: tuple[Stream, int] | None = None
+
+
 class Machine:
-    """One GPU and the driver's idea of it."""
+    """GPUs that are all alike, and the driver's idea of them."""
 
     _made = 0
 
-    def __init__(self, name: str = "NVIDIA Fake H100", target: str = "sm90", total: int = 80 << 30) -> None:
+    def __init__(
+        self, name: str = "NVIDIA Fake H100", target: str = "sm90", total: int = 80 << 30, devices: int = 1
+    ) -> None:
         self.name, self.target = name, target
         self.staged = bool(os.environ.get("FAKE_GPU_STAGED"))  # pageable bytes are read when a copy is asked for
         self.first = BASE + Machine._made * (1 << 48)
         Machine._made += 1
-        self.memory = Memory(total, self.first)
+        self.memories = [Memory(total, self.first + (device << OWNED)) for device in range(devices)]
         self.lock = threading.RLock()
-        self.streams: dict[int, Stream] = {0: Stream()}
-        self.events: dict[int, tuple[Stream, int] | None] = {}
+        self.streams = {-device: Stream(device) for device in range(devices)}  # the default ones; then by handle
+        self.events: dict[int, Event] = {}
         self.graphs: dict[int, list[Work]] = {}
         self.pinned: dict[int, np.ndarray] = {}
         self.errors: dict[int, str] = {}  # the last error of a thread, until someone asks for it
         self.misuses: list[str] = []
         self.counts, self.labels = Counter[str](), dict[str, Counter[str]]()
         self.intervals = [Counter[str]()]
-        self._label = threading.local()
+        self._thread = threading.local()
         self._failures: dict[str, list[int]] = {}
         self._handle = self.first + (1 << 47)
+
+    def misuse(self, what: str) -> NoReturn:
+        """Keep and raise a MisuseError."""
+        self.misuses.append(what)
+        raise MisuseError(what)
 
     # what tests ask
 
@@ -105,17 +125,17 @@ class Machine:
     @contextmanager
     def label(self, name: str) -> Generator[Counter[str]]:
         """Count what this thread does meanwhile under a name too; yield those counts."""
-        before = getattr(self._label, "name", None)
-        self._label.name = name
+        before = getattr(self._thread, "label", None)
+        self._thread.label = name
         try:
             yield self.labels.setdefault(name, Counter())
         finally:
-            self._label.name = before
+            self._thread.label = before
 
     def tally(self) -> Callable[..., None]:
         """Return what counts for whoever asks now, even later."""
         counters = [self.counts, self.intervals[-1]]
-        if (name := getattr(self._label, "name", None)) is not None:
+        if (name := getattr(self._thread, "label", None)) is not None:
             counters.append(self.labels[name])
 
         def count(**counts: int) -> None:
@@ -128,6 +148,28 @@ class Machine:
         """Count something that happens now."""
         self.tally()(**counts)
 
+    # devices
+
+    @property
+    def device(self) -> int:
+        """The device that is current in this thread."""
+        return int(getattr(self._thread, "device", 0))
+
+    @device.setter
+    def device(self, device: int) -> None:
+        self._thread.device = self.known(device)
+
+    def known(self, device: int) -> int:
+        """Return the index of a device that is there. Raises CudaError."""
+        if not 0 <= device < len(self.memories):
+            raise CudaError("cudaErrorInvalidDevice")
+        return device
+
+    @property
+    def memory(self) -> Memory:
+        """The memory of the device that is current."""
+        return self.memories[self.device]
+
     # streams
 
     def handle(self) -> int:
@@ -135,11 +177,16 @@ class Machine:
         self._handle += 16
         return self._handle
 
-    def stream(self, handle: int) -> Stream:
-        """Return a stream by its handle. Raises CudaError."""
-        if handle not in self.streams:
+    def stream(self, handle: int, *, anywhere: bool = False) -> Stream:
+        """Return a stream by its handle; unless `anywhere`, of the device that is current. Raises CudaError."""
+        found = self.streams.get(handle or -self.device)
+        if found is None or not (anywhere or found.device == self.device):
             raise CudaError("cudaErrorInvalidResourceHandle")
-        return self.streams[handle]
+        return found
+
+    def streams_of(self, device: int) -> list[Stream]:
+        """Return all streams of a device."""
+        return [stream for stream in self.streams.values() if stream.device == device]
 
     def push(self, stream: Stream, work: Work) -> None:
         """Queue work, or record it where the stream captures."""
@@ -148,8 +195,8 @@ class Machine:
                 raise CudaError("cudaErrorStreamCaptureInvalidated")
             stream.capture.work.append(work)
             return
-        default = self.streams[0]
-        for other in self.streams.values() if stream is default else (default,):
+        default = self.streams[-stream.device]
+        for other in self.streams_of(stream.device) if stream is default else (default,):
             if other is not stream and other.capture is None:
                 other.run()  # the legacy default stream waits for all others, and they for it
         self.count(**work.counts)
@@ -164,7 +211,8 @@ class Machine:
             stream.run()
         self.count(synchronisations=1)
         self.intervals.append(Counter())
-        self.memory.settle()
+        for device in {stream.device for stream in streams} or {self.device}:
+            self.memories[device].settle()
 
     def spoil(self, capture: Capture) -> None:
         """End a capture's hopes and refuse the call that did it."""
@@ -184,7 +232,7 @@ class Machine:
     # memory
 
     def allocate(self, nbytes: int) -> Block:
-        """Return a new block. Raises CudaError where there is no room."""
+        """Return a new block of the device that is current. Raises CudaError where there is no room."""
         block = None if self.fails("memory") else self.memory.allocate(nbytes)
         if block is None:
             raise CudaError("cudaErrorMemoryAllocation")
@@ -193,12 +241,22 @@ class Machine:
 
     def free(self, address: int, stream: Stream | None) -> None:
         """Free a block, in the order of a stream."""
-        block = self.memory.free(address)
+        block = self.memories[self._owner(address)].free(address)
         self.count(frees=1)
         if stream is None:
             self.memory.drop(block)
         else:
             self.push(stream, Work("a free", lambda: lambda: self.memory.drop(block)))
+
+    def span(self, device: int, address: int, width: int, what: str, *, height: int = 1, pitch: int = 0) -> Span:
+        """Return the bytes at an address that a device is to use; they must be its own."""
+        owner = self._owner(address)
+        if owner != device and address >= self.first:
+            raise MisuseError(f"{what} on device {device} uses memory of device {owner}")
+        return self.memories[owner].span(address, width, what, height=height, pitch=pitch)
+
+    def _owner(self, address: int) -> int:
+        return min(max(address - self.first, 0) >> OWNED, len(self.memories) - 1)
 
     def host(self, address: int, nbytes: int) -> Host:
         """Return bytes of the host by their address."""

@@ -105,7 +105,8 @@ class Memory:
 
     def __init__(self, total: int, first: int) -> None:
         self.total, self.used, self.reserved, self.threshold = total, 0, 0, 0
-        self.first = self._next = first
+        self.taken = 0  # of all that was ever used
+        self._next = first
         self._blocks: list[Block] = []
 
     def take(self, nbytes: int) -> bool:
@@ -113,6 +114,7 @@ class Memory:
         if self.used + nbytes > self.total:
             return False
         self.used += nbytes
+        self.taken += nbytes
         self.reserved = max(self.reserved, self.used)
         return True
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fakegpu.machine import Capture, CudaError, Machine, Run, Stream, Work
-from fakegpu.memory import BASE, MisuseError, Span
+from fakegpu.machine import Capture, CudaError, Event, Machine, Run, Stream, Work
+from fakegpu.memory import BASE, Memory, MisuseError, Span
 
 
 class Runtime:
@@ -25,17 +25,16 @@ class Runtime:
     # devices and errors
 
     def cudaSetDevice(self, device: int) -> None:
-        if device != 0:
-            raise CudaError("cudaErrorInvalidDevice")
+        self._gpu.device = device
 
     def cudaGetDevice(self) -> int:
-        return 0
+        return self._gpu.device
 
     def cudaGetDeviceCount(self) -> int:
-        return 1
+        return len(self._gpu.memories)
 
     def cudaDeviceGetAttribute(self, attr: Any, device: int) -> int:
-        self.cudaSetDevice(device)
+        self._gpu.known(device)
         if attr.name != "cudaDevAttrIntegrated":
             raise NotImplementedError(f"the fake GPU has no {attr.name}")
         return 0
@@ -75,7 +74,7 @@ class Runtime:
         return self._gpu.allocate(size).address
 
     def cudaFreeAsync(self, devPtr: Any, hStream: Any) -> None:
-        self._gpu.free(int(devPtr), self._outside(hStream))
+        self._gpu.free(int(devPtr), self._outside(hStream, anywhere=True))
 
     def cudaHostAlloc(self, size: int, flags: int) -> int:
         del flags
@@ -95,27 +94,25 @@ class Runtime:
             raise CudaError("cudaErrorInvalidValue")
 
     def cudaDeviceGetDefaultMemPool(self, device: int) -> Any:
-        self.cudaSetDevice(device)
-        return self._real.cudaMemPool_t(self._gpu.first)
+        return self._real.cudaMemPool_t(self._gpu.first + self._gpu.known(device))
 
     def cudaDeviceGetMemPool(self, device: int) -> Any:
         return self.cudaDeviceGetDefaultMemPool(device)
 
     def cudaMemPoolSetAttribute(self, memPool: Any, attr: Any, value: Any) -> None:
-        del memPool
         if attr.name != "cudaMemPoolAttrReleaseThreshold":
             raise NotImplementedError(f"the fake GPU's pool has no {attr.name}")
-        self._gpu.memory.threshold = int(value)
+        self._pool(memPool).threshold = int(value)
 
     def cudaMemPoolTrimTo(self, memPool: Any, minBytesToKeep: int) -> None:
-        del memPool
-        memory = self._gpu.memory
+        memory = self._pool(memPool)
         memory.reserved = max(memory.used, min(memory.reserved, minBytesToKeep))
 
     # copies
 
     def cudaMemsetAsync(self, devPtr: Any, value: int, count: int, stream: Any) -> None:
-        self._gpu.fill(self._stream(stream), self._gpu.memory.span(int(devPtr), count, "a memset"), value)
+        found = self._stream(stream)
+        self._gpu.fill(found, self._gpu.span(found.device, int(devPtr), count, "a memset"), value)
 
     def cudaMemcpyAsync(self, dst: Any, src: Any, count: int, kind: Any, stream: Any) -> None:
         self._copy(self._stream(stream), (int(dst), count), (int(src), count), (count, 1), kind)
@@ -129,8 +126,8 @@ class Runtime:
 
     def cudaMemcpy(self, dst: Any, src: Any, count: int, kind: Any) -> None:
         self._gpu.unsafe()
-        self._copy(self._gpu.streams[0], (int(dst), count), (int(src), count), (count, 1), kind)
-        self._gpu.synchronise(self._gpu.streams[0])
+        self._copy(self._gpu.stream(0), (int(dst), count), (int(src), count), (count, 1), kind)
+        self._gpu.synchronise(self._gpu.stream(0))
 
     def _copy(
         self, stream: Stream, target: tuple[int, int], source: tuple[int, int], size: tuple[int, int], kind: Any
@@ -152,15 +149,18 @@ class Runtime:
             raise NotImplementedError("the fake GPU copies planes inside the device alone")
         if wanted == ("H", "D"):
             host = gpu.host(source[0], width)
-            gpu.upload(stream, self._span(target, size), host, host.kind)
+            gpu.upload(stream, self._span(stream, target, size), host, host.kind)
         elif wanted == ("D", "H"):
-            gpu.download(stream, gpu.host(target[0], width), self._span(source, size))
+            gpu.download(stream, gpu.host(target[0], width), self._span(stream, source, size))
         else:
-            gpu.move(stream, self._span(target, size), self._span(source, size))
+            gpu.move(stream, self._span(stream, target, size), self._span(stream, source, size))
 
-    def _span(self, place: tuple[int, int], size: tuple[int, int]) -> Span:
+    def _span(self, stream: Stream, place: tuple[int, int], size: tuple[int, int]) -> Span:
         (address, pitch), (width, height) = place, size
-        return self._gpu.memory.span(address, width, "a copy", height=height, pitch=pitch)
+        return self._gpu.span(stream.device, address, width, "a copy", height=height, pitch=pitch)
+
+    def _pool(self, pool: Any) -> Memory:
+        return self._gpu.memories[int(pool) - self._gpu.first]
 
     # streams and events
 
@@ -170,22 +170,22 @@ class Runtime:
     def cudaStreamCreateWithFlags(self, flags: int) -> Any:
         del flags
         handle = self._gpu.handle()
-        self._gpu.streams[handle] = Stream()
+        self._gpu.streams[handle] = Stream(self._gpu.device)
         return self._real.cudaStream_t(handle)
 
     def cudaStreamDestroy(self, stream: Any) -> None:
         if int(stream) >= self._gpu.first:
-            self._stream(stream).run()
+            self._gpu.stream(int(stream), anywhere=True).run()
             del self._gpu.streams[int(stream)]
 
     def cudaStreamSynchronize(self, stream: Any) -> None:
-        self._gpu.synchronise(self._stream(stream))
+        self._gpu.synchronise(self._gpu.stream(int(stream), anywhere=True))
 
     def cudaDeviceSynchronize(self) -> None:
-        self._gpu.synchronise(*self._gpu.streams.values())
+        self._gpu.synchronise(*self._gpu.streams_of(self._gpu.device))
 
     def cudaStreamQuery(self, stream: Any) -> None:
-        self._poll(self._outside(stream), None)
+        self._poll(self._outside(stream, anywhere=True), None)
 
     def cudaEventCreate(self) -> Any:
         return self.cudaEventCreateWithFlags(0)
@@ -193,36 +193,37 @@ class Runtime:
     def cudaEventCreateWithFlags(self, flags: int) -> Any:
         del flags
         handle = self._gpu.handle()
-        self._gpu.events[handle] = None
+        self._gpu.events[handle] = Event(self._gpu.device)
         return self._real.cudaEvent_t(handle)
 
     def cudaEventRecord(self, event: Any, stream: Any) -> None:
-        found = self._stream(stream)
+        found, mark = self._stream(stream), self._event(event)
+        if mark.device != found.device:
+            raise CudaError("cudaErrorInvalidResourceHandle")
 
         def start() -> Run:
-            self._gpu.events[int(event)] = found, found.asked + 1
+            mark.recorded = found, found.asked + 1
             return lambda: None
 
-        self._event(event)
         self._gpu.push(found, Work("an event", start))
 
     def cudaStreamWaitEvent(self, stream: Any, event: Any, flags: int) -> None:
         del flags
 
         def start() -> Run:
-            recorded = self._event(event)
+            recorded = self._event(event).recorded
             return lambda: None if recorded is None else recorded[0].run(recorded[1])
 
         self._gpu.push(self._stream(stream), Work("a wait for an event", start))
 
     def cudaEventSynchronize(self, event: Any) -> None:
-        recorded = self._event(event)
+        recorded = self._event(event).recorded
         if recorded is not None:
             recorded[0].run(recorded[1])
         self._gpu.synchronise()
 
     def cudaEventQuery(self, event: Any) -> None:
-        if (recorded := self._event(event)) is not None:
+        if (recorded := self._event(event).recorded) is not None:
             self._poll(*recorded)
 
     def cudaEventDestroy(self, event: Any) -> None:
@@ -238,7 +239,7 @@ class Runtime:
 
     def cudaStreamBeginCapture(self, stream: Any, mode: Any) -> None:
         found = self._outside(stream)
-        if found is self._gpu.streams[0]:
+        if found is self._gpu.stream(0):
             raise CudaError("cudaErrorStreamCaptureUnsupported")
         found.capture = Capture(threading.get_ident(), mode.name)
         self._gpu.count(captures=1)
@@ -294,7 +295,7 @@ class Runtime:
             raise MisuseError("a graph is used after it was destroyed")
         return self._gpu.graphs[int(graph)]
 
-    def _event(self, event: Any) -> tuple[Stream, int] | None:
+    def _event(self, event: Any) -> Event:
         if int(event) not in self._gpu.events:
             raise CudaError("cudaErrorInvalidResourceHandle")
         return self._gpu.events[int(event)]
@@ -302,9 +303,9 @@ class Runtime:
     def _stream(self, stream: Any) -> Stream:
         return self._gpu.stream(int(stream))
 
-    def _outside(self, stream: Any) -> Stream:
+    def _outside(self, stream: Any, *, anywhere: bool = False) -> Stream:
         """Return a stream that must not be capturing."""
-        found = self._stream(stream)
+        found = self._gpu.stream(int(stream), anywhere=anywhere)
         if found.capture is not None:
             self._gpu.spoil(found.capture)
         return found
@@ -323,10 +324,11 @@ class Driver:
         return _write(version, 13000)
 
     def cuDeviceGetCount(self, count: Any) -> int:
-        return _write(count, 1)
+        return _write(count, len(self._gpu.memories))
 
     def cuDeviceGet(self, device: Any, ordinal: int) -> int:
-        return _write(device, 0) if ordinal == 0 else 101  # CUDA_ERROR_INVALID_DEVICE
+        there = 0 <= ordinal < len(self._gpu.memories)
+        return _write(device, ordinal) if there else 101  # CUDA_ERROR_INVALID_DEVICE
 
     def cuDeviceGetName(self, name: Any, length: int, device: Any) -> int:
         del device

@@ -1,9 +1,11 @@
 """A strict fake of TensorRT for a GPU that is not there (see `fakegpu`); engines are run by ONNX Runtime on the CPU.
 
-It offers only what the real library of its version has, and refuses what the real one's documentation forbids.
+It offers only what the real library of its version has, and refuses what the real one's documentation forbids. Of what
+a build may ask for it knows stripped and refitted weights, version-compatible plans, and from 11.4 on attention by
+lengths. FAKE_TENSORRT names its version.
 """
 
-from fakegpu import api
+from tensorrt.api import API, VERSION
 from tensorrt.build import (
     Builder,
     BuilderFlag,
@@ -12,6 +14,7 @@ from tensorrt.build import (
     IAttention,
     IAttentionInputLayer,
     IBuilderConfig,
+    ICastLayer,
     IHostMemory,
     ILayer,
     INetworkDefinition,
@@ -27,6 +30,7 @@ from tensorrt.build import (
     ProfilingVerbosity,
 )
 from tensorrt.log import ILogger, Logger
+from tensorrt.refit import OnnxParserRefitter, Refitter
 from tensorrt.run import (
     EngineInspector,
     ExecutionContextAllocationStrategy,
@@ -37,7 +41,10 @@ from tensorrt.run import (
     TensorIOMode,
 )
 
-__version__ = api.VERSION
+if "CausalMaskKind" in API:
+    from tensorrt.build import CausalMaskKind as CausalMaskKind
+
+__version__ = VERSION
 
 __all__ = [
     "Builder",
@@ -49,6 +56,7 @@ __all__ = [
     "IAttention",
     "IAttentionInputLayer",
     "IBuilderConfig",
+    "ICastLayer",
     "ICudaEngine",
     "IExecutionContext",
     "IHostMemory",
@@ -65,8 +73,10 @@ __all__ = [
     "MemoryPoolType",
     "NetworkDefinitionCreationFlag",
     "OnnxParser",
+    "OnnxParserRefitter",
     "ParserError",
     "ProfilingVerbosity",
+    "Refitter",
     "Runtime",
     "TensorIOMode",
     "__version__",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import Any
 
-from fakegpu.api import Strict, listed
+from tensorrt.api import Strict, listed
 
 
 class Severity(enum.IntEnum):

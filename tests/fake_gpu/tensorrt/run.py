@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from fakegpu import machine
-from fakegpu.api import VERSION, Strict, enumeration, listed
 from fakegpu.graphs import Graph
 from fakegpu.machine import CudaError, Machine, Run, Work, alive
 from fakegpu.memory import ALIGNMENT, NOTHING, MisuseError, Span, kind_of
+from tensorrt.api import VERSION, Strict, enumeration, listed, release
 from tensorrt.build import ProfilingVerbosity, read_plan, type_of
 from tensorrt.log import ILogger, report
 
@@ -29,7 +29,9 @@ Shape = tuple[int, ...]
 
 @listed
 class Runtime(Strict):
-    """Loads plans."""
+    """Loads plans of its own version, and version-compatible ones of earlier ones, on the device that is current."""
+
+    engine_host_code_allowed: bool = False
 
     def __init__(self, logger: ILogger) -> None:
         machine()
@@ -40,9 +42,12 @@ class Runtime(Strict):
         if found is None:
             return self._refuse("the magic tag does not match")
         header, content = found
-        if (header["version"], header["device"]) != (VERSION, gpu.name):
+        lasts = header["compatible"] and release(header["version"]) < release(VERSION)
+        if header["device"] != gpu.name or not (lasts or header["version"] == VERSION):
             return self._refuse(f"the plan is of TensorRT {header['version']} on {header['device']}")
-        if gpu.fails("deserialize") or not gpu.memory.take(len(content)):
+        if header["compatible"] and not self.engine_host_code_allowed:
+            return self._refuse("the plan holds code for the host, and engine_host_code_allowed is not set")
+        if gpu.fails("deserialize") or not gpu.memory.take(header["size"]):
             return self._refuse("out of memory")
         gpu.count(deserialized=1)
         return ICudaEngine(gpu, self._logger, header, content)
@@ -58,17 +63,25 @@ class ICudaEngine(Strict):
 
     def __init__(self, gpu: Machine, logger: ILogger, header: dict[str, Any], content: bytes) -> None:
         self._gpu, self._logger, self._graph = gpu, logger, Graph.of(content)
-        self._name: str = header["name"]
+        self._device, self._name = gpu.device, str(header["name"])
+        self._refittable, self._identical = bool(header["refittable"]), bool(header["identical"])
+        self._built_with: dict[str, str] = header["stripped"]  # the hashes of weights that the plan lacks
+        self._lacking = set(self._built_with)
+        self._queued = 0  # runs that are still to come
         self._verbosity = ProfilingVerbosity[header["verbosity"]]
         self._profiles: list[dict[str, list[Shape]]] = [
             {name: [tuple(shape) for shape in shapes] for name, shapes in profile.items()}
             for profile in header["profiles"]
         ]
-        weakref.finalize(self, gpu.memory.give, len(content)).atexit = False
+        weakref.finalize(self, gpu.memory.give, header["size"]).atexit = False
 
     @property
     def name(self) -> str:
         return self._name
+
+    @property
+    def refittable(self) -> bool:
+        return self._refittable
 
     @property
     def num_io_tensors(self) -> int:
@@ -113,6 +126,7 @@ class ICudaEngine(Strict):
         return self._graph.aliases.get(name)
 
     def create_execution_context(self, strategy: Any = None) -> IExecutionContext | None:
+        self._check_device("a context")
         strategies = ExecutionContextAllocationStrategy
         strategy = strategies.STATIC if strategy is None else strategies(strategy)
         context = None if self._gpu.fails("context") else IExecutionContext(self, strategy)
@@ -123,6 +137,11 @@ class ICudaEngine(Strict):
 
     def create_engine_inspector(self) -> EngineInspector:
         return EngineInspector(self)
+
+    def _check_device(self, what: str) -> None:
+        """Refuse what a thread asks of an engine while another device is current in it."""
+        if self._gpu.device != self._device:
+            self._gpu.misuse(f"{what} of {self._name}, which is on device {self._device}, on device {self._gpu.device}")
 
     @property
     def _tensors(self) -> dict[str, Any]:
@@ -272,6 +291,9 @@ class IExecutionContext(Strict):
                 return self._spoil(stream_handle, "Cuda Runtime (operation not permitted when stream is capturing)")
             if not self._settled:
                 return self._spoil(stream_handle, "the first run after shapes changed cannot be captured")
+        if engine_lacks := self._engine._lacking:
+            raise MisuseError(f"a run of {self._engine._name}, which was never filled with {len(engine_lacks)} weights")
+        self._engine._check_device("a run")
         work = self._work()
         if work is None:
             return False
@@ -292,7 +314,7 @@ class IExecutionContext(Strict):
             if address % ALIGNMENT:
                 raise MisuseError(f"{what}: the address of {name} is not aligned to {ALIGNMENT}")
             nbytes = int(np.prod(shape)) * tensor.dtype.itemsize
-            spans[name] = self._gpu.memory.span(address, nbytes, f"{what}: {name}")
+            spans[name] = self._gpu.span(engine._device, address, nbytes, f"{what}: {name}")
         for name, source in engine._graph.aliases.items():
             if self._addresses[name] != self._addresses[source]:
                 self._refuse(f"{name} is written in place: its address must be that of {source}")
@@ -312,6 +334,7 @@ class IExecutionContext(Strict):
             if this._state != state:
                 raise MisuseError(f"{what} was recorded before its context changed")
             counting = count()
+            engine._queued += 1
             return lambda: _run(engine, shapes, spans, what, counting, context)
 
         return Work(what, start, {"runs": 1, f"runs_{engine._name}": 1})
@@ -322,7 +345,7 @@ class IExecutionContext(Strict):
         needed = self._engine.get_device_memory_size_for_profile_v2(self._profile)
         if self._arena is None or self._arena[1] < needed or self._arena[0] % ALIGNMENT:
             raise MisuseError(f"{what} needs {needed} bytes of device memory, and was given {self._arena}")
-        return self._gpu.memory.span(self._arena[0], needed, f"{what}: its device memory")
+        return self._gpu.span(self._engine._device, self._arena[0], needed, f"{what}: its device memory")
 
     def _known_shapes(self) -> dict[str, Shape]:
         graph = self._engine._graph
@@ -353,9 +376,7 @@ class IExecutionContext(Strict):
         """Refuse a second thread between the first call that prepares a run and the run."""
         thread = threading.get_ident()
         if self._thread not in (None, thread):
-            error = f"a context of {self._engine._name} is used by two threads at once"
-            self._gpu.misuses.append(error)
-            raise MisuseError(error)
+            self._gpu.misuse(f"a context of {self._engine._name} is used by two threads at once")
         self._thread = thread
 
     def _change(self, *, settled: bool) -> None:
@@ -380,6 +401,7 @@ def _run(
 ) -> None:
     """Run a graph on the bytes that are there by now."""
     graph = engine._graph
+    engine._queued -= 1
     if context() is None:
         raise MisuseError(f"{what}: its context was gone before it ran")
     for span in spans.values():

@@ -10,7 +10,22 @@ from typing import Any, TypeVar
 
 VERSION = os.environ.get("FAKE_TENSORRT", "10.16.1")
 LISTS = Path(__file__).parents[2] / "mmemb_engines"
-API: dict[str, list[str]] = json.loads((LISTS / f"api_tensorrt_{VERSION}.json").read_text())
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Return a version's numbers, which compare as releases do."""
+    return tuple(map(int, version.split(".")))
+
+
+def _members() -> dict[str, list[str]]:
+    """Return the list of this version, or that of the last one before it that there is."""
+    known = {release(path.stem.rpartition("_")[2]): path for path in LISTS.glob("api_tensorrt_[0-9]*.json")}
+    nearest = max(each for each in known if each <= release(VERSION))
+    members: dict[str, list[str]] = json.loads(known[nearest].read_text())
+    return members
+
+
+API = _members()
 
 T = TypeVar("T", bound=type)
 
