@@ -18,6 +18,7 @@ from mmemb_deploy.backends.tensorrt.files import (
     EngineSet,
     ProfileShapes,
     find_set,
+    graph_files,
     graph_hash,
     read_sets,
     write_set,
@@ -198,10 +199,11 @@ def _build(
     seconds = time.perf_counter() - began
     path = folder / f"{name}-{key[:16]}.engine"
     write_whole(path, plan.content)
-    model = None
+    model, filled = None, 0
     if options.strip:
         model = bundle.graph(role).read_bytes() if ready is None else ready.model
         write_whole(path.with_suffix(".onnx"), model)
+        filled = sum((bundle.folder / file).stat().st_size for file in graph_files(bundle, role))
     if plan.timings:
         write_whole(timings, plan.timings)
     return Built(
@@ -216,6 +218,7 @@ def _build(
         seconds=seconds,
         size=plan.content.nbytes,
         model=None if model is None else hashlib.sha256(model).hexdigest(),
+        filled=filled,
     )
 
 

@@ -17,6 +17,7 @@ import pytest
 from mmemb_deploy import Embedder
 from mmemb_deploy.backends.tensorrt import api
 from mmemb_deploy.backends.tensorrt import engine as engine_module
+from mmemb_deploy.backends.tensorrt.budget import budget_of
 from mmemb_deploy.backends.tensorrt.files import read_sets
 from mmemb_deploy.backends.tensorrt.network import Network
 from mmemb_deploy.bundle.folder import Bundle
@@ -68,6 +69,18 @@ def test_stripped_engines_take_their_weights_from_the_bundle(gpu: Any, stripped:
     assert sum(path.stat().st_size for path in stripped.glob("engines/*/*.engine")) < weights
     (found,) = read_sets(Bundle.open(stripped))
     assert found.certificate is not None
+
+
+def test_stripped_engines_are_counted_with_what_fills_them(plug_in: PlugIn, stripped: Path) -> None:
+    opened = Bundle.open(stripped)
+    (found,) = read_sets(opened)
+    vision = budget_of(opened.manifest, found).weights["vision"]
+    assert vision > weights_of(stripped, "vision").stat().st_size
+    with (
+        plug_in(total=vision - 1),
+        pytest.raises(BackendError, match=r"the engine of vision.onnx needs .* of GPU memory"),
+    ):
+        Embedder.load(stripped, backend="tensorrt")
 
 
 def test_a_stripped_engine_that_nobody_filled_does_not_run(

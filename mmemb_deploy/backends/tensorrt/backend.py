@@ -46,7 +46,7 @@ class TensorRT:
         arena = Arena(cuda)
         engines: dict[str, LoadedEngine] = {}
         for name, graphs in found.roles(manifest).items():
-            cuda.check_memory(found.engines[name].size, f"the engine of {manifest.graphs[graphs[0]].file}")
+            cuda.check_memory(found.engines[name].resident, f"the engine of {manifest.graphs[graphs[0]].file}")
             engine = LoadedEngine(cuda, library, Stored.read(bundle, found, name, gpu.name), arena)
             if self._unverified:
                 engine.write_layers(found.path(bundle, name).with_suffix(".json"))

@@ -59,7 +59,7 @@ class Budget:
 
 def budget_of(manifest: Manifest, engines: EngineSet, arena: int = 0) -> Budget:
     """Return what a set of engines takes; how large their arena is, is known once they are loaded."""
-    weights = {name: built.size for name, built in engines.engines.items()}
+    weights = {name: built.resident for name, built in engines.engines.items()}
     features = manifest.batch.vision_bytes
     for name, graphs in engines.roles(manifest).items():
         if abi.GENERATOR in graphs:

@@ -42,7 +42,8 @@ class Built(Part):
     """One engine: its file and that file's sha256, the graph's hash, and what it was built for.
 
     `decomposed` says that attention in half precision had no kernel of its own and was written out, which is slower.
-    `model` is the sha256 of the graph beside a stripped engine, which names its weights.
+    `model` is the sha256 of the graph beside a stripped engine, which names its weights, and `filled` how many bytes of
+    them it takes when it is loaded; `size` is what its file has.
     """
 
     key: str
@@ -56,6 +57,12 @@ class Built(Part):
     seconds: float
     size: int
     model: str | None = None
+    filled: int = 0
+
+    @property
+    def resident(self) -> int:
+        """Return how many bytes it takes of a device's memory."""
+        return self.size + self.filled
 
     @property
     def cache(self) -> tuple[int, int]:
