@@ -30,6 +30,7 @@ except ModuleNotFoundError as error:
 PROVIDER = "CPUExecutionProvider"
 HOST = "cpu", 0
 BINDINGS = 256  # that a graph on the CPU keeps
+SPIN = 50  # microseconds that an idle thread waits awake; by default so long that it takes a core from all others
 HOST_TYPES = {name: np.dtype(name) for name in ("uint8", "int64", "float32")}
 
 
@@ -46,6 +47,7 @@ class OnnxRuntime:
         self._options = onnxruntime.SessionOptions()
         self._options.intra_op_num_threads = threads or (0 if cores() == os.cpu_count() else cores())
         self._options.log_severity_level = 3  # errors; they are raised as well
+        self._options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN))
 
     def load(self, bundle: Bundle) -> Engine:
         """Load every graph; raises BackendError for a float type that a CPU lacks, or if ONNX Runtime refuses one."""
