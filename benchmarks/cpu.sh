@@ -7,7 +7,8 @@ section suite-nano suite
 section latency-nano latency
 section frontier-nano frontier --queries 1000
 section load-nano load --trials 6 --p95-ms 40 --loop two-route
-section loops-nano load
+section loops-nano load --trials 8
+section loops-tight-nano load --trials 8 --p95-ms 50
 section overload-nano overload
 
 random_bundle small small-int8 --form fused --precision int8

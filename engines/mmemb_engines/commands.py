@@ -96,7 +96,7 @@ def build(
     from mmemb_engines.build import build_engines, built_here, check_portable, device_sets, without_direct
     from mmemb_engines.by_hand import write_commands
     from mmemb_engines.check import check_graphs
-    from mmemb_engines.engines_only import write_engines_only
+    from mmemb_engines.engines_only import check_engines_only, write_engines_only
     from mmemb_engines.profiles import demand_of_limits, demand_of_traffic, read_traffic
     from mmemb_engines.triton import write_repository
     from mmemb_engines.verify import verify_engines
@@ -115,6 +115,8 @@ def build(
         profiling=profiling,
         attention=attention,
     )
+    if engines_only is not None:
+        check_engines_only(engines_only, options)
     cache_bytes = None if cache is None else int(cache * 2**30)
     if traffic is not None and tokens is not None:
         raise OptionError(f"--tokens is {tokens} beside --traffic, which says how long prompts are: pass one of them")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmemb_deploy.backends.tensorrt.files import ENGINES, LISTING, EngineSet, graph_files, graph_hash
+from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import write_manifest
 from mmemb_deploy.errors import OptionError
@@ -15,18 +16,23 @@ from mmemb_deploy.errors import OptionError
 WEIGHTS = ".onnx.data"  # of a graph; one whose weights are all in its own file names none
 
 
+def check_engines_only(target: Path, options: BuildOptions) -> None:
+    """Raise OptionError for a target that exists, and for engines that are to be stripped of the weights they need."""
+    if target.exists():
+        raise OptionError(f"--engines-only is {target}, which exists: choose another folder")
+    if options.strip:
+        raise OptionError(f"--engines-only is {target}: stripped engines need the bundle's weights; leave --strip out")
+
+
 def write_engines_only(bundle: Bundle, sets: Sequence[EngineSet], target: Path) -> Bundle:
     """Write a bundle of some engines, and of all of `bundle` but its ONNX graphs and their weights; return it, open.
 
-    It keeps the reference, so that `mmemb build` can check the engines where they run. Raises OptionError for a target
-    that exists, and for stripped engines, which need the weights.
+    It keeps the reference, so that `mmemb build` can check the engines where they run. Raises OptionError as
+    `check_engines_only` does, for engines that were built before too.
     """
-    if target.exists():
-        raise OptionError(f"{target} exists: choose another folder for --engines-only")
     for engines in sets:
-        for name, built in engines.engines.items():
-            if built.options.strip:
-                raise OptionError(f"the engine of {name} is stripped of its weights: leave --strip out")
+        for built in engines.engines.values():
+            check_engines_only(target, built.options)
     manifest = bundle.manifest
     named = {file for name in manifest.graphs for file in graph_files(bundle, name)}
     kept = {file: sha256 for file, sha256 in manifest.files.items() if not file.endswith(WEIGHTS) and file not in named}

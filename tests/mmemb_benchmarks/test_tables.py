@@ -83,7 +83,8 @@ ROWS = {
         "| llama.cpp, float32 / 8-bit | 0.5x / 0.8x | 0.5x / 0.7x | 1.2x / 1.8x | 0.8x / 1.1x |",
         "| **fused int8** | 5.6x to 5.8x | 4.7x to 5.2x | 7.5x to 8.0x | 8.7x to 9.6x |",
     ],
-    "loops": ["| two-route: auto | 159 | 25 | 0.933 |  |", "| static: auto | 192 | 46 | 0.936 | 0.82x |"],
+    "loops": ["| two-route: auto | 277 | 22 | 0.926 |  |", "| static: auto | 364 | 88 | 0.922 | 0.76x |"],
+    "loops-tight": ["| two-route: always | 83.3 | 23 | 0.938 |  |", "| static: always | 53.8 | 22 | 0.926 | 1.55x |"],
     "loops-small": ["| two-route: auto | 13.8 | 379 | - |  |", "| static: auto | 10.7 | 1640 | - | 1.29x |"],
     "servers": [
         "| mmemb serve: never | 32.5 | 494 | - |  |",

@@ -223,9 +223,10 @@ def test_a_certificate_of_another_cpu_is_named_and_warned_of_where_kernels_diffe
     assert f"measured on x86_64 avx2 avx512f avx512_vnni, this is {here}: `mmemb verify --measure`" in text
 
 
-def test_a_certificate_of_four_bits_from_another_cpu_is_a_warning(bundle: Bundle) -> None:
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_certificate_of_coarse_weights_from_another_cpu_is_a_warning(bundle: Bundle, precision: str) -> None:
     other = rewritten(bundle, cpu=("aarch64", "asimd"))
-    graphs = {name: graph.model_copy(update={"precision": "int4"}) for name, graph in other.manifest.graphs.items()}
+    graphs = {name: graph.model_copy(update={"precision": precision}) for name, graph in other.manifest.graphs.items()}
     coarse = Bundle(other.folder, other.manifest.model_copy(update={"graphs": graphs}))
     assert [level for level, text in coarse.notes() if "this is" in text] == [logging.WARNING]
 

@@ -73,5 +73,5 @@ def test_its_engines_are_checked_where_there_is_a_gpu(alone: Bundle) -> None:
 
 def test_a_folder_that_exists_is_not_written_to(built: Built, tmp_path: Path) -> None:
     bundle, engines = built
-    with pytest.raises(OptionError, match="exists: choose another folder for --engines-only"):
+    with pytest.raises(OptionError, match=r"--engines-only is .*, which exists: choose another folder"):
         write_engines_only(bundle, [engines], tmp_path)

@@ -62,6 +62,7 @@ _TABLES: dict[str, tuple[tuple[str, ...], Callable[..., Table]]] = {  # the file
     "strips-dial": (("strips-cpu",), strips_tables.dial),
     "reasoning": (("latency-nano-cpu", "load-nano-cpu", "latency-small-cpu", "load-small-cpu"), load_tables.reasoning),
     "loops": (("loops-nano-cpu",), load_tables.loops),
+    "loops-tight": (("loops-tight-nano-cpu",), load_tables.loops),
     "loops-small": (("loops-small-cpu",), load_tables.loops),
     "servers": (("servers-small-cpu",), load_tables.loops),
     "overload": (("overload-nano-cpu",), load_tables.overload),
