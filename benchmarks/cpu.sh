@@ -9,7 +9,7 @@ section frontier-nano frontier --queries 1000
 section load-nano load --trials 6 --p95-ms 40 --loop two-route
 section loops-nano load --trials 8
 section loops-tight-nano load --trials 8 --p95-ms 50
-section overload-nano overload
+section overload-nano overload --p95-ms 120 --trials 6
 
 random_bundle small small-int8 --form fused --precision int8
 # of these weights the gate says nothing, so that it sends the share to reasoning that nano's sends
