@@ -306,15 +306,22 @@ class SlotDecoder:
         next_B: Ints = np.zeros(len(cache), np.int64)
         embeddings_BD: Floats = np.zeros((len(cache), self._model.hidden_size), np.float32)
         logits_BW: Floats = np.zeros((len(cache), self._model.vocabulary_size), np.float32)
-        for begin in range(0, total, chunk):
+
+        def run(begin: int) -> tuple[Ints, Callable[[], Floats]]:
             ids_BT = token_ids_BT[:, begin : begin + chunk]
             new_B = (lengths_B - begin).clip(0, ids_BT.shape[1])
             ends = np.flatnonzero((new_B > 0) & (lengths_B <= begin + chunk))
-            made = self._follow_chunk(cache.rows, ids_BT, new_B, ends)
+            next_E, embeddings_ED, fetch = self._follow_chunk(cache.rows, ids_BT, new_B, ends)
             if len(ends):
-                next_B[ends], embeddings_BD[ends], fetch = made
-                if begin + chunk < total:  # the next chunk's will lie where these do
-                    logits_BW[ends] = fetch()
+                next_B[ends], embeddings_BD[ends] = next_E, embeddings_ED
+            return ends, fetch
+
+        *earlier, last = range(0, total, chunk)
+        for begin in earlier:
+            ends, fetch = run(begin)
+            if len(ends):  # the next chunk's will lie where these do
+                logits_BW[ends] = fetch()
+        ends, fetch = run(last)
 
         def logits() -> Floats:
             logits_BW[ends] = fetch()
