@@ -38,6 +38,7 @@ from mmemb_deploy.serve.wire.common import Contract, Served, details_of
 
 LOGGER = getLogger("mmemb_deploy.serve")
 CONTRACTS = (openai.CONTRACT, cohere.CONTRACT, voyage.CONTRACT, tei.CONTRACT)
+BY_PATH = {contract.path: contract for contract in CONTRACTS}
 PAGE = "page"  # what metrics call the tries of the page
 CONFIG = orjson.OPT_SERIALIZE_NUMPY
 
@@ -262,14 +263,15 @@ async def _gone(request: Request, _: Exception) -> Response:
 
 def _contract(scope: Scope) -> Contract:
     """Return the contract that a path belongs to; OpenAI's for all that no other has."""
-    return next((each for each in CONTRACTS if each.path == scope["path"]), openai.CONTRACT)
+    return BY_PATH.get(scope["path"], openai.CONTRACT)
 
 
 def _counted_as(scope: Scope) -> str:
     """Return the contract by which metrics know a request."""
-    if scope["path"].startswith("/page/"):
-        return PAGE
-    return next((each.name for each in CONTRACTS if each.path == scope["path"]), "none")
+    path = scope["path"]
+    if path in BY_PATH:
+        return BY_PATH[path].name
+    return PAGE if path.startswith("/page/") else "none"
 
 
 def _models(served: Served) -> dict[str, Any]:

@@ -71,20 +71,21 @@ class RequestLog:
         finally:
             fields = {
                 "request_id": note.request_id,
+                "client_request_id": note.client_request_id,
                 "method": scope["method"],
                 "path": shortened(scope["path"], 100),
                 "status": status,
                 "seconds": round(time.perf_counter() - began, 6),
                 "rows": note.rows,
                 "tokens": note.tokens,
+                "error": note.error,
             }
-            fields |= {"client_request_id": note.client_request_id, "error": note.error}
-            fields = {name: value for name, value in fields.items() if value is not None}
             asyncio.get_running_loop().call_soon(_log, fields)  # once the answer is out
 
 
 def _log(fields: dict[str, Any]) -> None:
-    LOGGER.info("request", extra={FIELDS: fields})
+    """Write a line of the fields that are known."""
+    LOGGER.info("request", extra={FIELDS: {name: value for name, value in fields.items() if value is not None}})
 
 
 class Keys:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from mmemb_deploy.results import EncodeResult
+from mmemb_deploy.results import Detail, EncodeResult
 from mmemb_deploy.serve.ask import Ask
 from mmemb_deploy.serve.failures import Refusal
 from mmemb_deploy.serve.middleware import REQUEST_ID
@@ -214,27 +214,33 @@ def _parts(messages: Sequence[Message]) -> list[TextPart | ImagePart]:
 def answer(request: OpenAIRequest, result: EncodeResult, served: Served) -> JSON:
     """Return the reply to a request."""
     details = details_of(result)
-    packed = request.encoding_format == "base64"
     prompt = sum(detail.prompt_tokens for detail in details)
     return {
         "object": "list",
-        "data": [
-            {
-                "object": "embedding",
-                "index": index,
-                "embedding": base64_of(row) if packed else row,
-                "mmemb": described(detail, rationale=request.return_rationale),
-            }
-            for index, (row, detail) in enumerate(zip(result.embeddings, details, strict=True))
-        ],
+        "data": listed(
+            result.embeddings, details, packed=request.encoding_format == "base64", rationale=request.return_rationale
+        ),
         "model": served.names[0],
         "usage": {"prompt_tokens": prompt, "total_tokens": prompt + sum(each.rationale_tokens for each in details)},
     }
 
 
+def listed(rows: NDArray[Any], details: Sequence[Detail], *, packed: bool, rationale: bool) -> list[JSON]:
+    """Return vectors (rows, dim) as Embeddings in JSON, `packed` in base64."""
+    return [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": base64_of(row) if packed else row,
+            "mmemb": described(detail, rationale=rationale),
+        }
+        for index, (row, detail) in enumerate(zip(rows, details, strict=True))
+    ]
+
+
 def base64_of(row: NDArray[Any]) -> str:
-    """Return a vector's little-endian float32 in base64."""
-    return base64.b64encode(row.astype("<f4", copy=False).tobytes()).decode("ascii")
+    """Return a vector's bytes, little-endian, in base64."""
+    return base64.b64encode(row.astype(row.dtype.newbyteorder("<"), copy=False).tobytes()).decode("ascii")
 
 
 def refuse(refusal: Refusal) -> JSON:

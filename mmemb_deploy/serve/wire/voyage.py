@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Annotated, Any, Literal
 
-from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, Field, Tag
 
 from mmemb_deploy.results import EncodeResult
@@ -15,17 +13,16 @@ from mmemb_deploy.serve.wire.cohere import in_format
 from mmemb_deploy.serve.wire.common import (
     JSON,
     Contract,
-    Mmemb,
     Served,
     Strict,
     TextPart,
     Wishes,
     by_type,
-    described,
     details_of,
     input_of,
     still,
 )
+from mmemb_deploy.serve.wire.openai import Embedding, listed
 
 
 class ImageUrlPart(Strict):
@@ -100,20 +97,11 @@ class VoyageUsage(BaseModel):
     total_tokens: int = Field(description="Of texts, images and rationales: the model's own, not pixels by 560.")
 
 
-class VoyageEmbedding(BaseModel):
-    """One vector, and how it came about."""
-
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str
-    mmemb: Mmemb
-
-
 class VoyageReply(BaseModel):
     """What `POST /v1/multimodalembeddings` answers."""
 
     object: Literal["list"]
-    data: list[VoyageEmbedding]
+    data: list[Embedding]
     model: str
     usage: VoyageUsage
 
@@ -138,20 +126,11 @@ def answer(request: VoyageRequest, result: EncodeResult, served: Served) -> JSON
     """Return the reply to a request."""
     details = details_of(result)
     rows: Any = in_format(result.embeddings, request.output_dtype or "float")
-    packed = request.encoding_format == "base64"
     visual = sum(detail.visual_tokens for detail in details)
     prompt = sum(detail.prompt_tokens for detail in details)
     return {
         "object": "list",
-        "data": [
-            {
-                "object": "embedding",
-                "index": index,
-                "embedding": _base64(row) if packed else row,
-                "mmemb": described(detail, rationale=request.return_rationale),
-            }
-            for index, (row, detail) in enumerate(zip(rows, details, strict=True))
-        ],
+        "data": listed(rows, details, packed=request.encoding_format == "base64", rationale=request.return_rationale),
         "model": served.names[0],
         "usage": {
             "text_tokens": prompt - visual,
@@ -160,11 +139,6 @@ def answer(request: VoyageRequest, result: EncodeResult, served: Served) -> JSON
             "total_tokens": prompt + sum(detail.rationale_tokens for detail in details),
         },
     }
-
-
-def _base64(row: NDArray[Any]) -> str:
-    """Return a vector's bytes, little-endian, in base64."""
-    return base64.b64encode(row.astype(row.dtype.newbyteorder("<"), copy=False).tobytes()).decode("ascii")
 
 
 def refuse(refusal: Refusal) -> JSON:
