@@ -415,6 +415,17 @@ def test_a_pool_that_grows_has_room_for_rows_that_came_one_by_one() -> None:
     assert [row.index - rows[0].index for row in rows] == list(range(20))
 
 
+def test_what_steps_of_a_few_rows_write_to_stays_when_more_rows_come(tiny_bundle: Path) -> None:
+    setting = Setting(Bundle.open(tiny_bundle), Places(padded=True))
+    embedder = setting.embedder()
+    for count in (1, 4, 2):
+        embedder.encode(["one"] * count, reasoning="always")
+    steps = setting.decoder._bound.values()  # pyright: ignore[reportPrivateUsage]
+    assert len(steps) > 1
+    for name in (abi.EMBEDDING, abi.LOGITS):
+        assert len({step.outputs[name].address for step in steps}) == 1
+
+
 @pytest.mark.parametrize(("slots", "sizes"), [(192, (192,)), (1024, (256, 1024)), (8256, (576, 2112, 8256))])
 def test_windows_end_in_all_slots_and_are_few(slots: int, sizes: tuple[int, ...]) -> None:
     assert windows(slots) == sizes

@@ -248,7 +248,7 @@ class SlotDecoder:
         for key in list(self._bound):
             if key[0] != self.pool.moves or not self._places.padded:  # rows seldom come back to the same places
                 del self._bound[key]
-        shapes = {name: array.shape for name, array in self._blank(self._places.rows or count, 1).items()}
+        shapes = {name: array.shape for name, array in self._blank(self.pool.rows, 1).items()}
         facts = self._generator.facts  # room for all first: memory that grows would move from under what is bound
         self._results.outputs(facts, shapes, without=frozenset(self._present))
         own = Workspace(self._device)
