@@ -411,12 +411,34 @@ def test_a_pool_that_grows_has_room_for_rows_that_came_one_by_one() -> None:
     rows = [pool.lease(1)[0] for _ in range(20)]
     assert all(row.parked is None for row in rows)
     pool.bring_in(rows)
-    pool.side_by_side(rows)
+    pool.gather(rows)
     assert [row.index - rows[0].index for row in rows] == list(range(20))
 
 
-def test_what_steps_of_a_few_rows_write_to_stays_when_more_rows_come(tiny_bundle: Path) -> None:
-    setting = Setting(Bundle.open(tiny_bundle), Places(padded=True))
+def test_rows_that_run_come_first_and_only_what_fills_or_frees_a_gap_is_copied() -> None:
+    device = Counting()
+    pool = Pool(device, Layout(2, 1, 8), 8, BUCKET, grows=True)
+    rows = pool.lease(6)
+    for number, row in enumerate(rows):
+        row.length = 3
+        for plane, address in enumerate(pool.addresses(row.index)):
+            device.upload(np.arange(3, dtype=np.int64) + 10 * number + plane, address)
+    copied = pool.layout.token_bytes * 3
+    zero, _, two, three, waits, five = rows
+    del rows[1], _
+    pool.gather([five, three, two, zero])
+    assert (five.index, waits.index, device.counts["inside"]) == (1, 4, copied)
+    pool.gather([waits, five])
+    assert (waits.index, five.index, device.counts["inside"]) == (0, 1, 3 * copied)
+    for number, row in zip((0, 2, 3, 4, 5), rows, strict=True):
+        for plane, address in enumerate(pool.addresses(row.index)):
+            (found,) = device.download([Wanted(address, (3,), np.int64)])
+            assert np.array_equal(found, np.arange(3) + 10 * number + plane)
+
+
+@pytest.mark.parametrize("places", [Places(), Places(padded=True)], ids=["exact", "padded"])
+def test_what_steps_of_a_few_rows_write_to_stays_when_more_rows_come(tiny_bundle: Path, places: Places) -> None:
+    setting = Setting(Bundle.open(tiny_bundle), places)
     embedder = setting.embedder()
     for count in (1, 4, 2):
         embedder.encode(["one"] * count, reasoning="always")
@@ -438,9 +460,9 @@ def test_a_step_of_short_rows_is_one_that_looks_at_few_slots(tiny_bundle: Path, 
     bind = SlotDecoder._bind_step  # pyright: ignore[reportPrivateUsage]
     embedder = setting.embedder()
 
-    def noted(self: SlotDecoder, first: int, count: int, window: int) -> Any:
+    def noted(self: SlotDecoder, count: int, window: int) -> Any:
         bound.append(window)
-        return bind(self, first, count, window)
+        return bind(self, count, window)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SlotDecoder, "_bind_step", noted)

@@ -151,36 +151,28 @@ class Pool:
             if row.parked is not None:
                 self._place(row, self._free(protected=rows))
 
-    def side_by_side(self, rows: Sequence[Row]) -> None:
-        """Let rows follow each other: the last fill the gaps, or all move where there is room for them."""
-        if all(row.index == rows[0].index + place for place, row in enumerate(rows)):
-            return
-        first = min(row.index for row in rows)
-        wanted = range(first, first + len(rows))
-        inside = {row.index for row in rows if row.index in wanted}
-        gaps = [index for index in wanted if index not in inside]
-        if wanted.stop <= self.rows and not self._held(gaps):
-            outside = (row for row in rows if row.index not in wanted)
-            for row, index in zip(outside, gaps, strict=True):
-                self._place(row, index)
-        else:
-            others = self.lease(len(rows))  # may have copied some of the rows out
-            for row, other in zip(rows, others, strict=True):
-                self._leases[other.index] = None
-                self._place(row, other.index)
+    def gather(self, rows: Sequence[Row]) -> None:
+        """Let rows be the first of all: those beyond fill the gaps, and what others hold there moves away."""
+        count = len(rows)
+        taken = {row.index for row in rows}
+        beyond = [row for row in rows if row.index >= count]
+        for row, index in zip(beyond, [index for index in range(count) if index not in taken], strict=True):
+            if (other := self.holder(index)) is not None:
+                self._place(other, self._free(protected=rows, start=count))
+            self._place(row, index)
 
     def _held(self, indices: Collection[int]) -> list[Row]:
         return [row for index in indices if (row := self.holder(index)) is not None]
 
-    def _free(self, protected: Sequence[Row]) -> int:
-        """Return a row that is free, after copying one out if need be."""
-        for index in range(self.rows):
+    def _free(self, protected: Sequence[Row], start: int = 0) -> int:
+        """Return a row from `start` on that is free, after copying one out if need be."""
+        for index in range(start, self.rows):
             if self.holder(index) is None:
                 return index
         if self.grows:
             self._move_to(2 * self.rows, self.slots)
-            return self._free(protected)
-        for row in self._held(range(self.rows)):
+            return self._free(protected, start)
+        for row in self._held(range(start, self.rows)):
             if not any(row is one for one in protected):
                 index = row.index
                 self._park(row)
@@ -199,13 +191,15 @@ class Pool:
 
     def _place(self, row: Row, index: int) -> None:
         """Copy a row to a free one, from where it is or where it was copied out to."""
+        prefix = b"", 0
         if row.parked is not None:
             outside = Block(self.layout, row.parked, 1, max(row.length, 1))
             self._copy(outside, 0, self._block, index, row.length)
         else:
             self._copy(self._block, row.index, self._block, index, row.length)
             self._leases[row.index] = None
-        self._prefixes[index] = b"", 0
+            prefix = self._prefixes[row.index]
+        self._prefixes[index] = prefix
         row.index, row.parked = index, None
         self._leases[index] = weakref.ref(row)
 

@@ -96,7 +96,7 @@ class SlotDecoder:
         self._generator = graphs.get(abi.GENERATOR)
         self._past, self._present = tuple(abi.past_names(model.layers)), tuple(abi.present_names(model.layers))
         self._prompts, self._results = Workspace(device), Workspace(device)  # results of steps
-        self._bound: dict[tuple[int, ...], Step] = {}  # by the pool's moves, first row, rows and window
+        self._bound: dict[tuple[int, ...], Step] = {}  # by the pool's moves, rows and window
         made = () if self._generator is None else self._generator.facts.outputs
         names = {tensor.name for tensor in made}
         self._fed_back = {made: fed for made, fed in abi.FED_BACK.items() if made in names}
@@ -209,11 +209,11 @@ class SlotDecoder:
             return self._follow(cache, token_ids_BT, lengths_B, embedded)
 
     def _step(self, cache: SlotCache, token_ids_B1: Ints, embedded: Sequence[int]) -> Extended[SlotCache]:
-        first, count = self._span(cache.rows)
+        count = self._count(cache.rows)
         window = self._window(1 + max(row.length for row in cache.rows))
-        step = self._bound.get((self.pool.moves, first, count, window)) or self._bind_step(first, count, window)
-        places = np.array([row.index - first for row in cache.rows])
-        step.feed(places, token_ids_B1[:, 0], [row.position for row in cache.rows], self._starts(first, count))
+        step = self._bound.get((self.pool.moves, count, window)) or self._bind_step(count, window)
+        places = np.array([row.index for row in cache.rows])
+        step.feed(places, token_ids_B1[:, 0], [row.position for row in cache.rows], self._starts(count))
         self._run_step(step)
         embeddings = [row_of(step.outputs[abi.EMBEDDING], int(places[row])) for row in embedded]
         next_P, *found = self._device.download([step.outputs[self._tells_next], *embeddings])
@@ -228,32 +228,32 @@ class SlotDecoder:
 
         return Extended(next_P[places], found, logits, cache)
 
-    def _span(self, rows: Sequence[Row]) -> tuple[int, int]:
-        """Return the first row of a step and how many run."""
+    def _count(self, rows: Sequence[Row]) -> int:
+        """Return how many rows run, the first of the pool, so that these are among them."""
         if not self._places.padded:
-            self.pool.side_by_side(rows)
-            return min(row.index for row in rows), len(rows)
-        return 0, min(1 << max(row.index for row in rows).bit_length(), self.pool.rows)
+            self.pool.gather(rows)
+            return len(rows)
+        return min(1 << max(row.index for row in rows).bit_length(), self.pool.rows)
 
-    def _starts(self, first: int, count: int) -> list[int]:
-        return [self.pool.written(first + row) for row in range(count)]
+    def _starts(self, count: int) -> list[int]:
+        return [self.pool.written(row) for row in range(count)]
 
     def _window(self, slots: int) -> int:
         """Return the size of the smallest window that shows so many slots."""
         return next((size for size in self._places.windows if size >= slots), self.pool.slots)
 
-    def _bind_step(self, first: int, count: int, window: int) -> Step:
+    def _bind_step(self, count: int, window: int) -> Step:
         """Bind a step of so many rows, and record it where that can be done."""
         assert self._generator is not None
         for key in list(self._bound):
-            if key[0] != self.pool.moves or not self._places.padded:  # rows seldom come back to the same places
+            if key[0] != self.pool.moves:
                 del self._bound[key]
         shapes = {name: array.shape for name, array in self._blank(self.pool.rows, 1).items()}
         facts = self._generator.facts  # room for all first: memory that grows would move from under what is bound
         self._results.outputs(facts, shapes, without=frozenset(self._present))
         own = Workspace(self._device)
         inputs = StepInputs(own, count)
-        bound = self._bind(self._generator, self._blank(count, 1), first, window, own, self._results)
+        bound = self._bind(self._generator, self._blank(count, 1), 0, window, own, self._results)
 
         fed_back = []
         for made, fed in self._fed_back.items():
@@ -266,7 +266,7 @@ class SlotDecoder:
                 self._device.copy(*copy)
 
         step = Step(bound, start, inputs, feeds_back=bool(self._fed_back))
-        self._bound[self.pool.moves, first, count, window] = step
+        self._bound[self.pool.moves, count, window] = step
         return step
 
     def warm_up(self) -> None:
@@ -276,8 +276,8 @@ class SlotDecoder:
         counts = [1 << power for power in range(self.pool.rows.bit_length()) if 1 << power < self.pool.rows]
         with self._device.lock:
             for count, window in product((*counts, self.pool.rows), self._places.windows or (self.pool.slots,)):
-                step = self._bind_step(0, count, window)
-                step.feed(np.array([], np.int64), np.array([], np.int64), [], self._starts(0, count))
+                step = self._bind_step(count, window)
+                step.feed(np.array([], np.int64), np.array([], np.int64), [], self._starts(count))
                 self._run_step(step)
                 (next_P,) = self._device.download([step.outputs[self._tells_next]])
                 step.advance(self._next(next_P))
@@ -347,10 +347,10 @@ class SlotDecoder:
     ) -> tuple[Ints, Floats, Callable[[], Floats]]:
         """Run a chunk; return next tokens (ends,), embeddings, and what fetches logits, of the rows that end in it."""
         assert self._generator is not None
-        first, count = self._span(rows)
-        places = np.array([row.index - first for row in rows])
+        count = self._count(rows)
+        places = np.array([row.index for row in rows])
         new = token_ids_BT.shape[1]
-        starts = self._starts(first, count)
+        starts = self._starts(count)
         self.pool.ensure(max(starts) + new)
         inputs = self._blank(count, new) | {abi.START: np.array(starts)}
         inputs[abi.TOKEN_IDS][places] = token_ids_BT
@@ -358,7 +358,7 @@ class SlotDecoder:
         inputs[abi.POSITION_IDS][:, places] = positions_B[:, None] + np.arange(new)
         inputs[abi.LAST][places] = new_B - 1
         window = self._window(new + max(row.length for row in rows))
-        bound = self._bind(self._generator, inputs, first, window, self._prompts)
+        bound = self._bind(self._generator, inputs, 0, window, self._prompts)
         bound.run()
 
         def wanted(name: str) -> list[Wanted]:
