@@ -63,10 +63,13 @@ class HostDevice:
 @lru_cache(maxsize=4096)  # what a step reads and writes lies where it lay, and to describe it takes longer than to copy
 def _at(address: int, shape: Shape, dtype: str) -> NDArray[Any]:
     """Return the array at an address; it keeps no memory alive."""
-    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address)).view(dtype).reshape(shape)
+    return np.ndarray(shape, dtype, _memory(address, math.prod(shape) * np.dtype(dtype).itemsize))
 
 
 def _lines(plane: Plane, width: int, height: int) -> NDArray[np.uint8]:
-    whole = _at(plane.address, (plane.pitch * (height - 1) + width,), "uint8")
-    return np.lib.stride_tricks.as_strided(whole, (height, width), (plane.pitch, 1))
+    memory = _memory(plane.address, plane.pitch * (height - 1) + width)
+    return np.ndarray((height, width), np.uint8, memory, 0, (plane.pitch, 1))
+
+
+def _memory(address: int, nbytes: int) -> memoryview:
+    return memoryview((ctypes.c_uint8 * nbytes).from_address(address))
