@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import os
 import re
 import struct
@@ -65,6 +66,19 @@ def load_image(value: object, name: str, max_pixels: int) -> Image.Image:
         raise InputError(
             f"{name} cannot be decoded ({reason}); pass one that is whole, and load it before you close its file"
         ) from error
+
+
+def pixels_of(value: object) -> int | None:
+    """Return the pixels of an image in memory, which is not decoded for that; None for anything else, or if damaged."""
+    try:
+        if isinstance(value, bytes):
+            with Image.open(io.BytesIO(value), formats=FORMATS) as image:
+                return math.prod(image.size)
+        if isinstance(value, Image.Image):
+            return math.prod(value.size)
+    except (Image.DecompressionBombError, *_BROKEN_IMAGE):
+        return None
+    return math.prod(value.shape[:2]) if isinstance(value, np.ndarray) else None
 
 
 def shared_array(value: object, name: str) -> NDArray[Any] | None:

@@ -20,8 +20,8 @@ from mmemb_deploy.routing.load import LoadGate
 from mmemb_deploy.routing.scheduler import Scheduler
 from mmemb_deploy.serve.ask import Ask, Ended, Event, Scored, Wrote
 from mmemb_deploy.serve.engine import EngineThread
+from mmemb_deploy.serve.light import is_light
 
-SHORT = 2048  # characters of a request's texts that are tokenised at once, which takes less than to ask a thread to
 WAITING_TOKENS = 2**20  # of prompts that have not run
 WAITING_BYTES = 2**30  # of decoded pixels in them
 WARM_ROWS = 8  # of the batches from which the costs of full ones are known at first
@@ -215,7 +215,7 @@ class Service:
         def prepare() -> Prepared:
             return self.embedder.prepare(ask.inputs, **ask.options)
 
-        if all(isinstance(each, str) for each in ask.inputs) and sum(map(len, ask.inputs)) <= SHORT:
+        if is_light(ask.inputs):
             return prepare()
         return await asyncio.get_running_loop().run_in_executor(self._readers, prepare)
 

@@ -1,0 +1,67 @@
+"""What is prepared in the event loop is little."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmemb_deploy.inputs.images import pixels_of
+from mmemb_deploy.serve.light import CHARACTERS, ENCODED, PIXELS, is_light
+
+MOST = int((CHARACTERS * PIXELS) ** 0.5)  # pixels along a side
+
+
+def encoded(side: int, form: str = "PNG") -> bytes:
+    """Return an image of one colour: many pixels in a few bytes."""
+    file = io.BytesIO()
+    Image.new("RGB", (side, side)).save(file, form)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "x" * CHARACTERS,
+        {"text": "x" * CHARACTERS},
+        Image.new("L", (MOST, MOST)),
+        np.zeros((MOST, MOST, 3), np.uint8),
+        {"image": encoded(MOST)},
+        {"text": "x", "images": [encoded(MOST // 2, "JPEG")] * 3},
+    ],
+    ids=["text", "dict", "picture", "array", "encoded", "three"],
+)
+def test_small_inputs_are_light_until_they_are_many(given: Any) -> None:
+    assert is_light([given])
+    assert not is_light([given] * 5)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"image": encoded(MOST + 1)},
+        {"image": encoded(MOST)[:20]},
+        {"image": encoded(4) + bytes(ENCODED)},
+        {"image": "photo.png"},
+        {"image": None},
+        {"images": "photo.png"},
+        {"text": 3},
+        {"video": [np.zeros((4, 4, 3), np.uint8)]},
+        {"document": b"%PDF-"},
+        {"unknown": 1},
+        None,
+        3,
+        b"bytes",
+    ],
+    ids=str,
+)
+def test_what_is_large_or_unknown_or_wrong_is_left_to_the_reader(given: Any) -> None:
+    assert not is_light(["a text", given])
+
+
+def test_pixels_are_counted_before_an_image_is_decoded() -> None:
+    assert pixels_of(encoded(3000)) == 3000**2
+    assert pixels_of(Image.new("RGB", (3, 2))) == 6
+    assert pixels_of(np.zeros((3, 2), np.uint8)) == 6
+    assert pixels_of(encoded(3000, "GIF")[:10]) is None
