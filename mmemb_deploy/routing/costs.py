@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 WEIGHT = 0.1  # of what was seen last
+KEPT = 0.99  # of the weight of what was seen before, run by run, where two figures are told apart
+EQUAL = 1e-9  # of the square of sizes: where they differ by less, all is said to be fixed
 STALL = 3  # times the mean that a value counts for at most: a machine that pauses for a moment says little of the next
 
 
@@ -52,6 +55,29 @@ class ByRows:
         return (Mean(), Mean()) if nearest is None else self._seen[nearest]
 
 
+class Line:
+    """Seconds of runs by their size, as least squares see them: `fixed` for any run, and `unit` for each unit of it."""
+
+    def __init__(self) -> None:
+        self.fixed = self.unit = 0.0
+        self._count = self._size = self._seconds = self._squares = self._products = 0.0
+
+    def add(self, size: float, seconds: float) -> None:
+        """Learn from a run."""
+        if self._count > 1:
+            seconds = min(seconds, STALL * (self.fixed + self.unit * size))
+        self._count = KEPT * self._count + 1
+        self._size = KEPT * self._size + size
+        self._seconds = KEPT * self._seconds + seconds
+        self._squares = KEPT * self._squares + size * size
+        self._products = KEPT * self._products + size * seconds
+        spread = self._count * self._squares - self._size**2
+        if spread > EQUAL * self._size**2:
+            slope = (self._count * self._products - self._size * self._seconds) / spread
+            self.unit = min(max(slope, 0.0), self._seconds / self._size)  # neither part takes time back
+        self.fixed = (self._seconds - self.unit * self._size) / self._count
+
+
 @dataclass
 class Costs:
     """What is known so far."""
@@ -59,12 +85,19 @@ class Costs:
     prompts: ByRows = field(default_factory=ByRows)
     steps: ByRows = field(default_factory=ByRows)
     token: Mean = field(default_factory=Mean)  # seconds of a prompt's token, padding included
+    by_tokens: Line = field(default_factory=Line)  # seconds of prompts that run together, padding included
     length: Mean = field(default_factory=Mean)  # steps of a rationale, markers included
 
     def prefilled(self, rows: int, tokens: int, seconds: float) -> None:
         """Learn from prompts of so many tokens together."""
         self.prompts.add(rows, seconds)
         self.token.add(seconds / tokens)
+        self.by_tokens.add(tokens, seconds)
+
+    @property
+    def padding(self) -> float:
+        """Tokens that take as long as another run takes to begin: where there is more padding, two runs are better."""
+        return self.by_tokens.fixed / self.by_tokens.unit if self.by_tokens.unit else math.inf
 
     def rationale(self, rows: int) -> float:
         """Return the seconds that a rationale takes of a device that writes so many at once."""

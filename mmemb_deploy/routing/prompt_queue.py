@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from heapq import heappop, heappush
+from heapq import heappop, heappush, merge
 from itertools import count
 from typing import Protocol
 
@@ -68,25 +68,37 @@ class PromptQueue:
         """Return the jobs whose deadline has passed."""
         return [job for job in self._keys if job.deadline < now]
 
-    def batch(self, fits: Fits, *, alike: float) -> list[Job]:
-        """Return the job that is due first, and others whose prompts are at most `alike` times as long or short."""
+    def batch(self, fits: Fits, *, padding: float) -> list[Job]:
+        """Return the job that is due first, and those nearest to it in length, with so many tokens of padding at most.
+
+        Padding is worth what another run would cost, see `Costs.padding`.
+        """
         first = self.first()
         assert first is not None
-        key = self._keys[first]
-        place = bisect_left(self._alike, (key,))
-        jobs, length, after = [first], first.item.row.length, first.after
-        longest = length
-        if not first.alone:
-            longer, shorter = range(place + 1, len(self._alike)), range(place - 1, -1, -1)
-            for where in (longer, shorter):
-                for index in where:
-                    other_key, job = self._alike[index]
-                    tokens, follow = max(longest, job.item.row.length), max(after, job.after)
-                    near = max(length, job.item.row.length) <= alike * min(length, job.item.row.length)
-                    if other_key[:2] != key[:2] or not near:
-                        break
-                    if not fits(len(jobs) + 1, tokens, after=follow if first.keeps else None):
-                        break
-                    jobs.append(job)
-                    longest, after = tokens, follow
+        jobs, tokens = [first], first.item.row.length
+        longest, after = tokens, first.after
+        for job in () if first.alone else self._nearest(first):
+            length, follow = max(longest, job.item.row.length), max(after, job.after)
+            total = tokens + job.item.row.length
+            if (len(jobs) + 1) * length - total > padding:
+                break
+            if not fits(len(jobs) + 1, length, after=follow if first.keeps else None):
+                break
+            jobs.append(job)
+            tokens, longest, after = total, length, follow
         return jobs
+
+    def _nearest(self, first: Job) -> Iterator[Job]:
+        """Yield the jobs that may run with one, the nearest in length first."""
+        key, length = self._keys[first], first.item.row.length
+        place = bisect_left(self._alike, (key,))
+        sides = range(place + 1, len(self._alike)), range(place - 1, -1, -1)
+
+        def side(places: range) -> Iterator[Job]:
+            for at in places:
+                other, job = self._alike[at]
+                if other[:2] != key[:2]:
+                    return
+                yield job
+
+        return merge(*map(side, sides), key=lambda job: abs(job.item.row.length - length))

@@ -33,7 +33,6 @@ LOGGER = getLogger("mmemb_deploy")
 PROMPTS = 0.6  # share of the time that prompts get while both wait
 STALL = 0.025  # seconds that decoding goes on at most while prompts wait, or GATHER steps, if they take longer
 GATHER = 4  # steps after which rows join, however few
-ALIKE = 2  # times the shortest prompt of a batch that the longest may have, where somebody waits
 MARGIN = 1.5  # runs; a row whose deadline is nearer than that settles
 
 
@@ -238,7 +237,7 @@ class Scheduler:
 
     def _prefill(self, room: int) -> None:
         fits = partial(self._fits, room)
-        jobs = self._prompts.batch(fits, alike=math.inf if self._pace.patient else ALIKE)
+        jobs = self._prompts.batch(fits, padding=math.inf if self._pace.patient else self.costs.padding)
         rows = [job.item.row for job in jobs]
         began = self._clock()
         try:

@@ -21,7 +21,7 @@ from mmemb_benchmarks.simulation import engine as simulation
 from mmemb_benchmarks.simulation.engine import SimulatedCosts, SimulatedEngine, SimulatedInput
 from mmemb_deploy import BackendError, DeadlineError, Embedder, OverloadError
 from mmemb_deploy.bundle.manifest import CurvePoint
-from mmemb_deploy.routing.costs import Mean
+from mmemb_deploy.routing.costs import Line, Mean
 from mmemb_deploy.routing.items import Item
 from mmemb_deploy.routing.jobs import PATIENCE, Bounds, Call, Job, Pace
 from mmemb_deploy.routing.load import UTILISATION, LoadGate, Work
@@ -370,6 +370,40 @@ def test_a_pause_of_the_machine_is_no_cost() -> None:
     for _ in range(40):
         mean.add(0.04)
     assert mean.value > 0.035
+
+
+def test_what_every_run_takes_is_told_from_what_its_size_takes() -> None:
+    line = Line()
+    for _ in range(5):
+        line.add(10, 0.006)
+    assert (line.fixed, line.unit) == (pytest.approx(0.006), 0)
+    for size in (40, 20, 80):
+        line.add(size, 0.005 + 0.0001 * size)
+    assert (line.fixed, line.unit) == (pytest.approx(0.005), pytest.approx(0.0001))
+    for size in (10, 100) * 200:
+        line.add(size, 0.1 / size)  # which no such line is
+    assert line.unit == 0
+    assert line.fixed > 0
+
+
+def test_prompts_run_together_while_padding_takes_less_than_another_run() -> None:
+    served = Served(pace=Pace(patient=False, prompts=32))
+    for tokens in (10, 20):
+        served.submit(SimulatedInput(tokens), "never")
+        served.run()
+    assert served.scheduler.costs.padding == pytest.approx(200)
+    batches: list[list[int]] = []
+    served.engine.decoder.fails = batches.append
+    lengths = [100, 40, 110, 300, 41, 42, 43, 90]
+    for tokens in lengths:
+        served.submit(SimulatedInput(tokens), "never")
+        served.engine.clock.now += 1e-6
+    served.run()
+    found = [sorted(lengths[number - 2] for number in batch) for batch in batches]
+    assert found == [[42, 43, 90, 100, 110], [40, 41], [300]]
+    padded = [max(batch) * len(batch) - sum(batch) for batch in found]
+    assert all(padding <= 200 for padding in padded)
+    served.check_left_nothing()
 
 
 def test_a_call_that_does_not_fit_is_refused_whole() -> None:
