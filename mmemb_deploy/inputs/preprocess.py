@@ -307,18 +307,20 @@ def rotary_positions(ids: Sequence[int], visuals: Sequence[Visual], pad_ids: tup
 
     `pad_ids` are the ids of `<|image_pad|>` and `<|video_pad|>`, whose runs stand for `visuals` in order.
     """
-    pieces: list[Ints] = []
+    positions_3S = np.empty((3, len(ids)), np.int64)
     place = at = 0
     for visual in visuals:
         start = at
         while ids[start] not in pad_ids:
             start += 1
-        pieces.append(np.broadcast_to(np.arange(place, place + start - at), (3, start - at)))
+        positions_3S[:, at:start] = np.arange(place, place + start - at)
         place += start - at
-        rows, columns = visual.grid[0] // merge, visual.grid[1] // merge
-        span = np.indices((1, rows, columns)).reshape(3, -1)
-        pieces.append(span + place)
-        place += max(rows, columns)
         at = start + visual.tokens
-    pieces.append(np.broadcast_to(np.arange(place, place + len(ids) - at), (3, len(ids) - at)))
-    return np.concatenate(pieces, axis=1).astype(np.int64)
+        rows, columns = visual.grid[0] // merge, visual.grid[1] // merge
+        row, column = np.divmod(np.arange(visual.tokens), columns)
+        positions_3S[:, start:at] = place
+        positions_3S[1, start:at] += row
+        positions_3S[2, start:at] += column
+        place += max(rows, columns)
+    positions_3S[:, at:] = np.arange(place, place + len(ids) - at)
+    return positions_3S

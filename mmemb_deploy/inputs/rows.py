@@ -99,7 +99,8 @@ class RowEncoder:
         )
 
     def _visual_index(self, token_ids_S: Ints) -> Ints:
-        shown_S = np.isin(token_ids_S, self._pads)
+        image, video = self._pads
+        shown_S = (token_ids_S == image) | (token_ids_S == video)
         return np.where(shown_S, shown_S.cumsum(), 0)
 
     def shown(self, request: Request) -> Shown:
