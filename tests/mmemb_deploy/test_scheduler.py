@@ -376,10 +376,10 @@ def test_what_every_run_takes_is_told_from_what_its_size_takes() -> None:
     line = Line()
     for _ in range(5):
         line.add(10, 0.006)
-    assert (line.fixed, line.unit) == (pytest.approx(0.006), 0)
+    assert [line.fixed, line.unit] == pytest.approx([0.006, 0])
     for size in (40, 20, 80):
         line.add(size, 0.005 + 0.0001 * size)
-    assert (line.fixed, line.unit) == (pytest.approx(0.005), pytest.approx(0.0001))
+    assert [line.fixed, line.unit] == pytest.approx([0.005, 0.0001])
     for size in (10, 100) * 200:
         line.add(size, 0.1 / size)  # which no such line is
     assert line.unit == 0
