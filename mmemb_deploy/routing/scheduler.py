@@ -155,7 +155,8 @@ class Scheduler:
                 retry_after=wait - bounds.seconds,
             )
         earliest = min((job.deadline for job in jobs), default=math.inf)
-        if now + wait + self.costs.prompts.run(1) > earliest and self.costs.token.seen:
+        busy = self.waiting or self.reasoning  # else it is tried, which shows what a run takes now
+        if busy and now + wait + self.costs.prompts.run(1) > earliest:
             raise OverloadError(
                 f"{wait:.3f} s of prompts wait before it, and its deadline is in {earliest - now:.3f} s: allow more, "
                 "or ask again later",

@@ -14,7 +14,7 @@ from mmemb_deploy.errors import DeadlineError, MmembError, OverloadError
 from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.results import EncodeResult
-from mmemb_deploy.routing.costs import Mean
+from mmemb_deploy.routing.costs import Costs, Mean
 from mmemb_deploy.routing.jobs import Bounds, Job, Pace
 from mmemb_deploy.routing.load import LoadGate
 from mmemb_deploy.routing.scheduler import Scheduler
@@ -61,12 +61,14 @@ class Service:
     async def start(self) -> None:
         """Run each path, so that no request pays for what an engine does the first time, and costs are known."""
         self._engine.start()
-        for rows in (1, min(WARM_ROWS, self._limit)):
-            for reasoning in ("never", "always") if self.embedder.reasons else ("never",):
-                options: EncodeOptions = {"reasoning": reasoning}
-                if reasoning == "always":
-                    options["max_rationale_tokens"] = 2
-                await self.embed(Ask(inputs=["one"] * rows, options=options))
+        for _ in range(2):
+            self.scheduler.costs = Costs()  # without what the first runs cost
+            for rows in (1, min(WARM_ROWS, self._limit)):
+                for reasoning in ("never", "always") if self.embedder.reasons else ("never",):
+                    options: EncodeOptions = {"reasoning": reasoning}
+                    if reasoning == "always":
+                        options["max_rationale_tokens"] = 2
+                    await self.embed(Ask(inputs=["one"] * rows, options=options))
         self.scheduler.costs.length = Mean()
         self.ready = True
 

@@ -325,9 +325,27 @@ def test_a_deadline_settles_for_the_direct_embedding_or_says_that_it_passed() ->
     assert (value(settled), settled.item.degraded_by) == (settled.item.index, "deadline")
     assert served.when[settled.item.index] <= settled.deadline
     assert isinstance(exact.error, DeadlineError)
+    served.submit(SimulatedInput(10))
     with pytest.raises(OverloadError, match="its deadline is in") as refused:
         served.submit(SimulatedInput(10), deadline=served.engine.clock.now + 1e-4)
     assert refused.value.reason == "deadline"
+    served.run()
+    alone = served.submit(SimulatedInput(10), deadline=served.engine.clock.now + 1e-4)
+    served.run()
+    assert isinstance(alone.error, DeadlineError)
+
+
+def test_prompts_that_once_took_long_are_tried_again() -> None:
+    """Where every input is refused by its deadline, no run would show that there is time again."""
+    served = Served(costs=SimulatedCosts(lambda *_: 5.0, COSTS.step))
+    served.submit(SimulatedInput(10), "never")
+    served.run()
+    served.engine.decoder._costs = COSTS  # pyright: ignore[reportPrivateUsage]
+    jobs = []
+    for _ in range(10):
+        jobs.append(served.submit(SimulatedInput(10), "never", deadline=served.engine.clock.now + 0.3))
+        served.run()
+    assert all(job.error is None for job in jobs)
 
 
 def test_what_once_took_long_is_tried_again() -> None:
