@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from mmemb_deploy.bundle.manifest import CurvePoint
 
-UTILISATION = 0.85  # of a device's time, to be planned for
+UTILISATION = 0.8  # of a device's time, to be planned for
 DRAIN = 10  # times the patience, in which what waits is to be done beside what comes
 WINDOW = 4.0  # seconds over which arrivals are counted,
 RECENT = 256  # or the calls, whichever is shorter
