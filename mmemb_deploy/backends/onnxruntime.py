@@ -30,7 +30,8 @@ except ModuleNotFoundError as error:
 PROVIDER = "CPUExecutionProvider"
 HOST = "cpu", 0
 BINDINGS = 256  # that a graph on the CPU keeps
-SPIN = 50  # microseconds that an idle thread waits awake; by default so long that it takes a core from all others
+SPIN = 50, 1000  # microseconds that an idle thread waits awake; by default so long that it takes a core from all others
+LARGE = 2**26  # bytes of weights, from which on a graph's threads wait longer for each other: asleep, they cost a tenth
 HOST_TYPES = {name: np.dtype(name) for name in ("uint8", "int64", "float32")}
 
 
@@ -44,10 +45,7 @@ class OnnxRuntime:
         if threads is not None and threads < 1:
             raise OptionError(f"threads is {threads}: it must be at least 1, or None for all cores")
         self.name = f"onnxruntime {onnxruntime.__version__} CPU"
-        self._options = onnxruntime.SessionOptions()
-        self._options.intra_op_num_threads = threads or (0 if cores() == os.cpu_count() else cores())
-        self._options.log_severity_level = 3  # errors; they are raised as well
-        self._options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN))
+        self._threads = threads or (0 if cores() == os.cpu_count() else cores())
 
     def load(self, bundle: Bundle) -> Engine:
         """Load every graph; raises BackendError for a float type that a CPU lacks, or if ONNX Runtime refuses one."""
@@ -77,8 +75,14 @@ class OnnxRuntime:
         return Engine(self.name, HostVision(vision, manifest), decoder, gate)
 
     def _open(self, graph: Path) -> onnxruntime.InferenceSession:
+        weights = graph.with_name(f"{graph.name}.data")
+        large = weights.exists() and weights.stat().st_size >= LARGE
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3  # errors; they are raised as well
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN[large]))
         try:
-            return onnxruntime.InferenceSession(str(graph), self._options, providers=[PROVIDER])
+            return onnxruntime.InferenceSession(str(graph), options, providers=[PROVIDER])
         except Exception as error:  # ONNX Runtime's errors share no base class of their own
             raise BackendError(f"ONNX Runtime cannot load {graph}: {error}") from error
 
