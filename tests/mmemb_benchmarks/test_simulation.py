@@ -67,7 +67,8 @@ def test_a_fleet_does_the_same_whatever_ran_before_it() -> None:
         prompt_token=0.0,
         step_run=0.002,
         step_row=0.001,
-        spread=[0.5, 1.5],
+        prompt_spread=[0.5, 1.5],
+        step_spread=[1.0, 2.0],
         between=0.0,
         request=0.0,
         runs=1,
@@ -107,14 +108,15 @@ def test_runs_take_what_was_fitted_and_differ_as_they_did() -> None:
         prompt_token=0.0001,
         step_run=0.002,
         step_row=0.001,
-        spread=[0.5, 1.5],
+        prompt_spread=[0.5, 1.5],
+        step_spread=[1.0, 2.0],
         between=0.1,
         request=0.0,
         runs=1,
     )
     costs = table.costs(0)
     assert Counter(round(costs.prompts(2, 30), 6) for _ in range(50)).keys() == {0.109, 0.127}
-    assert Counter(round(costs.step(4), 6) for _ in range(50)).keys() == {0.103, 0.109}
+    assert Counter(round(costs.step(4), 6) for _ in range(50)).keys() == {0.106, 0.112}
 
 
 @pytest.mark.slow

@@ -30,7 +30,8 @@ class CostTable(BaseModel, frozen=True):
     prompt_token: float
     step_run: float  # and more for each of its rows
     step_row: float
-    spread: list[float]  # equally likely: runs over what is fitted
+    prompt_spread: list[float]  # equally likely: runs over what is fitted
+    step_spread: list[float]
     between: float  # two runs, of the scheduler itself
     request: float  # of a request that is alone, outside of both
     runs: int  # that were timed
@@ -41,10 +42,10 @@ class CostTable(BaseModel, frozen=True):
 
         def prompts(rows: int, tokens: int) -> float:
             fitted = self.prompt_run + rows * (self.prompt_row + tokens * self.prompt_token)
-            return fitted * draw.choice(self.spread) + self.between
+            return fitted * draw.choice(self.prompt_spread) + self.between
 
         def step(rows: int) -> float:
-            return (self.step_run + rows * self.step_row) * draw.choice(self.spread) + self.between
+            return (self.step_run + rows * self.step_row) * draw.choice(self.step_spread) + self.between
 
         return SimulatedCosts(prompts, step)
 
@@ -78,11 +79,17 @@ def measure_costs(embedder: Embedder, pairs: Sequence[Pair], seed: int) -> CostT
         prompt_token=prompt[2],
         step_run=step[0],
         step_row=step[1],
-        spread=np.quantile(np.concatenate([of_prompts, of_steps]), (np.arange(SPREAD) + 0.5) / SPREAD).tolist(),
+        prompt_spread=_spread(of_prompts),
+        step_spread=_spread(of_steps),
         between=between,
         request=request_seconds(embedder, pairs, between),
         runs=runs,
     )
+
+
+def _spread(ratios_R: Floats) -> list[float]:
+    spread: list[float] = np.quantile(ratios_R, (np.arange(SPREAD) + 0.5) / SPREAD).tolist()
+    return spread
 
 
 def _fit(parts_RP: Floats, seconds_R: Floats) -> tuple[list[float], Floats]:
