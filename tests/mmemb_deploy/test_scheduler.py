@@ -530,15 +530,15 @@ def test_the_threshold_lets_the_share_of_the_latest_scores_pass() -> None:
     )
     load = LoadGate([point], patience=0.1)
     for call in range(200):
-        load.arrived(call / 50, Work(prompts=1, may=1))
-    load.update(4.0, Work(), 0.0, 0.034)
+        load.arrived(call / 50, Work(prompts=1, may=1))  # of 50 a second, every other one may reason
+    load.update(4.0, Work(), 0.0, UTILISATION / 25)
     assert load.share == pytest.approx(0.5, rel=0.02)
     assert load.threshold == 0.7  # by the curve
     for score in (*np.zeros(600), *np.linspace(0, 1, 512)):
         load.scored(float(score))
-    load.update(4.0, Work(), 0.0, 0.034)
+    load.update(4.0, Work(), 0.0, UTILISATION / 25)
     assert load.threshold == pytest.approx(0.5, abs=0.02)
-    load.update(4.0, Work(must=50), 0.0, 0.034)
+    load.update(4.0, Work(must=50), 0.0, UTILISATION / 25)
     assert load.threshold > 1
 
 
