@@ -30,8 +30,9 @@ except ModuleNotFoundError as error:
 PROVIDER = "CPUExecutionProvider"
 HOST = "cpu", 0
 BINDINGS = 256  # that a graph on the CPU keeps
-SPIN = 50, 1000  # microseconds that an idle thread waits awake; by default so long that it takes a core from all others
-LARGE = 2**26  # bytes of weights, from which on a graph's threads wait longer for each other: asleep, they cost a tenth
+SPIN = 50  # microseconds that an idle thread waits awake; by default so long that it takes a core from all others
+LONG_SPIN = 1000  # of a large graph, which takes a tenth longer where threads sleep between its operators
+LARGE = 2**26  # bytes of weights
 HOST_TYPES = {name: np.dtype(name) for name in ("uint8", "int64", "float32")}
 
 
@@ -76,11 +77,11 @@ class OnnxRuntime:
 
     def _open(self, graph: Path) -> onnxruntime.InferenceSession:
         weights = graph.with_name(f"{graph.name}.data")
-        large = weights.exists() and weights.stat().st_size >= LARGE
+        spin = LONG_SPIN if weights.exists() and weights.stat().st_size >= LARGE else SPIN
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3  # errors; they are raised as well
-        options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN[large]))
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin))
         try:
             return onnxruntime.InferenceSession(str(graph), options, providers=[PROVIDER])
         except Exception as error:  # ONNX Runtime's errors share no base class of their own

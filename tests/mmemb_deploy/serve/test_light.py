@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from mmemb_deploy.inputs.images import pixels_of
-from mmemb_deploy.serve.light import CHARACTERS, ENCODED, PIXELS, is_light
+from mmemb_deploy.serve.light import CHARACTERS, EACH, ENCODED, PIXELS, is_light
 
-MOST = int((CHARACTERS * PIXELS) ** 0.5)  # pixels along a side
+LONGEST = CHARACTERS - EACH
+MOST = int((LONGEST * PIXELS) ** 0.5)  # pixels along a side
 
 
 def encoded(side: int, form: str = "PNG") -> bytes:
@@ -23,18 +24,25 @@ def encoded(side: int, form: str = "PNG") -> bytes:
 @pytest.mark.parametrize(
     "given",
     [
-        "x" * CHARACTERS,
-        {"text": "x" * CHARACTERS},
+        "x" * LONGEST,
+        {"text": "x" * LONGEST},
         Image.new("L", (MOST, MOST)),
         np.zeros((MOST, MOST, 3), np.uint8),
         {"image": encoded(MOST)},
-        {"text": "x", "images": [encoded(MOST // 2, "JPEG")] * 3},
+        {"text": "x", "images": [encoded(MOST // 3, "JPEG")] * 3},
     ],
     ids=["text", "dict", "picture", "array", "encoded", "three"],
 )
 def test_small_inputs_are_light_until_they_are_many(given: Any) -> None:
     assert is_light([given])
-    assert not is_light([given] * 5)
+    assert not is_light([given] * 2)
+
+
+@pytest.mark.parametrize("tiny", ["x", {"image": encoded(1)}, Image.new("L", (1, 1))], ids=["text", "encoded", "open"])
+def test_however_small_inputs_are_they_are_few(tiny: Any) -> None:
+    assert is_light([tiny] * 8)
+    assert not is_light([tiny] * 16)
+    assert not is_light([{"images": [encoded(1)] * 16}])
 
 
 @pytest.mark.parametrize(
