@@ -72,8 +72,10 @@ def pixels_of(value: object) -> int | None:
     """Return the pixels of an image in memory, which is not decoded for that; None for anything else, or if damaged."""
     try:
         if isinstance(value, bytes):
-            with Image.open(io.BytesIO(value), formats=FORMATS) as image:
-                return math.prod(image.size)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # as `load_image` does
+                with Image.open(io.BytesIO(value), formats=FORMATS) as image:
+                    return math.prod(image.size)
         if isinstance(value, Image.Image):
             return math.prod(value.size)
     except (Image.DecompressionBombError, *_BROKEN_IMAGE):

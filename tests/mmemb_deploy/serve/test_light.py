@@ -73,3 +73,9 @@ def test_pixels_are_counted_before_an_image_is_decoded() -> None:
     assert pixels_of(Image.new("RGB", (3, 2))) == 6
     assert pixels_of(np.zeros((3, 2), np.uint8)) == 6
     assert pixels_of(encoded(3000, "GIF")[:10]) is None
+
+
+def test_a_large_header_is_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    assert pixels_of(encoded(120)) == 120**2  # of which Pillow warns
+    assert pixels_of(encoded(150)) is None  # which it refuses
