@@ -18,7 +18,6 @@ from mmemb_deploy.backends.tensorrt.files import (
     EngineSet,
     ProfileShapes,
     find_set,
-    graph_files,
     graph_hash,
     read_sets,
     write_set,
@@ -203,7 +202,7 @@ def _build(
     if options.strip:
         model = bundle.graph(role).read_bytes() if ready is None else ready.model
         write_whole(path.with_suffix(".onnx"), model)
-        filled = sum((bundle.folder / file).stat().st_size for file in graph_files(bundle, role))
+        filled = sum((bundle.folder / file).stat().st_size for file in bundle.graph_files(role))
     if plan.timings:
         write_whole(timings, plan.timings)
     return Built(

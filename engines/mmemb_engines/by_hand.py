@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmemb_deploy.backends.tensorrt.files import graph_files
 from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.errors import OptionError
@@ -25,7 +24,7 @@ def write_commands(bundle: Bundle, demand: Demand, options: BuildOptions, folder
     for name, (role, *_) in bundle.manifest.engines.items():
         boxes = profiles(name, bundle.manifest, demand)
         slots = slots_of(bundle.manifest.graphs[role], boxes)
-        _, *weights = graph_files(bundle, role)
+        _, *weights = bundle.graph_files(role)
         graph = write_prepared(bundle.graph(role), prepared(bundle.graph(role), slots, lengths=False), weights, folder)
         engine = graph.with_suffix(".engine")
         flags = options.trtexec() | {"saveEngine": str(engine)}

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmemb_deploy.backends.tensorrt.files import ENGINES, LISTING, EngineSet, graph_files, graph_hash
+from mmemb_deploy.backends.tensorrt.files import ENGINES, LISTING, EngineSet, graph_hash
 from mmemb_deploy.backends.tensorrt.options import BuildOptions
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import write_manifest
@@ -34,7 +34,7 @@ def write_engines_only(bundle: Bundle, sets: Sequence[EngineSet], target: Path) 
         for built in engines.engines.values():
             check_engines_only(target, built.options)
     manifest = bundle.manifest
-    named = {file for name in manifest.graphs for file in graph_files(bundle, name)}
+    named = {file for name in manifest.graphs for file in bundle.graph_files(name)}
     kept = {file: sha256 for file, sha256 in manifest.files.items() if not file.endswith(WEIGHTS) and file not in named}
     hashes = {name: graph_hash(bundle, name) for name in manifest.graphs}
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ HOST = "cpu", 0
 BINDINGS = 256  # that a graph on the CPU keeps
 SPIN = 50  # microseconds that an idle thread waits awake; by default so long that it takes a core from all others
 LONG_SPIN = 1000  # of a large graph, which takes a tenth longer where threads sleep between its operators
-LARGE = 2**26  # bytes of weights
+LARGE = 2**26  # bytes of a graph and its weights
 HOST_TYPES = {name: np.dtype(name) for name in ("uint8", "int64", "float32")}
 
 
@@ -56,8 +56,8 @@ class OnnxRuntime:
                 f"{bundle.folder} computes in {manifest.compute}, which ONNX Runtime does not on a CPU: run it on an "
                 "NVIDIA GPU, or export the checkpoint again with --form fused"
             )
-        paths = {facts.file: bundle.graph(name) for name, facts in graphs.items()}
-        files = {file: self._open(path) for file, path in paths.items()}
+        names = {facts.file: name for name, facts in graphs.items()}
+        files = {file: self._open(bundle.graph(name), _spin(bundle, name)) for file, name in names.items()}
         decoder = SlotDecoder(
             HostDevice(),
             {
@@ -75,9 +75,7 @@ class OnnxRuntime:
         assert vision is not None
         return Engine(self.name, HostVision(vision, manifest), decoder, gate)
 
-    def _open(self, graph: Path) -> onnxruntime.InferenceSession:
-        weights = graph.with_name(f"{graph.name}.data")
-        spin = LONG_SPIN if weights.exists() and weights.stat().st_size >= LARGE else SPIN
+    def _open(self, graph: Path, spin: int = SPIN) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3  # errors; they are raised as well
@@ -86,6 +84,12 @@ class OnnxRuntime:
             return onnxruntime.InferenceSession(str(graph), options, providers=[PROVIDER])
         except Exception as error:  # ONNX Runtime's errors share no base class of their own
             raise BackendError(f"ONNX Runtime cannot load {graph}: {error}") from error
+
+
+def _spin(bundle: Bundle, name: str) -> int:
+    """Return the microseconds for which a graph's idle threads wait awake."""
+    nbytes = sum((bundle.folder / file).stat().st_size for file in bundle.graph_files(name))
+    return LONG_SPIN if nbytes >= LARGE else SPIN
 
 
 class OrtSession:

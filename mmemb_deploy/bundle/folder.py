@@ -37,6 +37,13 @@ class Bundle:
             )
         return self.folder / self.manifest.graphs[name].file
 
+    def graph_files(self, name: str) -> list[str]:
+        """Return a graph's file and the weight files that it names, of those in the manifest. Raises as `graph`."""
+        path = self.graph(name)
+        content = path.read_bytes()
+        weights = sorted(file for file in self.manifest.files if file.encode() in content and file != path.name)
+        return [path.name, *weights]
+
     @classmethod
     def open(cls, folder: Path, digest: str | None = None) -> Bundle:
         """Read a bundle and check its schema, its files' hashes and its certificate.

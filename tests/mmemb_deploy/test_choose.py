@@ -12,6 +12,7 @@ import typer
 
 from mmemb_deploy import BackendError, Embedder, MissingExtraError, OptionError
 from mmemb_deploy.backends import choose, onnxruntime_cuda
+from mmemb_deploy.backends import onnxruntime as cpu
 from mmemb_deploy.backends.choose import choose_backend
 from mmemb_deploy.backends.cuda import Gpu
 from mmemb_deploy.backends.tensorrt import backend
@@ -170,3 +171,14 @@ def test_every_command_that_runs_a_bundle_takes_a_backend_and_a_device() -> None
     assert all({"--backend", "--threads", "--digest"} <= taken[name] for name in ("embed", "verify", "calibrate"))
     assert [name for name, known in taken.items() if "--backend" in known and "--device" not in known] == []
     assert {"backend", "device"} <= inspect.signature(Embedder.load).parameters.keys()
+
+
+def test_a_graph_is_large_by_the_weights_that_it_names_whatever_their_file_is_called(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Bundle.open(tiny_bundle)
+    assert not (tiny_bundle / "direct.onnx.data").exists()
+    monkeypatch.setattr(cpu, "LARGE", (tiny_bundle / "decoder.onnx.data").stat().st_size)
+    waits = {name: cpu._spin(opened, name) for name in opened.manifest.graphs}  # pyright: ignore[reportPrivateUsage]
+    assert waits["direct"] == waits["embedder"] == waits["generator"] == cpu.LONG_SPIN
+    assert waits["gate"] == cpu.SPIN

@@ -120,16 +120,8 @@ def graph_hash(bundle: Bundle, name: str) -> str:
     if known is not None:
         return known[name]
     hashes = bundle.manifest.files
-    depends = [hashes[file] for file in graph_files(bundle, name)]
+    depends = [hashes[file] for file in bundle.graph_files(name)]
     return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
-
-
-def graph_files(bundle: Bundle, name: str) -> list[str]:
-    """Return a graph's file and the weight files that it names, of those in the manifest."""
-    path = bundle.graph(name)
-    content = path.read_bytes()
-    weights = sorted(file for file in bundle.manifest.files if file.encode() in content and file != path.name)
-    return [path.name, *weights]
 
 
 def read_sets(bundle: Bundle) -> Iterator[EngineSet]:
