@@ -1,6 +1,7 @@
 """The service: many requests at once through one scheduler, in one engine thread."""
 
 import asyncio
+import gc
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -121,6 +122,20 @@ def test_more_than_may_wait_is_refused_and_a_drained_service_refuses_all(tiny_em
         await draining
 
     serving(tiny_embedder, use, max_waiting_rows=8)
+
+
+def test_the_collector_passes_over_what_lives_while_a_service_runs(tiny_embedder: Embedder) -> None:
+    here = [object()]
+
+    def looked_at() -> bool:
+        return any(each is here for each in gc.get_objects())
+
+    async def use(service: Service) -> None:
+        assert service.ready
+        assert not looked_at()
+
+    serving(tiny_embedder, use)
+    assert looked_at()
 
 
 def test_a_failing_input_fails_alone(tiny_embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
