@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmemb_deploy.bundle import abi
-from mmemb_training.model import decoder_forward, last_state
+from mmemb_training.model import decoder_forward
 from mmemb_training.parts import DecoderPart
 
 
@@ -40,7 +40,8 @@ class Decoder(DecoderPart):
     ) -> tuple[Tensor, ...]:
         dtype = self.weight.dtype
         deepstack, past = (listed[0].to(dtype), listed[1:]) if self.levels else (None, listed)
-        hidden_BTD, cache = decoder_forward(
+        last_B = last.clamp(min=0)
+        state_BD, cache = decoder_forward(
             self.language_model,
             token_ids,
             position_ids,
@@ -49,9 +50,8 @@ class Decoder(DecoderPart):
             visual_index_BS=visual_index,
             deepstack_LVD=deepstack,
             past=list(zip(past[::2], past[1::2], strict=True)),
+            last_B=last_B,
         )
-        last_B = last.clamp(min=0)
-        state_BD = last_state(hidden_BTD, last_B)
         present = (tensor for layer in cache for tensor in layer)
         norm_B1 = torch.linalg.vector_norm(state_BD.float(), dim=-1, keepdim=True)
         embedding_BD = state_BD.float() / norm_B1.clamp_min(1e-12)  # F.normalize would repeat the norm D times first

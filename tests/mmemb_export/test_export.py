@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -147,6 +148,19 @@ def test_a_graph_tells_nothing_of_the_machine_that_exported_it(tiny_bundle: Path
         assert root not in graph
         assert b"site-packages" not in graph
         assert b".py" not in graph
+
+
+def test_what_follows_the_last_attention_runs_on_last_tokens_alone(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    for name in (abi.DIRECT, abi.EMBEDDER, abi.GENERATOR):
+        tokens: dict[str, set[str]] = {}
+        for node in ir.load(bundle.graph(name)).graph:
+            states, weight = node.inputs[:2] if node.op_type == "MatMul" else (None, None)
+            if states is not None and weight is not None and ".mlp." in str(weight.name):
+                assert states.shape is not None
+                layer = str(weight.name).split(".mlp.")[0].rpartition(".")[2]
+                tokens.setdefault(layer, set()).add(str(states.shape[1]))
+        assert tokens == {"0": {"tokens"}, "1": {"tokens"}, "2": {"1"}}, name
 
 
 def test_a_model_without_deepstack_has_no_such_tensor(odd_bundle: Path) -> None:

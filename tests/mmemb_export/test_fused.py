@@ -1,9 +1,11 @@
 """Fused and quantised graphs: they answer as the portable ones do, in one graph, and say what they gave up."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from typer.testing import CliRunner
 
@@ -74,6 +76,14 @@ def test_one_precision_is_one_decoder_graph_and_two_are_two(fused: Path) -> None
     graphs = Bundle.open(fused).manifest.graphs
     same = graphs[abi.EMBEDDER].precision == graphs[abi.GENERATOR].precision
     assert (graphs[abi.EMBEDDER].file == graphs[abi.GENERATOR].file) == same
+
+
+def test_no_head_is_normed_vector_by_vector(fused: Path) -> None:
+    bundle = Bundle.open(fused)
+    layers = bundle.manifest.model.layers
+    for name in (abi.EMBEDDER, abi.GENERATOR):
+        norms = Counter(node.op_type for node in ir.load(bundle.graph(name)).graph if "Norm" in node.op_type)
+        assert norms == {"RMSNormalization": 2 * layers + 1, "SkipSimplifiedLayerNormalization": 2 * layers}
 
 
 def test_a_batch_for_a_cpu_is_smaller_than_one_for_an_engine(fused: Path, tiny_bundle: Path) -> None:

@@ -58,6 +58,22 @@ def test_continuing_from_a_cache_equals_one_pass(tiny_checkpoint: Path) -> None:
     torch.testing.assert_close(grown, cache, atol=1e-5, rtol=1e-5)
 
 
+def test_the_states_of_last_tokens_are_those_of_the_whole(tiny_checkpoint: Path) -> None:
+    model = load_checkpoint(tiny_checkpoint).model.model.language_model
+    ids, last_B = torch.arange(20).view(2, 10), torch.tensor([9, 4])
+    positions, mask = torch.arange(10).expand(3, 2, -1), torch.ones(2, 10, dtype=torch.long)
+    shown: dict[str, Any] = {
+        "visual_tokens_VD": torch.randn(4, model.config.hidden_size),
+        "visual_index_BS": torch.arange(20).view(2, 10) % 4,  # so that a last token shows an image, too
+        "deepstack_LVD": torch.randn(len(model.layers), 4, model.config.hidden_size),  # and after the last layer
+    }
+    with torch.no_grad():
+        whole, cache = decoder_forward(model, ids, positions, mask, **shown)
+        alone, grown = decoder_forward(model, ids, positions, mask, **shown, last_B=last_B)
+    torch.testing.assert_close(alone, whole[torch.arange(2), last_B], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grown, cache, atol=0, rtol=0)
+
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("mmemb_deploy", "training/mmemb_training", "export/mmemb_export", "engines/mmemb_engines")  # not the peers
 

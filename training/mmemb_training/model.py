@@ -19,7 +19,7 @@ the zero row, L DeepStack levels, B prompts, S new tokens, K cached and new toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -170,9 +170,13 @@ def decoder_forward(
     deepstack_LVD: Tensor | None = None,
     past: list[KeyValue] | None = None,
     owners_B: Tensor | None = None,
+    last_B: Tensor | None = None,
     keep: bool = True,
 ) -> tuple[Tensor, list[KeyValue]]:
     """Run a `Qwen3VLTextModel`; return the states after the final norm (B, S, D) and every layer's cache.
+
+    With `last_B`, the states are those of each row's token at that index alone, (B, D): what follows the last layer's
+    attention runs on no other.
 
     `mask_BK` is 1 for tokens that may be attended to, over the cache and the new tokens; rows are padded on the right.
     Without a cache it may be None: a token then attends to those before it, none of which is padding, and the kernels
@@ -189,11 +193,26 @@ def decoder_forward(
     present: list[KeyValue] = []
     for depth, layer in enumerate(language_model.layers):
         cache = _LayerCache(None if past is None else past[depth], owners_B, keep=keep)
-        hidden_BSD = layer(hidden_BSD, position_embeddings=rotary, attention_mask=allowed_B1SK, past_key_values=cache)
+        reads = {"position_embeddings": rotary, "attention_mask": allowed_B1SK, "past_key_values": cache}
+        if last_B is None or depth + 1 < len(language_model.layers):
+            hidden_BSD = layer(hidden_BSD, **reads)
+        else:
+            hidden_BSD = _last_layer(layer, hidden_BSD, last_B, reads)
+            if visual_index_BS is not None:
+                visual_index_BS = visual_index_BS.gather(1, last_B[:, None])
         present += cache.grown
         if deepstack_LVD is not None and visual_index_BS is not None and depth < deepstack_LVD.shape[0]:
             hidden_BSD = hidden_BSD + deepstack_LVD[depth][visual_index_BS]
-    return language_model.norm(hidden_BSD), present
+    normed_BSD: Tensor = language_model.norm(hidden_BSD)
+    return normed_BSD if last_B is None else normed_BSD.squeeze(1), present
+
+
+def _last_layer(layer: Any, hidden_BSD: Tensor, last_B: Tensor, reads: Mapping[str, Any]) -> Tensor:
+    """Return what a layer makes of each row's last token, (B, 1, D). Follows `Qwen3VLTextDecoderLayer.forward`."""
+    mixed_BSD, _ = layer.self_attn(layer.input_layernorm(hidden_BSD), **reads)
+    hidden_B1D = _at(hidden_BSD + mixed_BSD, last_B)
+    made_B1D: Tensor = hidden_B1D + layer.mlp(layer.post_attention_layernorm(hidden_B1D))
+    return made_B1D
 
 
 def _allowed(mask_BK: Tensor, new: int) -> Tensor:
@@ -207,8 +226,12 @@ def _allowed(mask_BK: Tensor, new: int) -> Tensor:
 
 def last_state(hidden_BSD: Tensor, last_B: Tensor) -> Tensor:
     """Return each row's state at the index of its last token, (B, D): what an embedding, a gate and a head read."""
+    return _at(hidden_BSD, last_B).squeeze(1)
+
+
+def _at(hidden_BSD: Tensor, last_B: Tensor) -> Tensor:
     last_B1D = last_B[:, None, None].expand(-1, -1, hidden_BSD.shape[-1])
-    return hidden_BSD.gather(1, last_B1D).squeeze(1)
+    return hidden_BSD.gather(1, last_B1D)
 
 
 def checkpoint_layers(model: Any) -> None:

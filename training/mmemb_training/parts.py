@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.inputs import prompts
 from mmemb_deploy.inputs.preprocess import VisionSpec
-from mmemb_training.model import decoder_forward, last_state, vision_forward
+from mmemb_training.model import decoder_forward, vision_forward
 
 
 class Part(nn.Module):
@@ -103,16 +103,17 @@ class Prefill(DecoderPart):
         deepstack: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         dtype = self.weight.dtype
-        hidden_BSD, cache = decoder_forward(
+        state_BD, cache = decoder_forward(
             self.language_model,
             token_ids,
             position_ids,
             mask,
+            last_B=mask.sum(dim=1) - 1,
             visual_tokens_VD=visual_tokens.to(dtype),
             visual_index_BS=visual_index,
             deepstack_LVD=None if deepstack is None else deepstack.to(dtype),
         )
-        state_BD = last_state(hidden_BSD, mask.sum(dim=1) - 1).float()
+        state_BD = state_BD.float()
         return F.normalize(state_BD, dim=-1), state_BD, *(tensor for layer in cache for tensor in layer)
 
 
@@ -129,8 +130,10 @@ class Decode(DecoderPart):
 
     def forward(self, token_ids: Tensor, position_ids: Tensor, mask: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
         layers = list(zip(past[::2], past[1::2], strict=True))
-        hidden_BTD, cache = decoder_forward(self.language_model, token_ids, position_ids, mask, past=layers)
-        state_BD = last_state(hidden_BTD, mask[:, past[0].shape[2] :].sum(dim=1) - 1)
+        last_B = mask[:, past[0].shape[2] :].sum(dim=1) - 1
+        state_BD, cache = decoder_forward(
+            self.language_model, token_ids, position_ids, mask, past=layers, last_B=last_B
+        )
         logits_BW = self.lm_head(state_BD).float()
         return logits_BW, F.normalize(state_BD.float(), dim=-1), *(tensor for layer in cache for tensor in layer)
 
