@@ -48,7 +48,7 @@ arm: $(DEV) ## install on an emulated aarch64 CPU, compare its answers with this
 cluster: $(DEV) ## run the tests that start a Ray cluster (a minute or two)
 	$(BIN)/python -m pytest -m cluster
 
-bench: $(DEV) ## run the benchmarks of a CPU (some 40 minutes on 2 cores), make a page of them
+bench: $(DEV) ## run the benchmarks of a CPU (about an hour on 2 cores), make a page of them
 	PYTHON=$(BIN)/python benchmarks/cpu.sh
 
 nano: $(DEV) ## retrain the nano model and export it into the package

@@ -63,11 +63,12 @@ ROWS = {
         "| 2 CPU cores, one query alone | never | auto | always | auto against always |",
         "| nano: hit@1 | 0.725 | 0.885 | 0.900 | -0.015 |",
         "| nano: reasoning rate / rationale tokens | 0.00 / 0.0 | 0.21 / 4.7 | 1.00 / 14.1 |  |",
-        "| nano: p50 / p95 / p99, ms | 1.16 / 2.64 / 6.28 | 1.11 / 7.42 / 12.05 | 3.78 / 8.39 / 11.31 | 0.29x at p50 |",
-        "| nano: a second of random arrivals, p95 below 40 ms | 828 | 442 | 216 | 2.04x |",
-        "| 0.2B int8: mean, ms | 119 | 166 | 334 | 0.50x |",
-        "| 0.2B int8: of it prefill / decode | 118 / 0 | 117 / 48 | 118 / 213 |  |",
-        "| 0.2B int8: a second, in batches of 32 | 8.0 | 6.8 | 5.2 | 1.30x |",
+        "| nano: p50 / p95 / p99, ms | 2.72 / 4.85 / 5.91 | 2.55 / 22.91 / 26.62 | 10.59 / 23.81 / 27.24 "
+        "| 0.24x at p50 |",
+        "| nano: a second of random arrivals, p95 below 120 ms | 883 | 474 | 342 | 1.39x |",
+        "| 0.2B int8: mean, ms | 190 | 297 | 668 | 0.44x |",
+        "| 0.2B int8: of it prefill / decode | 186 / 0 | 186 / 106 | 186 / 472 |  |",
+        "| 0.2B int8: a second, in batches of 32 | 4.7 | 3.8 | 2.9 | 1.32x |",
     ],
     "precisions": [
         "| float32 | 6.1 | 1 - 1e-11 / 1 - 1e-11 | 1 - 1e-11 | 100.00% | 0 | all | 0.795 / 0.915 / 0.922 |",
@@ -83,9 +84,9 @@ ROWS = {
         "| llama.cpp, float32 / 8-bit | 0.5x / 0.8x | 0.5x / 0.7x | 1.2x / 1.8x | 0.8x / 1.1x |",
         "| **fused int8** | 5.6x to 5.8x | 4.7x to 5.2x | 7.5x to 8.0x | 8.7x to 9.6x |",
     ],
-    "loops": ["| two-route: auto | 531 | 26 | 0.921 |  |", "| static: auto | 511 | 62 | 0.922 | 1.04x |"],
-    "loops-tight": ["| two-route: auto | 316 | 8 | 0.922 |  |", "| static: auto | 302 | 22 | 0.924 | 1.05x |"],
-    "loops-small": ["| two-route: auto | 17.3 | 397 | - |  |", "| static: auto | 15.4 | 1575 | - | 1.12x |"],
+    "loops": ["| two-route: auto | 456 | 22 | 0.924 |  |", "| static: auto | 475 | 73 | 0.923 | 0.96x |"],
+    "loops-tight": ["| two-route: auto | 261 | 7 | 0.929 |  |", "| static: auto | 190 | 17 | 0.937 | 1.37x |"],
+    "loops-small": ["| two-route: auto | 20.4 | 433 | - |  |", "| static: auto | 19.5 | 1694 | - | 1.05x |"],
     "servers": [
         "| mmemb serve: never | 32.5 | 494 | - |  |",
         "| vLLM for CPUs bfloat16: never | 26.6 | 335 | - | 1.22x |",
@@ -105,8 +106,8 @@ ROWS = {
         "| index + float32 | 1.000, 1.1x | 1.000, 4.9x | 1.000, 24.8x | 1.000, 1.4x | 1.000, 6.4x |",
     ],
     "overload": [
-        "| 1 | 506 | 0.81 | 0.22 | 0.911 | 0.788 | 0.930 | 0.751 / 0.913 | 27 / 93 | 0.6% |",
-        "| 2 | 1011 | 1.98 | 0.00 | 0.750 | 0.750 | 0.751 | 0.750 / 0.912 | 45 / 85 | 16.4% |",
+        "| 1 | 341 | 0.84 | 0.20 | 0.898 | 0.783 | 0.929 | 0.748 / 0.914 | 26 / 122 | 1.9% |",
+        "| 2 | 681 | 1.36 | 0.01 | 0.759 | 0.754 | 0.764 | 0.752 / 0.913 | 42 / 90 | 12.9% |",
     ],
     "peers-by-token": [
         "| 0.2B: transformers, seconds | 0.62 | 5.56 | 0.079 | 0.146 |",
@@ -146,11 +147,11 @@ def test_the_headline_is_of_nano() -> None:
         "| hit@1 | 0.725 | 0.885 | 0.900 |",
         "| reasoning rate | 0.00 | 0.21 | 1.00 |",
         "| rationale tokens | 0.0 | 4.7 | 14.1 |",
-        "| mean ms alone | 1.35 | 2.22 | 4.10 |",
-        "| requests a second, in batches of 32 | 1338 | 930 | 643 |",
-        "| random arrivals a second, p95 below 40 ms | 828 | 442 | 216 |",
+        "| mean ms alone | 2.82 | 5.72 | 12.49 |",
+        "| requests a second, in batches of 32 | 1004 | 695 | 482 |",
+        "| random arrivals a second, p95 below 120 ms | 883 | 474 | 342 |",
     ]
-    assert made.caption.startswith("2026-11-24; AMD EPYC, 2 cores; `mmemb bench latency")
+    assert made.caption.startswith("2026-11-30; Intel(R) Xeon(R) Processor, 2 cores; `mmemb bench latency")
 
 
 def test_of_two_results_the_later_counts_and_without_one_there_is_no_table(tmp_path: Path) -> None:
