@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmemb_deploy.backends.choose import choose_backend
-from mmemb_deploy.backends.protocol import Engine
+from mmemb_deploy.backends.protocol import Engine, PromptGraphs
 from mmemb_deploy.bundle.folder import NANO, Bundle
 from mmemb_deploy.bundle.manifest import TOKENIZER, Manifest
 from mmemb_deploy.errors import InputError, MissingExtraError, OptionError, SchemaError, check_known
@@ -29,10 +29,11 @@ from mmemb_deploy.routing.fast_path import FastPath
 from mmemb_deploy.routing.generation import Generator
 from mmemb_deploy.routing.items import Item
 from mmemb_deploy.routing.jobs import Call, Job, Pace
+from mmemb_deploy.routing.lane import PrefillLane
 from mmemb_deploy.routing.paths import Paths
 from mmemb_deploy.routing.router import MODES, Policy, Route
 from mmemb_deploy.routing.scheduler import Scheduler
-from mmemb_deploy.routing.vision import VisionEncoder
+from mmemb_deploy.routing.vision import FeatureCache, VisionEncoder
 
 if TYPE_CHECKING:
     from mmemb_deploy.reasoners.remote import RemoteReasoner
@@ -73,13 +74,24 @@ class Embedder:
         self.reasoner = reasoner
         self.notes = tuple(notes)
         self.encoder = encoder
-        vision = VisionEncoder(engine.vision, manifest.vision, manifest.batch.vision_bytes)
-        fast_path = FastPath(vision, engine.decoder, engine.gate, encoder.prompt.ids[PAD])
+        cache = FeatureCache[Any](manifest.batch.vision_bytes)
+
+        def fast_path(graphs: Engine | PromptGraphs) -> FastPath:
+            vision = VisionEncoder(graphs.vision, manifest.vision, cache)
+            return FastPath(vision, graphs.decoder, engine.gate, encoder.prompt.ids[PAD])
+
         generator = Generator(engine.decoder, encoder.prompt)
         if reasoner is not None and manifest.gate is None:
             raise OptionError(f"reasoner is {reasoner.name}: this bundle does not reason, so pass none")
         self._remote = None if reasoner is None else reasoner.writer(encoder, generator, manifest.limits)
-        self.paths = Paths(fast_path, generator, manifest.batch, manifest.cache_token_bytes, self._remote)
+        self.paths = Paths(
+            fast_path(engine),
+            generator,
+            manifest.batch,
+            manifest.cache_token_bytes,
+            writer=self._remote,
+            lane=None if engine.beside is None else PrefillLane(fast_path(engine.beside)),
+        )
 
     @classmethod
     def load(

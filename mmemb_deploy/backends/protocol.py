@@ -141,14 +141,29 @@ class Decoder(Protocol[C]):
 
 
 @dataclass(frozen=True)
+class PromptGraphs:
+    """A second set of what prompts run by, for another thread than the one that extends caches.
+
+    The engine's own decoder goes on from the caches that this one leaves.
+    """
+
+    vision: Vision[Any]
+    decoder: Decoder[Any]
+
+
+@dataclass(frozen=True)
 class Engine:
-    """A bundle's graphs, loaded by one backend; `name` is the engine, its version and its device."""
+    """A bundle's graphs, loaded by one backend; `name` is the engine, its version and its device.
+
+    `beside` are for prompts that run while caches are extended, where that is the sooner way.
+    """
 
     name: str
     vision: Vision[Any]
     decoder: Decoder[Any]
     gate: Session | None  # None in a bundle that does not reason: its decoder only prefills
     notes: tuple[str, ...] = ()  # what is not as it should be, and costs speed alone
+    beside: PromptGraphs | None = None
 
 
 class Backend(Protocol):

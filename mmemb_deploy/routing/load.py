@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from mmemb_deploy.bundle.manifest import CurvePoint
 
 UTILISATION = 0.8  # of a device's time, to be planned for
+OVERLAP = 1.7  # seconds of runs that pass in one, where prompts run beside steps and both always wait; on two cores
 DRAIN = 10  # times the patience, in which what waits is to be done beside what comes
 WINDOW = 4.0  # seconds over which arrivals are counted,
 RECENT = 256  # or the calls, whichever is shorter
@@ -39,12 +40,16 @@ class Work:
 class LoadGate:
     """Raises the threshold for inputs that leave it to the server whether they reason."""
 
-    def __init__(self, curve: Sequence[CurvePoint], *, patience: float) -> None:
-        """`curve` says which share reasons by which threshold until scores do; `patience` is the wait to hold, in s."""
+    def __init__(self, curve: Sequence[CurvePoint], *, patience: float, overlaps: bool = False) -> None:
+        """`curve` says which share reasons by which threshold until scores do; `patience` is the wait to hold, in s.
+
+        `overlaps` says that prompts run beside the steps of rationales.
+        """
         self.threshold = 0.0  # the lowest score that may reason
         self.share = 1.0  # of the inputs that it judges
         self._curve = sorted(curve, key=lambda point: point.threshold)
         self._drain = DRAIN * patience
+        self._time = UTILISATION * (OVERLAP if overlaps else 1.0)  # of runs, in a second
         self._come = Work()  # since the beginning
         self._calls: deque[tuple[float, Work]] = deque(maxlen=RECENT)  # when, and what had come before
         self._scores: deque[float] = deque(maxlen=JUDGED)
@@ -76,7 +81,7 @@ class LoadGate:
         )
         certain = prompts * prompt + must * reasoning
         certain += (waiting.prompts * prompt + waiting.must * reasoning) / self._drain
-        self.share = min(max((UTILISATION - certain) / max(may * reasoning, 1e-9), 0.0), 1.0)
+        self.share = min(max((self._time - certain) / max(may * reasoning, 1e-9), 0.0), 1.0)
         self.threshold = self._threshold_of(self.share)
 
     def _threshold_of(self, share: float) -> float:

@@ -8,14 +8,19 @@ from mmemb_deploy.bundle.manifest import BatchLimits
 from mmemb_deploy.routing.fast_path import FastPath
 from mmemb_deploy.routing.generation import Generator
 from mmemb_deploy.routing.items import RationaleWriter
+from mmemb_deploy.routing.lane import Lane
 
 
 @dataclass(frozen=True)
 class Paths:
-    """`token_bytes` are those of a token in the KV cache; without a `writer` the generator writes rationales itself."""
+    """`token_bytes` are those of a token in the KV cache; without a `writer` the generator writes rationales itself.
+
+    With a `lane`, prompts may run while it does.
+    """
 
     fast_path: FastPath
     generator: Generator
     limits: BatchLimits
     token_bytes: int
     writer: RationaleWriter | None = None
+    lane: Lane | None = None

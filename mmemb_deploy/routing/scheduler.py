@@ -3,6 +3,7 @@
 Three queues: prompts to be prefilled; prefilled rows that are to reason, whose KV caches are held; rows that are being
 decoded. Between any two runs of the engine rows join and leave. After its prompt every row has a valid embedding, so
 reasoning is an upgrade that can be taken back: where a deadline nears, where there is more to do than can be done.
+Where the paths have a lane, prompts run there while steps go on here.
 
 It knows no threads, no network and no time but the clock that it is given. Iteration by iteration as Orca, prompts that
 do not stall decoding as Sarathi-Serve (2403.02310), predicted by measured costs as Clockwork (2006.02464).
@@ -19,7 +20,9 @@ from logging import getLogger
 
 from mmemb_deploy.errors import BackendError, DeadlineError, MmembError, OverloadError
 from mmemb_deploy.inputs.prompts import PATH_MARKERS
+from mmemb_deploy.inputs.rows import Row
 from mmemb_deploy.routing.costs import Costs
+from mmemb_deploy.routing.fast_path import FastResult
 from mmemb_deploy.routing.generation import CallersWriter, Writing
 from mmemb_deploy.routing.items import RationaleWriter
 from mmemb_deploy.routing.jobs import Call, Job, Pace
@@ -46,10 +49,12 @@ class Scheduler:
         """`clock` returns seconds; `load` raises the threshold of jobs that yield."""
         self.costs = Costs()
         self.seconds = {"prefill": 0.0, "decode": 0.0}  # that runs took
+        self._overlap = 0.0  # seconds of steps while prompts ran
         self.load = load
         self.most = min(pace.rationales, paths.generator.most_rows)
         self._paths, self._pace, self._clock = paths, pace, clock
         self._writer: RationaleWriter | None = paths.writer
+        self._lane = None if pace.patient else paths.lane
         self._caller = CallersWriter(paths.generator)
         self._prompts = PromptQueue()
         self._held: dict[Call, set[Job]] = {}  # the best so far of calls with a quota, until all scores are known
@@ -61,6 +66,11 @@ class Scheduler:
         self._since_join = 0
         self._dated = 0  # jobs with a deadline
         self._cancelled = False
+
+    @property
+    def ran(self) -> float:
+        """Seconds in which the engine ran."""
+        return sum(self.seconds.values()) - self._overlap
 
     @property
     def waiting(self) -> int:
@@ -88,8 +98,9 @@ class Scheduler:
 
         Which prompts will reason is not known; a rationale that is being written counts half.
         """
-        rationales = self.reasoning - self.decoded / 2
-        return self._backlog_seconds() + rationales * self.costs.rationale(self.most)
+        prompts = self._backlog_seconds()
+        rationales = (self.reasoning - self.decoded / 2) * self.costs.rationale(self.most)
+        return prompts + rationales if self._lane is None else max(prompts, rationales)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Take in the jobs of a call. Raises OverloadError where they do not fit, and takes none."""
@@ -192,7 +203,8 @@ class Scheduler:
         for job in self._prompts.late(now):
             self._end(job, DeadlineError(f"its deadline passed {now - job.deadline:.3f} s ago, before its prompt ran"))
         step, waiting = self.costs.steps.run(len(self._live) or 1), min(self.waiting, self._pace.prompts)
-        run = max(step, self.costs.prompts.run(waiting)) if waiting else step  # the longest that may be next
+        stalls = waiting and self._lane is None  # a lane's prompts keep no step waiting
+        run = max(step, self.costs.prompts.run(waiting)) if stalls else step  # the longest that may be next
         busy = self._live or waiting  # else it costs nobody anything to try, and shows what a step takes now
         whole = step * self.costs.length.value if busy else 0
         for jobs, remaining in ((self._ready, max(whole, MARGIN * run)), (list(self._live.values()), MARGIN * run)):
@@ -232,9 +244,13 @@ class Scheduler:
             return self.reasoning < self.most
         if first.keeps and len(self._ready) + len(self._elsewhere) >= self.most:
             return False
-        return (
-            self._owed <= 0 or now + self.costs.prompts.run(1) + self.costs.steps.run(len(self._live)) > first.deadline
-        )
+        due = now + self.costs.prompts.run(1) + self.costs.steps.run(len(self._live)) > first.deadline
+        return self._runs_beside or self._owed <= 0 or due
+
+    @property
+    def _runs_beside(self) -> bool:
+        """Whether prompts may run while steps go on."""
+        return self._lane is not None and bool(self._live or self._ready)
 
     def _prefill(self, room: int) -> None:
         fits = partial(self._fits, room)
@@ -242,18 +258,21 @@ class Scheduler:
         rows = [job.item.row for job in jobs]
         began = self._clock()
         try:
-            result = self._paths.fast_path.run(rows, keep=jobs[0].keeps)
+            result = self._run(rows, keep=jobs[0].keeps)
         except BackendError as error:
+            jobs = [job for job in jobs if job in self._prompts]
             self._prompts.remove(*jobs)
-            self._failed(jobs, error)
+            self._failed(jobs, error, ran=len(rows))
             return
+        places = {job: place for place, job in enumerate(jobs) if job in self._prompts}  # others left meanwhile
+        jobs = list(places)
         self._prompts.remove(*jobs)
         seconds = self._clock() - began
         self.costs.prefilled(len(rows), len(rows) * max(row.length for row in rows), seconds)
         self.seconds["prefill"] += seconds
         stall = max(STALL, GATHER * self.costs.steps.run(len(self._live)))
         self._owed = max(min(seconds * (1 - PROMPTS) / PROMPTS, stall), 1e-9)
-        for place, job in enumerate(jobs):
+        for job, place in places.items():
             item = job.item
             item.embedding_D, item.score = result.embeddings_BD[place], float(result.scores_B[place])
             item.queued, item.fast_path = began - job.arrived, seconds
@@ -269,6 +288,21 @@ class Scheduler:
                 self._end(job)
             else:
                 self._reason(job)
+
+    def _run(self, rows: Sequence[Row], *, keep: bool) -> FastResult:
+        """Run prompts, and meanwhile a step at least of what is being written, where both can be done at once."""
+        if self._lane is None or not self._runs_beside:
+            return self._paths.fast_path.run(rows, keep=keep)
+        running, before = self._lane.begin(rows, keep=keep), self.seconds["decode"]
+        while self._live or self._ready:
+            self._step()
+            if running.done():
+                break
+            self._drop()
+            self._settle(self._clock())
+        result = running.result()
+        self._overlap += self.seconds["decode"] - before
+        return result
 
     def _fits(self, room: int, jobs: int, tokens: int, *, after: int | None) -> bool:
         if jobs > self._pace.prompts or jobs * tokens > self._paths.limits.tokens:
@@ -392,15 +426,16 @@ class Scheduler:
             job.item.held = now - job.arrived - job.item.queued - job.item.fast_path
             job.writing, job.began = writing, now
 
-    def _failed(self, jobs: Sequence[Job], error: BackendError) -> None:
-        """Run jobs again one by one, or end the one that failed alone."""
+    def _failed(self, jobs: Sequence[Job], error: BackendError, ran: int | None = None) -> None:
+        """Run jobs again one by one, or end the one that failed alone; of `ran` rows where some have left since."""
+        ran = len(jobs) if ran is None else ran
         if self._pace.patient:
             raise error
-        LOGGER.warning("a run of %d rows failed: %s", len(jobs), error)
+        LOGGER.warning("a run of %d rows failed: %s", ran, error)
         error = error.with_traceback(None)  # whose frames hold caches
         for job in jobs:
             job.alone, job.writing = True, None
-            if len(jobs) == 1:
+            if ran == 1:
                 self._end(job, error)
             elif job.cache is None:
                 self._prompts.add(job)

@@ -20,12 +20,12 @@ from mmemb_deploy.inputs.rows import by_shape
 
 
 class VisionEncoder:
-    """Runs a vision graph on what it has not seen. `cache_bytes` bounds the features that are remembered."""
+    """Runs a vision graph on what its cache does not remember."""
 
-    def __init__(self, vision: Vision[Any], spec: VisionSpec, cache_bytes: int) -> None:
+    def __init__(self, vision: Vision[Any], spec: VisionSpec, cache: FeatureCache[Any]) -> None:
         self._vision = vision
         self._spec = spec
-        self.cache = FeatureCache[Any](cache_bytes)
+        self.cache = cache
 
     def encode(self, visuals: Sequence[Visual]) -> Mapping[str, Any]:
         """Return what `Vision.join` makes of the visuals in order."""

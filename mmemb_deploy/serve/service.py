@@ -48,7 +48,8 @@ class Service:
         self.embedder = embedder
         self.ready = False
         gate = embedder.manifest.gate
-        self._load = LoadGate(() if gate is None else gate.curve, patience=patience)
+        curve, overlaps = () if gate is None else gate.curve, embedder.paths.lane is not None
+        self._load = LoadGate(curve, patience=patience, overlaps=overlaps)
         bounds = Bounds(tokens=WAITING_TOKENS, media_bytes=WAITING_BYTES, seconds=max_wait)
         pace = Pace(prompts=batch_size, rationales=batch_size, patient=False, bounds=bounds)
         self.scheduler = Scheduler(embedder.paths, pace, time.monotonic, load=self._load)
@@ -66,14 +67,16 @@ class Service:
         is garbage, and to look at 170,000 objects stops every thread for up to a quarter of a second.
         """
         self._engine.start()
+        modes: list[EncodeOptions] = [{"reasoning": "never"}]
+        if self.embedder.reasons:
+            modes.insert(0, {"reasoning": "always", "max_rationale_tokens": 2})
         for _ in range(2):
             self.scheduler.costs = Costs()  # without what the first runs cost
             for rows in (1, min(WARM_ROWS, self._limit)):
-                for reasoning in ("never", "always") if self.embedder.reasons else ("never",):
-                    options: EncodeOptions = {"reasoning": reasoning}
-                    if reasoning == "always":
-                        options["max_rationale_tokens"] = 2
+                for options in modes:
                     await self.embed(Ask(inputs=["one"] * rows, options=options))
+            if self.embedder.paths.lane is not None and self._limit > 1:  # a prompt beside steps
+                await asyncio.gather(*(self.embed(Ask(inputs=["one"], options=options)) for options in modes))
         self.scheduler.costs.length = Mean()
         gc.freeze()
         self.ready = True
@@ -167,8 +170,8 @@ class Service:
 
     @property
     def engine_seconds(self) -> float:
-        """Seconds that the engine has run, since the start."""
-        return sum(self.scheduler.seconds.values())
+        """Seconds in which the engine has run, since the start."""
+        return self.scheduler.ran
 
     async def drain(self, seconds: float) -> None:
         """Accept nothing more, wait at most so long for what was accepted, and let go of the rest."""

@@ -109,7 +109,6 @@ OVERLOAD = {
         "rate_per_s": 187,
         "alone_per_s": 400,
         "utilisation": 0.51,
-        "alone_utilisation": 0.5,
         "p95_ms": 3.33,
         "alone_p95_ms": 2.5,
         "ratio": 1.332,

@@ -348,7 +348,6 @@ def test_a_level_stands_between_other_choices_for_the_same_requests(nano: Embedd
 
 def test_overload_is_measured_whole(nano: Embedder, traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loads, "PRECISION", 1e6)
-    monkeypatch.setattr(overloads, "MATCHES", 1)
     monkeypatch.setattr(overloads, "ROUNDS", 1)
     arguments: dict[str, Any] = {"trials": 1, "batch_size": 8, "patience_ms": None, "report": silent}
     options = mode_options(None, 2)

@@ -173,6 +173,16 @@ def test_every_command_that_runs_a_bundle_takes_a_backend_and_a_device() -> None
     assert {"backend", "device"} <= inspect.signature(Embedder.load).parameters.keys()
 
 
+def test_prompts_run_beside_steps_where_graphs_are_small_and_there_are_threads_to_share(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Bundle.open(tiny_bundle)
+    assert cpu.OnnxRuntime(2).load(opened).beside is not None
+    assert cpu.OnnxRuntime(1).load(opened).beside is None
+    monkeypatch.setattr(cpu, "LARGE", (tiny_bundle / "decoder.onnx.data").stat().st_size)
+    assert cpu.OnnxRuntime(2).load(opened).beside is None
+
+
 def test_a_graph_is_large_by_the_weights_that_it_names_whatever_their_file_is_called(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -46,9 +46,10 @@ class Served:
     cache_tokens: float = math.inf
     load: LoadGate | None = None
     costs: SimulatedCosts = COSTS
+    lane: bool = False
 
     def __post_init__(self) -> None:
-        self.engine = SimulatedEngine(self.inputs, self.costs, self.cache_tokens)
+        self.engine = SimulatedEngine(self.inputs, self.costs, self.cache_tokens, lane=self.lane)
         self.scheduler = Scheduler(self.engine.paths, self.pace, self.engine.clock, load=self.load)
         self.ended: Counter[int] = Counter()
         self.order: list[int] = []
@@ -112,11 +113,16 @@ class Traffic(RuleBasedStateMachine):
         self.doomed: set[int] = set()
         self.hiccups = self.stumbles = 0
 
-    @initialize(rows=st.integers(1, 6), cache_tokens=st.sampled_from([90.0, 300.0, math.inf]), loaded=st.booleans())
-    def begin(self, rows: int, cache_tokens: float, loaded: bool) -> None:
+    @initialize(
+        rows=st.integers(1, 6),
+        cache_tokens=st.sampled_from([90.0, 300.0, math.inf]),
+        loaded=st.booleans(),
+        lane=st.booleans(),
+    )
+    def begin(self, rows: int, cache_tokens: float, loaded: bool, lane: bool) -> None:
         load = LoadGate([], patience=0.05) if loaded else None
         pace = Pace(patient=False, prompts=rows, rationales=rows, bounds=Bounds(rows=40, tokens=1200))
-        self.served = Served(pace=pace, cache_tokens=cache_tokens, load=load)
+        self.served = Served(pace=pace, cache_tokens=cache_tokens, load=load, lane=lane)
         self.served.engine.decoder.fails = self.fail
 
     def fail(self, numbers: list[int]) -> None:
@@ -272,6 +278,46 @@ def test_prompts_and_rationales_share_the_time_and_neither_waits_for_long(tokens
     )  # the first prompts, which fill the rows
     if tokens == 5:
         assert 0.3 < spent[True] / sum(spent.values()) < 0.75
+
+
+def test_with_a_lane_prompts_keep_no_step_waiting_nor_steps_them() -> None:
+    ends = {}
+    for lane in (False, True):
+        served = Served(pace=Pace(patient=False, prompts=8, rationales=8), lane=lane)
+        written = [served.submit(SimulatedInput(10, 1.0, 20), "always") for _ in range(4)]
+        served.scheduler.advance()
+        served.scheduler.advance()
+        assert served.scheduler.decoded == 4
+        began = served.engine.clock.now
+        prompts = [served.submit(SimulatedInput(500), "never") for _ in range(8)]  # in one run
+        served.run()
+        served.check_left_nothing()
+        ends[lane] = [max(served.when[job.item.index] for job in jobs) - began for jobs in (prompts, written)]
+        assert served.scheduler.ran == pytest.approx(served.engine.clock.now)
+    prompt, steps = COSTS.prompts(8, 500), 22 * COSTS.step(4)  # the tokens that are left, and two markers
+    assert ends[False] == pytest.approx([prompt, prompt + steps])
+    assert ends[True] == pytest.approx([prompt, steps], abs=COSTS.step(4))
+
+
+def test_who_leaves_while_his_prompt_runs_is_let_go_and_one_that_failed_beside_him_is_tried_again() -> None:
+    served = Served(pace=Pace(patient=False, prompts=4, rationales=4), lane=True)
+    writing = served.submit(SimulatedInput(10, 1.0, 20), "always")
+    served.scheduler.advance()
+    served.scheduler.advance()
+    others = [served.submit(SimulatedInput(500, 1.0, 5)) for _ in range(2)]
+    writing.wrote = lambda _: served.scheduler.cancel(others[:1])
+
+    def fail(numbers: list[int]) -> None:
+        if len(numbers) > 1:
+            raise BackendError("two are too many")
+
+    served.engine.decoder.fails = fail
+    served.run()
+    assert [job.error for job in others] == [None, None]
+    assert others[0].item.embedding_D is None
+    assert value(others[1]) == 2.5
+    assert all(served.ended[number] == 1 for number in range(3))
+    served.check_left_nothing()
 
 
 def test_steps_that_take_long_get_their_share_too() -> None:
@@ -506,6 +552,17 @@ def test_a_jump_of_load_is_felt_for_a_moment_and_costs_no_more_reasoning_than_it
     assert all((job.item.threshold or 0) > job.item.score for job in jumped[400:] if job.item.degraded_by == "load")
 
 
+def test_where_prompts_run_beside_steps_load_leaves_more_reasoning() -> None:
+    shares = []
+    for overlaps in (False, True):
+        gate = LoadGate([], patience=0.5, overlaps=overlaps)
+        for call in range(100):
+            gate.arrived(call * 0.1, Work(1, 0, 1))
+        gate.update(10.0, Work(), 0.02, 0.1)  # 0.2 of a second for prompts, and 1 for all rationales
+        shares.append(gate.share)
+    assert shares == pytest.approx([UTILISATION - 0.2, 1.0], abs=0.02)
+
+
 def test_the_share_is_of_inputs_that_leave_it_to_the_server() -> None:
     """Prompts that never reason take their time, and no place among those that may."""
     shares = []
@@ -569,7 +626,9 @@ def test_served_results_are_those_of_encode(
     inputs = [*mixed_inputs, "one", "two words", "a text of some length that comes last"]
     ended: list[Job] = []
     rows = data.draw(st.integers(1, 5))
-    scheduler = Scheduler(tiny_embedder.paths, Pace(patient=False, prompts=rows, rationales=rows), lambda: 0.0)
+    assert tiny_embedder.paths.lane is not None
+    paths = tiny_embedder.paths if data.draw(st.booleans()) else replace(tiny_embedder.paths, lane=None)
+    scheduler = Scheduler(paths, Pace(patient=False, prompts=rows, rationales=rows), lambda: 0.0)
     calls = []
     for content in data.draw(st.permutations(inputs)):
         prepared = tiny_embedder.prepare([content], reasoning="always")

@@ -20,7 +20,7 @@ from mmemb_deploy.backends.device import ALIGNMENT, Plane, RecordError, Wanted
 from mmemb_deploy.backends.host_device import HostDevice, HostMemory
 from mmemb_deploy.backends.kv_cache.pool import BUCKET, Layout, Pool
 from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder, windows
-from mmemb_deploy.backends.onnxruntime import OnnxRuntime, OrtGraph
+from mmemb_deploy.backends.onnxruntime import SPIN, OnnxRuntime, OrtGraph, open_graph
 from mmemb_deploy.backends.protocol import Decoder, Engine
 from mmemb_deploy.backends.tensorrt.files import WINDOW
 from mmemb_deploy.bundle import abi
@@ -87,7 +87,7 @@ class Setting:
             if places.windows and any("slots" in tensor.shape for tensor in facts.inputs):
                 path, facts = self.windowed(facts, places)  # noqa: PLW2901 - what is run in its place
             if facts.file not in sessions:
-                sessions[facts.file] = OnnxRuntime(1)._open(path)  # pyright: ignore[reportPrivateUsage]
+                sessions[facts.file] = open_graph(path, 1, SPIN)
             graphs[name] = OrtGraph(sessions[facts.file], facts)
         self.decoder = SlotDecoder(self.device, graphs, manifest, places)
         self.decoder.warm_up()
@@ -404,6 +404,27 @@ def test_a_pool_that_grows_keeps_what_is_in_it() -> None:
     for plane, address in enumerate(pool.addresses(row.index)):
         (found,) = device.download([Wanted(address, (3,), np.int64)])
         assert np.array_equal(found, written + plane)
+
+
+def test_rows_that_part_leave_their_pool_and_another_brings_them_in() -> None:
+    device = HostDevice()
+    pool, other = (Pool(device, Layout(2, 2, 8), 4, slots, grows=True) for slots in (BUCKET, 2 * BUCKET))
+    rows = pool.lease(3)
+    for row in rows:
+        row.length = row.index + 1
+        for plane, address in enumerate(pool.addresses(row.index)):
+            for head in range(2):
+                written = 100 * row.index + 10 * plane + head + np.zeros(row.length, np.int64)
+                device.upload(written, address + head * BUCKET * 8)
+    pool.part(rows)
+    assert all(pool.holder(index) is None for index in range(4))
+    other.bring_in(rows[1:])
+    for place, row in enumerate(rows[1:], start=1):
+        assert other.holder(row.index) is row
+        for plane, address in enumerate(other.addresses(row.index)):
+            for head in range(2):
+                (found,) = device.download([Wanted(address + head * 2 * BUCKET * 8, (row.length,), np.int64)])
+                assert found.tolist() == [100 * place + 10 * plane + head] * (place + 1)
 
 
 def test_a_pool_that_grows_has_room_for_rows_that_came_one_by_one() -> None:

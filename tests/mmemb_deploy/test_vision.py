@@ -105,7 +105,7 @@ class Both:
 
     def encoder(self, cache_bytes: int = 2**20) -> VisionEncoder:
         """Return one over the device."""
-        return VisionEncoder(self.resident, self.manifest.vision, cache_bytes)
+        return VisionEncoder(self.resident, self.manifest.vision, FeatureCache(cache_bytes))
 
     def pictures(self, *sizes: tuple[int, int]) -> list[Visual]:
         """Return noise of some widths and heights."""
@@ -133,7 +133,7 @@ def read(found: Mapping[str, DeviceArray]) -> dict[str, NDArray[Any]]:
 
 def test_features_on_a_device_are_those_of_the_host(both: Both) -> None:
     visuals = [*both.pictures((16, 16), (40, 12), (16, 16), (20, 30)), *both.clip(3, (16, 16))]
-    expected = VisionEncoder(both.host, both.manifest.vision, 0).encode(visuals)
+    expected = VisionEncoder(both.host, both.manifest.vision, FeatureCache(0)).encode(visuals)
     found = read(both.encoder().encode(visuals))
     assert list(found) == list(expected) == [abi.VISUAL_TOKENS, abi.DEEPSTACK]
     for name, array in found.items():

@@ -330,6 +330,6 @@ def _show_overload(result: OverloadResult) -> None:
     mixed = result.mixed
     console.print(
         f"without reasoning p95 is {digits(mixed.p95_ms)} ms while as many others reason, {digits(mixed.rate_per_s)} a "
-        f"second together, and {digits(mixed.alone_p95_ms)} ms alone, {digits(mixed.alone_per_s)} a second, the engine "
-        f"as busy ({mixed.utilisation:.0%} and {mixed.alone_utilisation:.0%}): {mixed.ratio:.2f} times"
+        f"second together, and {digits(mixed.alone_p95_ms)} ms alone, {digits(mixed.alone_per_s)} a second, each at "
+        f"{mixed.utilisation:.0%} of what full batches reach: {mixed.ratio:.2f} times"
     )

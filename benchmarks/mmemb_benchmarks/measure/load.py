@@ -235,7 +235,7 @@ async def measure_load(
     seconds = max(seconds, limit / 1000 / PRECISION)
     asks = {mode: traffic.asks(settings) for mode, settings in options.items()}
     searches = {
-        (name, mode): Search(await _capacity(target, asks[mode][: 4 * batch_size]))
+        (name, mode): Search(await capacity(target, asks[mode][: 4 * batch_size]))
         for name, target in targets.items()
         for mode in options
     }
@@ -270,7 +270,7 @@ def idle_ms(embedder: Embedder, workload: Workload, options: Mapping[str, Encode
     return {mode: float(np.mean(each)) for mode, each in alone.items()}
 
 
-async def _capacity(target: Target, asks: Sequence[Ask]) -> float:
+async def capacity(target: Target, asks: Sequence[Ask]) -> float:
     """Return requests a second, where all are there at once."""
     replies = await offer(target, asks, [0.0] * len(asks))
     return len(asks) / max(reply.seconds for reply in replies)

@@ -6,13 +6,13 @@ Everything here asks the two-route loop in process. Axes: Q requests.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import numpy as np
 from pydantic import BaseModel
 
 from mmemb_benchmarks.measure import FEWEST_REQUESTS, TARGET
-from mmemb_benchmarks.measure.load import Traffic, Trial, idle_ms, measure_load
+from mmemb_benchmarks.measure.load import Traffic, Trial, capacity, idle_ms, measure_load
 from mmemb_benchmarks.measure.open_loop import Reply, offer
 from mmemb_benchmarks.measure.targets import TwoRoutes
 from mmemb_deploy.embedder import Embedder
@@ -26,7 +26,6 @@ DEADLINES = 0.5, 1.0, 2.0  # times the mean latency, idle, of always
 DEADLINE_LOAD = 0.5  # of the rate that always sustains
 TELLING = 0.001  # seconds that an answer in time may take from the target to here
 WINDOW = 1.0  # seconds of requests, of which the first whose p95 is in time ends an overload
-MATCHES = 4  # trials that look for the rate of an equal utilisation
 ROUNDS = 3  # of the mixed and the fast traffic, in turns
 
 
@@ -60,8 +59,7 @@ class Mixed(BaseModel, frozen=True):
 
     rate_per_s: float  # of all
     alone_per_s: float
-    utilisation: float  # engine seconds a second
-    alone_utilisation: float
+    utilisation: float  # the rate over what is reached where all are there at once
     p95_ms: float
     alone_p95_ms: float
     ratio: float
@@ -172,54 +170,44 @@ async def measure_deadlines(
     return made
 
 
-@dataclass(frozen=True)
-class _Fast:
-    """p95 of requests that do not reason, and the engine's share of the time."""
-
-    p95_ms: float
-    utilisation: float
-
-
 async def measure_mixed(
-    target: TwoRoutes,
-    traffic: Traffic,
-    options: Mapping[str, EncodeOptions],
-    *,
-    rate: float,
-    seconds: float,
-    report: Callable[[str], None],
+    target: TwoRoutes, traffic: Traffic, options: Mapping[str, EncodeOptions], *, rate: float, seconds: float
 ) -> Mixed:
-    """Let half of the requests reason and half not, at a rate together; then the latter alone, as busy, in turns."""
+    """Let half of the requests reason and half not, at a rate together; then the latter alone, in turns.
+
+    Both at the same share of what they reach where all are there at once, in full batches.
+    """
     never, always = (traffic.asks(options[mode]) for mode in ("never", "always"))
     rng = np.random.default_rng([traffic.seed, 2])
 
-    async def fast(rate: float, share: float) -> _Fast:
-        drawn, due = traffic.draw([(rate, max(seconds, FEWEST_REQUESTS / rate))])
-        reasons = rng.random(len(drawn)) < share
-        asks: list[Ask] = [(always if up else never)[index] for index, up in zip(drawn, reasons, strict=True)]
-        before = target.engine_seconds
-        replies = await offer(target, asks, due)
-        late = [1000 * reply.seconds for reply in replies if not reasons[reply.number]]
-        lasted = max(reply.due + reply.seconds for reply in replies)
-        return _Fast(float(np.percentile(late, 95)), (target.engine_seconds - before) / lasted)
+    def half(drawn: Sequence[int]) -> list[Ask]:
+        return [(always if up else never)[index] for index, up in zip(drawn, rng.random(len(drawn)) < 0.5, strict=True)]
 
-    alone_rate, wanted = rate, (await fast(rate, 0.5)).utilisation
-    for turn in range(MATCHES):
-        found = (await fast(alone_rate, 0.0)).utilisation
-        report(f"trial {turn + 1} of {MATCHES}: without reasoning {alone_rate:.1f} a second use {found:.0%}")
-        alone_rate *= wanted / found
-    rounds = [(await fast(rate, 0.5), await fast(alone_rate, 0.0)) for _ in range(ROUNDS)]
-    mixed, alone = zip(*rounds, strict=True)
-    p95, alone_p95 = (float(np.median([each.p95_ms for each in side])) for side in (mixed, alone))
+    async def fast(rate: float, choose: Callable[[Sequence[int]], list[Ask]]) -> float:
+        """Return the p95 in ms of those that do not reason."""
+        drawn, due = traffic.draw([(rate, max(seconds, FEWEST_REQUESTS / rate))])
+        asks = choose(drawn)
+        replies = await offer(target, asks, due)
+        took = [1000 * reply.seconds for reply in replies if asks[reply.number].options.get("reasoning") == "never"]
+        return float(np.percentile(took, 95))
+
+    def alone(drawn: Sequence[int]) -> list[Ask]:
+        return [never[index] for index in drawn]
+
+    numbers = range(len(never))
+    reached = [(await capacity(target, half(numbers)), await capacity(target, alone(numbers))) for _ in range(ROUNDS)]
+    most, most_alone = (float(np.median(side)) for side in zip(*reached, strict=True))
+    alone_rate = rate * most_alone / most
+    rounds = [(await fast(rate, half), await fast(alone_rate, alone)) for _ in range(ROUNDS)]
+    p95, alone_p95 = (float(np.median(side)) for side in zip(*rounds, strict=True))
     return Mixed(
         rate_per_s=rate,
         alone_per_s=alone_rate,
-        utilisation=float(np.median([each.utilisation for each in mixed])),
-        alone_utilisation=float(np.median([each.utilisation for each in alone])),
+        utilisation=rate / most,
         p95_ms=p95,
         alone_p95_ms=alone_p95,
         ratio=p95 / alone_p95,
-        rounds=[(one.p95_ms, other.p95_ms) for one, other in rounds],
+        rounds=rounds,
     )
 
 
@@ -286,9 +274,8 @@ async def measure_overload(
             rate=DEADLINE_LOAD * sustained["always"],
             seconds=seconds / 3,
         )
-        mixed = await measure_mixed(
-            target, traffic, options, rate=sustained["always"], seconds=seconds / 6, report=report
-        )
+        report("a fast path beside reasoning, and alone")
+        mixed = await measure_mixed(target, traffic, options, rate=sustained["always"], seconds=seconds / 6)
     return OverloadResult(
         source=traffic.workload.source,
         target_p95_ms=limit,

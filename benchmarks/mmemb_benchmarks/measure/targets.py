@@ -119,11 +119,6 @@ class TwoRoutes:
         """Embed one input."""
         return _answer(await self.service.embed(ask))
 
-    @property
-    def engine_seconds(self) -> float:
-        """Seconds that the engine has run so far."""
-        return sum(self.service.scheduler.seconds.values())
-
 
 class Server:
     """A running server that speaks OpenAI's `/v1/embeddings`, ours or another's."""

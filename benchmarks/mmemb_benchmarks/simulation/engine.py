@@ -22,10 +22,11 @@ from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import NANO, Bundle
 from mmemb_deploy.bundle.manifest import BatchLimits
 from mmemb_deploy.embedder import row_encoder
+from mmemb_deploy.errors import BackendError
 from mmemb_deploy.inputs.preprocess import Ints
 from mmemb_deploy.inputs.prompts import END_THINK, PAD, PromptEncoder
 from mmemb_deploy.inputs.rows import Batch, Row
-from mmemb_deploy.routing.fast_path import FastPath
+from mmemb_deploy.routing.fast_path import FastPath, FastResult
 from mmemb_deploy.routing.generation import Generator as Reasoning
 from mmemb_deploy.routing.paths import Paths
 from mmemb_deploy.routing.vision import VisionEncoder
@@ -170,15 +171,55 @@ class _Blind:
         return {}
 
 
+@dataclass(frozen=True)
+class SimulatedRun:
+    """Prompts that have run once a clock says so."""
+
+    clock: VirtualClock
+    ends: float
+    outcome: FastResult | BackendError
+
+    def done(self) -> bool:
+        """Return whether that time has come."""
+        return self.clock.now >= self.ends
+
+    def result(self) -> FastResult:
+        """Let the time come. Raises BackendError if the run failed."""
+        self.clock.now = max(self.clock.now, self.ends)
+        if isinstance(self.outcome, BackendError):
+            raise self.outcome
+        return self.outcome
+
+
+@dataclass(frozen=True)
+class SimulatedLane:
+    """Where prompts take their time while steps take theirs."""
+
+    clock: VirtualClock
+    fast_path: FastPath
+
+    def begin(self, rows: Sequence[Row], *, keep: bool) -> SimulatedRun:
+        """Let rows' prompts run."""
+        began = self.clock.now
+        outcome: FastResult | BackendError
+        try:
+            outcome = self.fast_path.run(rows, keep=keep)
+        except BackendError as error:
+            outcome = error
+        ends, self.clock.now = self.clock.now, began
+        return SimulatedRun(self.clock, ends, outcome)
+
+
 @dataclass
 class SimulatedEngine:
-    """A bundle's paths over inputs that are known by number."""
+    """A bundle's paths over inputs that are known by number; with a `lane`, prompts run beside steps."""
 
     inputs: Sequence[SimulatedInput]
     costs: SimulatedCosts
     cache_tokens: float = math.inf
     most_rows: int = sys.maxsize
     tokens: int = 8192  # of prompts that run together, padding included
+    lane: bool = False
     clock: VirtualClock = field(default_factory=VirtualClock)
 
     def __post_init__(self) -> None:
@@ -188,7 +229,8 @@ class SimulatedEngine:
         most = sys.maxsize if self.cache_tokens == math.inf else int(self.cache_tokens)
         limits = BatchLimits(row_tokens=sys.maxsize, tokens=self.tokens, patches=1, cache_bytes=most)
         fast_path = FastPath(vision, self.decoder, SimulatedGate(self.inputs), prompt.ids[PAD])
-        self.paths = Paths(fast_path, Reasoning(self.decoder, prompt), limits, token_bytes=1)
+        lane = SimulatedLane(self.clock, fast_path) if self.lane else None
+        self.paths = Paths(fast_path, Reasoning(self.decoder, prompt), limits, token_bytes=1, lane=lane)
 
 
 @functools.cache

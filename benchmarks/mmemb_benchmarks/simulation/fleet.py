@@ -121,8 +121,8 @@ class Replica:
 
     @property
     def ran(self) -> float:
-        """Seconds that its engine has run."""
-        return sum(self.scheduler.seconds.values())
+        """Seconds in which its engine has run."""
+        return self.scheduler.ran
 
     def catch_up(self, now: float) -> None:
         """Run what begins before `now`; what has ended by then is answered."""

@@ -21,7 +21,7 @@ from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.inputs.prompts import PAD
 from mmemb_deploy.inputs.rows import Batch, collate
-from mmemb_deploy.routing.vision import VisionEncoder
+from mmemb_deploy.routing.vision import FeatureCache, VisionEncoder
 
 WARM_UP = 1  # rounds
 FEWEST, MOST = 6, 60  # rounds that count, of all passes
@@ -40,7 +40,7 @@ class Setting:
         self.manifest = manifest = bundle.manifest
         self.embedder = assemble(bundle, engine)
         self.maker = Maker(self.embedder.encoder, manifest)
-        self.vision = VisionEncoder(engine.vision, manifest.vision, cache_bytes=0)
+        self.vision = VisionEncoder(engine.vision, manifest.vision, FeatureCache(0))
         self._rng = np.random.default_rng(0)
 
     def content(self, kind: str) -> Any:

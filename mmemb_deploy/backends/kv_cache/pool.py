@@ -45,7 +45,7 @@ class Row:
     index: int  # -1 while it is copied out
     length: int
     position: int
-    parked: Memory | None = None
+    parked: tuple[Block, int] | None = None  # and its row there
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,17 @@ class Pool:
             if row.parked is not None:
                 self._place(row, self._free(protected=rows))
 
+    def part(self, rows: Sequence[Row]) -> None:
+        """Copy rows that lie side by side out, all at once, so that another pool of this layout can bring them in."""
+        first, slots, size = rows[0].index, max(1, *(row.length for row in rows)), self.layout.head_bytes
+        outside = Block.of(self._device, self.layout, len(rows), slots)
+        for here, there in zip(self._block.addresses(first), outside.addresses(0), strict=True):
+            source, target = Plane(here, self.slots * size), Plane(there, slots * size)
+            self._device.copy(source, target, slots * size, len(rows) * self.layout.heads)
+        for place, row in enumerate(rows):
+            self._leases[row.index] = None
+            row.index, row.parked = -1, (outside, place)
+
     def gather(self, rows: Sequence[Row]) -> None:
         """Let rows be the first of all: those beyond fill the gaps, and what others hold there moves away."""
         count = len(rows)
@@ -187,14 +198,14 @@ class Pool:
         outside = Block.of(self._device, self.layout, 1, max(row.length, 1))
         self._copy(self._block, row.index, outside, 0, row.length)
         self._leases[row.index] = None
-        row.index, row.parked = -1, outside.memory
+        row.index, row.parked = -1, (outside, 0)
 
     def _place(self, row: Row, index: int) -> None:
         """Copy a row to a free one, from where it is or where it was copied out to."""
         prefix = b"", 0
         if row.parked is not None:
-            outside = Block(self.layout, row.parked, 1, max(row.length, 1))
-            self._copy(outside, 0, self._block, index, row.length)
+            outside, place = row.parked
+            self._copy(outside, place, self._block, index, row.length)
         else:
             self._copy(self._block, row.index, self._block, index, row.length)
             self._leases[row.index] = None

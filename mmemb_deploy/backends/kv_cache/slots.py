@@ -67,7 +67,8 @@ class Places:
     Fixed rows and slots are those that engines were built for; None lets the pool grow. `padded` steps run all rows up
     to the last, and are recorded; others run exactly their rows. `chunk` bounds the tokens of a row that follow in one
     run, and `continues` says whether prompts of several rows may go on from a prefix. Of engines that look at a part of
-    a row's slots, `windows` are how many slots that may be, the fewest first.
+    a row's slots, `windows` are how many slots that may be, the fewest first. With `part`, prompts leave the pool as
+    they end, and another decoder of the bundle goes on from them.
     """
 
     rows: int | None = None
@@ -76,6 +77,7 @@ class Places:
     chunk: int | None = None
     continues: bool = True
     windows: tuple[int, ...] = ()
+    part: bool = False
 
 
 def windows(slots: int) -> tuple[int, ...]:
@@ -142,6 +144,8 @@ class SlotDecoder:
         self.pool.keep(rows, prefix, batch.prefix)
         for row, length, position in zip(rows, batch.last_B + 1, batch.next_position_B, strict=True):
             row.length, row.position = int(length), int(position)
+        if self._places.part:
+            self.pool.part(rows)
         return replace(made, cache=SlotCache(tuple(rows)))
 
     def _run(self, engine: DeviceEngine, arrays: Mapping[str, Any], first: int | None) -> Prefilled[SlotCache]:
