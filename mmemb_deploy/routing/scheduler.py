@@ -14,18 +14,19 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from logging import getLogger
 
 from mmemb_deploy.errors import BackendError, DeadlineError, MmembError, OverloadError
 from mmemb_deploy.inputs.prompts import PATH_MARKERS
-from mmemb_deploy.inputs.rows import Row
 from mmemb_deploy.routing.costs import Costs
 from mmemb_deploy.routing.fast_path import FastResult
 from mmemb_deploy.routing.generation import CallersWriter, Writing
 from mmemb_deploy.routing.items import RationaleWriter
 from mmemb_deploy.routing.jobs import Call, Job, Pace
+from mmemb_deploy.routing.lane import Prefilling
 from mmemb_deploy.routing.load import LoadGate, Work
 from mmemb_deploy.routing.paths import Paths
 from mmemb_deploy.routing.prompt_queue import PromptQueue
@@ -39,6 +40,15 @@ GATHER = 4  # steps after which rows join, however few
 MARGIN = 1.5  # runs; a row whose deadline is nearer than that settles
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Prompts that run in a lane; their jobs still count as waiting."""
+
+    jobs: Sequence[Job]
+    began: float
+    run: Prefilling
+
+
 class Scheduler:
     """Runs jobs to their end, a run of the engine at a time: `submit` them, then `advance` while it returns True.
 
@@ -50,6 +60,7 @@ class Scheduler:
         self.costs = Costs()
         self.seconds = {"prefill": 0.0, "decode": 0.0}  # that runs took
         self._overlap = 0.0  # seconds of steps while prompts ran
+        self._beside: Beside | None = None  # prompts that run in the lane
         self.load = load
         self.most = min(pace.rationales, paths.generator.most_rows)
         self._paths, self._pace, self._clock = paths, pace, clock
@@ -134,8 +145,10 @@ class Scheduler:
         now = self._clock()
         self._drop()
         self._settle(now)
-        room = self._room_to_prefill(now)
-        if room is not None:
+        if self._beside is not None and (self._beside.run.done() or not (self._live or self._ready)):
+            beside, self._beside = self._beside, None
+            self._prefilled(beside.jobs, beside.began, beside.run.result)
+        elif (room := self._room_to_prefill(now)) is not None:
             self._prefill(room)
         elif self._elsewhere:
             self._write()
@@ -176,7 +189,10 @@ class Scheduler:
             )
 
     def _backlog_seconds(self) -> float:
-        return self._prompts.tokens * self.costs.token.value
+        seconds = self._prompts.tokens * self.costs.token.value
+        if self._beside is not None:  # of which a part has passed
+            seconds -= min(self._clock() - self._beside.began, self.costs.prompts.run(len(self._beside.jobs)), seconds)
+        return seconds
 
     def _holding(self) -> Iterator[Job]:
         yield from chain.from_iterable(self._held.values())
@@ -229,7 +245,7 @@ class Scheduler:
     def _room_to_prefill(self, now: float) -> int | None:
         """Return how many tokens more the KV cache may hold where prompts are next, else None."""
         first = self._prompts.first()
-        if first is None:
+        if first is None or self._beside is not None:
             return None
         room = self._paths.limits.cache_bytes // self._paths.token_bytes - self.cache_tokens
         return room if self._prefills(first, room, now) else None
@@ -245,20 +261,25 @@ class Scheduler:
         if first.keeps and len(self._ready) + len(self._elsewhere) >= self.most:
             return False
         due = now + self.costs.prompts.run(1) + self.costs.steps.run(len(self._live)) > first.deadline
-        return self._runs_beside or self._owed <= 0 or due
-
-    @property
-    def _runs_beside(self) -> bool:
-        """Whether prompts may run while steps go on."""
-        return self._lane is not None and bool(self._live or self._ready)
+        beside = self._lane is not None and (self._live or self._ready)
+        return bool(beside) or self._owed <= 0 or due
 
     def _prefill(self, room: int) -> None:
+        """Run prompts, or let them begin in the lane where there is a step to run meanwhile."""
         fits = partial(self._fits, room)
         jobs = self._prompts.batch(fits, padding=math.inf if self._pace.patient else self.costs.padding)
+        rows, keep, began = [job.item.row for job in jobs], jobs[0].keeps, self._clock()
+        if self._lane is None or not (self._live or self._ready):
+            self._prefilled(jobs, began, partial(self._paths.fast_path.run, rows, keep=keep))
+        else:
+            self._beside = Beside(jobs, began, self._lane.begin(rows, keep=keep))
+            self._step()  # at least one
+
+    def _prefilled(self, jobs: Sequence[Job], began: float, run: Callable[[], FastResult]) -> None:
+        """Take in what becomes of prompts once they have run."""
         rows = [job.item.row for job in jobs]
-        began = self._clock()
         try:
-            result = self._run(rows, keep=jobs[0].keeps)
+            result = run()
         except BackendError as error:
             jobs = [job for job in jobs if job in self._prompts]
             self._prompts.remove(*jobs)
@@ -288,21 +309,6 @@ class Scheduler:
                 self._end(job)
             else:
                 self._reason(job)
-
-    def _run(self, rows: Sequence[Row], *, keep: bool) -> FastResult:
-        """Run prompts, and meanwhile a step at least of what is being written, where both can be done at once."""
-        if self._lane is None or not self._runs_beside:
-            return self._paths.fast_path.run(rows, keep=keep)
-        running, before = self._lane.begin(rows, keep=keep), self.seconds["decode"]
-        while self._live or self._ready:
-            self._step()
-            if running.done():
-                break
-            self._drop()
-            self._settle(self._clock())
-        result = running.result()
-        self._overlap += self.seconds["decode"] - before
-        return result
 
     def _fits(self, room: int, jobs: int, tokens: int, *, after: int | None) -> bool:
         if jobs > self._pace.prompts or jobs * tokens > self._paths.limits.tokens:
@@ -390,6 +396,7 @@ class Scheduler:
         now = self._clock()
         self.costs.steps.add(rows, now - began)
         self.seconds["decode"] += now - began
+        self._overlap += now - began if self._beside else 0
         self._owed -= now - began
         self._since_join += 1
         for job in self._live.values():

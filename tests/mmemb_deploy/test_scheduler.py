@@ -299,6 +299,26 @@ def test_with_a_lane_prompts_keep_no_step_waiting_nor_steps_them() -> None:
     assert ends[True] == pytest.approx([prompt, steps], abs=COSTS.step(4))
 
 
+def test_between_the_steps_beside_prompts_others_come_and_what_has_passed_is_no_backlog() -> None:
+    served = Served(pace=Pace(patient=False, prompts=4, rationales=4), lane=True)
+    served.submit(SimulatedInput(500, 1.0, 20), "always")
+    served.run()  # so that costs are known
+    served.submit(SimulatedInput(10, 1.0, 20), "always")
+    served.scheduler.advance()
+    served.scheduler.advance()
+    served.submit(SimulatedInput(500), "never")
+    backlog = [served.scheduler.backlog_seconds]
+    for _ in range(2):
+        served.scheduler.advance()
+        backlog.append(served.scheduler.backlog_seconds)
+    assert served.scheduler.waiting == 1
+    assert backlog == sorted(backlog, reverse=True)
+    served.submit(SimulatedInput(10), "never")
+    assert served.scheduler.waiting == 2
+    served.run()
+    served.check_left_nothing()
+
+
 def test_who_leaves_while_his_prompt_runs_is_let_go_and_one_that_failed_beside_him_is_tried_again() -> None:
     served = Served(pace=Pace(patient=False, prompts=4, rationales=4), lane=True)
     writing = served.submit(SimulatedInput(10, 1.0, 20), "always")
