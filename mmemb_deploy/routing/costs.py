@@ -86,6 +86,7 @@ class Costs:
     steps: ByRows = field(default_factory=ByRows)
     token: Mean = field(default_factory=Mean)  # seconds of a prompt's token, padding included
     by_tokens: Line = field(default_factory=Line)  # seconds of prompts that run together, padding included
+    by_rows: Line = field(default_factory=Line)  # seconds of steps
     length: Mean = field(default_factory=Mean)  # steps of a rationale, markers included
 
     def prefilled(self, rows: int, tokens: int, seconds: float) -> None:
@@ -94,11 +95,16 @@ class Costs:
         self.token.add(seconds / tokens)
         self.by_tokens.add(tokens, seconds)
 
+    def stepped(self, rows: int, seconds: float) -> None:
+        """Learn from a step."""
+        self.steps.add(rows, seconds)
+        self.by_rows.add(rows, seconds)
+
     @property
     def padding(self) -> float:
         """Tokens that take as long as another run takes to begin: where there is more padding, two runs are better."""
         return self.by_tokens.fixed / self.by_tokens.unit if self.by_tokens.unit else math.inf
 
     def rationale(self, rows: int) -> float:
-        """Return the seconds that a rationale takes of a device that writes so many at once."""
-        return self.length.value * self.steps.row(rows)
+        """Return the seconds that a rationale takes of a device that writes so many at once, seen or not."""
+        return self.length.value * (self.by_rows.fixed / rows + self.by_rows.unit)

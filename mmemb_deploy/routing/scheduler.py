@@ -394,7 +394,7 @@ class Scheduler:
             self._failed(jobs, error)
             return
         now = self._clock()
-        self.costs.steps.add(rows, now - began)
+        self.costs.stepped(rows, now - began)
         self.seconds["decode"] += now - began
         self._overlap += now - began if self._beside else 0
         self._owed -= now - began
