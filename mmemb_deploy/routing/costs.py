@@ -95,6 +95,11 @@ class Costs:
         self.token.add(seconds / tokens)
         self.by_tokens.add(tokens, seconds)
 
+    def waiting(self, tokens: int) -> float:
+        """Return the seconds of prompts of so many tokens that run together; by the mean while all had one size."""
+        line = self.by_tokens
+        return line.fixed + line.unit * tokens if line.unit and tokens else self.token.value * tokens
+
     def stepped(self, rows: int, seconds: float) -> None:
         """Learn from a step."""
         self.steps.add(rows, seconds)

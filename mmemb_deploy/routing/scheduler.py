@@ -189,7 +189,7 @@ class Scheduler:
             )
 
     def _backlog_seconds(self) -> float:
-        seconds = self._prompts.tokens * self.costs.token.value
+        seconds = self.costs.waiting(self._prompts.tokens)
         if self._beside is not None:  # of which a part has passed
             seconds -= min(self._clock() - self._beside.began, self.costs.prompts.run(len(self._beside.jobs)), seconds)
         return seconds

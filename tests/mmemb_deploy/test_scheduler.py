@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from mmemb_benchmarks.simulation import engine as simulation
 from mmemb_benchmarks.simulation.engine import SimulatedCosts, SimulatedEngine, SimulatedInput
 from mmemb_deploy import BackendError, DeadlineError, Embedder, OverloadError
 from mmemb_deploy.bundle.manifest import CurvePoint
-from mmemb_deploy.routing.costs import Line, Mean
+from mmemb_deploy.routing.costs import Costs, Line, Mean
 from mmemb_deploy.routing.items import Item
 from mmemb_deploy.routing.jobs import PATIENCE, Bounds, Call, Job, Pace
 from mmemb_deploy.routing.load import UTILISATION, LoadGate, Work
@@ -312,7 +313,7 @@ def test_between_the_steps_beside_prompts_others_come_and_what_has_passed_is_no_
         served.scheduler.advance()
         backlog.append(served.scheduler.backlog_seconds)
     assert served.scheduler.waiting == 1
-    assert backlog == sorted(backlog, reverse=True)
+    assert all(later <= earlier + 1e-9 for earlier, later in pairwise(backlog))
     served.submit(SimulatedInput(10), "never")
     assert served.scheduler.waiting == 2
     served.run()
@@ -468,6 +469,24 @@ def test_what_every_run_takes_is_told_from_what_its_size_takes() -> None:
         line.add(size, 0.1 / size)  # which no such line is
     assert line.unit == 0
     assert line.fixed > 0
+
+
+def test_prompts_that_wait_cost_what_the_line_through_the_runs_says_or_the_mean_of_a_token() -> None:
+    costs = Costs()
+    costs.prefilled(1, 10, 0.1)
+    costs.prefilled(1, 10, 0.1)
+    assert costs.waiting(100) == pytest.approx(1.0)
+    costs.prefilled(2, 40, 0.16)
+    assert costs.waiting(100) == pytest.approx(0.08 + 100 * 0.002)
+    assert costs.waiting(0) == 0
+
+
+def test_a_rationale_in_full_batches_costs_what_steps_of_fewer_rows_foretell() -> None:
+    costs = Costs()
+    costs.stepped(1, 0.011)
+    costs.stepped(2, 0.012)
+    costs.length.add(20)
+    assert costs.rationale(32) == pytest.approx(20 * (0.01 + 32 * 0.001) / 32)
 
 
 def test_prompts_run_together_while_padding_takes_less_than_another_run() -> None:
