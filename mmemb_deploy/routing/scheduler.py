@@ -219,8 +219,7 @@ class Scheduler:
         for job in self._prompts.late(now):
             self._end(job, DeadlineError(f"its deadline passed {now - job.deadline:.3f} s ago, before its prompt ran"))
         step, waiting = self.costs.steps.run(len(self._live) or 1), min(self.waiting, self._pace.prompts)
-        stalls = waiting and self._lane is None  # a lane's prompts keep no step waiting
-        run = max(step, self.costs.prompts.run(waiting)) if stalls else step  # the longest that may be next
+        run = max(step, self.costs.prompts.run(waiting)) if waiting else step  # the longest that may be next
         busy = self._live or waiting  # else it costs nobody anything to try, and shows what a step takes now
         whole = step * self.costs.length.value if busy else 0
         for jobs, remaining in ((self._ready, max(whole, MARGIN * run)), (list(self._live.values()), MARGIN * run)):

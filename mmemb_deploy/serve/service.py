@@ -110,9 +110,10 @@ class Service:
                 finally:
                     if left:
                         self.scheduler.cancel(jobs)
+            result = self.embedder.result(prepared)
             if (late := time.monotonic() - deadline) > 0:
                 raise DeadlineError(f"it was done {late:.3f} s after its deadline: allow more, or ask again later")
-            return self.embedder.result(prepared)
+            return result
 
     async def watch(self, ask: Ask) -> AsyncGenerator[Event]:
         """Embed one input and yield one Scored, any number of Wrote, one Ended; closing it gives the work up.
