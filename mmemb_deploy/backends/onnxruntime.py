@@ -114,7 +114,8 @@ def open_graph(graph: Path, threads: int, spin: int) -> onnxruntime.InferenceSes
 
 
 def _decoder(manifest: Manifest, graphs: Mapping[str, OrtGraph], *, part: bool = False) -> SlotDecoder:
-    places = Places(continues=not manifest.fused, part=part)  # GroupQueryAttention goes on with several tokens alone
+    # GroupQueryAttention goes on with several tokens in one row only
+    places = Places(continues=not manifest.fused, part=part)
     return SlotDecoder(HostDevice(), graphs, manifest, places)
 
 

@@ -65,7 +65,7 @@ class Line:
     def add(self, size: float, seconds: float) -> None:
         """Learn from a run."""
         if self._count > 1:
-            seconds = min(seconds, STALL * (self.fixed + self.unit * size))
+            seconds = min(seconds, STALL * self.run(size))
         self._count = KEPT * self._count + 1
         self._size = KEPT * self._size + size
         self._seconds = KEPT * self._seconds + seconds
@@ -76,6 +76,10 @@ class Line:
             slope = (self._count * self._products - self._size * self._seconds) / spread
             self.unit = min(max(slope, 0.0), self._seconds / self._size)  # neither part takes time back
         self.fixed = (self._seconds - self.unit * self._size) / self._count
+
+    def run(self, size: float) -> float:
+        """Return the seconds of a run."""
+        return self.fixed + self.unit * size
 
 
 @dataclass
@@ -97,8 +101,7 @@ class Costs:
 
     def waiting(self, tokens: int) -> float:
         """Return the seconds of prompts of so many tokens that run together; by the mean while all had one size."""
-        line = self.by_tokens
-        return line.fixed + line.unit * tokens if line.unit and tokens else self.token.value * tokens
+        return self.by_tokens.run(tokens) if self.by_tokens.unit and tokens else self.token.value * tokens
 
     def stepped(self, rows: int, seconds: float) -> None:
         """Learn from a step."""
@@ -112,4 +115,4 @@ class Costs:
 
     def rationale(self, rows: int) -> float:
         """Return the seconds that a rationale takes of a device that writes so many at once, seen or not."""
-        return self.length.value * (self.by_rows.fixed / rows + self.by_rows.unit)
+        return self.length.value * self.by_rows.run(rows) / rows

@@ -129,7 +129,7 @@ class Pool:
         if first < 0:
             first = min(range(self.rows - count + 1), key=lambda start: len(self._held(range(start, start + count))))
             for row in self._held(range(first, first + count)):
-                self._park(row)
+                self.part([row])
         rows = [Row(index, 0, 0) for index in range(first, first + count)]
         for row in rows:
             self._leases[row.index] = weakref.ref(row)
@@ -152,7 +152,7 @@ class Pool:
                 self._place(row, self._free(protected=rows))
 
     def part(self, rows: Sequence[Row]) -> None:
-        """Copy rows that lie side by side out, all at once, so that another pool of this layout can bring them in."""
+        """Copy rows that lie side by side out, all at once, for this pool or another of its layout to bring in."""
         first, slots, size = rows[0].index, max(1, *(row.length for row in rows)), self.layout.head_bytes
         outside = Block.of(self._device, self.layout, len(rows), slots)
         for here, there in zip(self._block.addresses(first), outside.addresses(0), strict=True):
@@ -186,19 +186,12 @@ class Pool:
         for row in self._held(range(start, self.rows)):
             if not any(row is one for one in protected):
                 index = row.index
-                self._park(row)
+                self.part([row])
                 return index
         raise self._too_many(len(protected))
 
     def _too_many(self, rows: int) -> BackendError:
         return BackendError(f"{rows} rows are above the {self.rows} of the KV cache: pass a smaller batch_size")
-
-    def _park(self, row: Row) -> None:
-        """Copy a row out."""
-        outside = Block.of(self._device, self.layout, 1, max(row.length, 1))
-        self._copy(self._block, row.index, outside, 0, row.length)
-        self._leases[row.index] = None
-        row.index, row.parked = -1, (outside, 0)
 
     def _place(self, row: Row, index: int) -> None:
         """Copy a row to a free one, from where it is or where it was copied out to."""
