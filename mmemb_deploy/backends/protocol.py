@@ -142,7 +142,7 @@ class Decoder(Protocol[C]):
 
 @dataclass(frozen=True)
 class PromptGraphs:
-    """A second set of what prompts run by, for another thread than the one that extends caches.
+    """A second set of what prompts run by, for another thread at the same time.
 
     The engine's own decoder goes on from the caches that this one leaves.
     """
@@ -155,7 +155,7 @@ class PromptGraphs:
 class Engine:
     """A bundle's graphs, loaded by one backend; `name` is the engine, its version and its device.
 
-    `beside` are for prompts that run while caches are extended, where that is the sooner way.
+    `beside` are for prompts that run while others do, or caches are extended, where that is the sooner way.
     """
 
     name: str

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from mmemb_deploy.bundle.manifest import CurvePoint
 
 UTILISATION = 0.8  # of a device's time, to be planned for
-OVERLAP = 1.7  # seconds of runs that pass in one, where prompts run beside steps and both always wait; on two cores
+OVERLAP = 1.7  # seconds of runs that pass in one where prompts run in a lane too; on two cores, with those who ask
 DRAIN = 10  # times the patience, in which what waits is to be done beside what comes
 WINDOW = 4.0  # seconds over which arrivals are counted,
 RECENT = 256  # or the calls, whichever is shorter
@@ -43,7 +43,7 @@ class LoadGate:
     def __init__(self, curve: Sequence[CurvePoint], *, patience: float, overlaps: bool = False) -> None:
         """`curve` says which share reasons by which threshold until scores do; `patience` is the wait to hold, in s.
 
-        `overlaps` says that prompts run beside the steps of rationales.
+        `overlaps` says that prompts run in a lane too.
         """
         self.threshold = 0.0  # the lowest score that may reason
         self.share = 1.0  # of the inputs that it judges

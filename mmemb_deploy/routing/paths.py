@@ -15,7 +15,7 @@ from mmemb_deploy.routing.lane import Lane
 class Paths:
     """`token_bytes` are those of a token in the KV cache; without a `writer` the generator writes rationales itself.
 
-    With a `lane`, prompts may run while it does.
+    With a `lane`, prompts run there too.
     """
 
     fast_path: FastPath

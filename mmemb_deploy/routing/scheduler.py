@@ -3,7 +3,7 @@
 Three queues: prompts to be prefilled; prefilled rows that are to reason, whose KV caches are held; rows that are being
 decoded. Between any two runs of the engine rows join and leave. After its prompt every row has a valid embedding, so
 reasoning is an upgrade that can be taken back: where a deadline nears, where there is more to do than can be done.
-Where the paths have a lane, prompts run there while steps go on here.
+Where the paths have a lane, prompts run there while others, or steps, run here.
 
 It knows no threads, no network and no time but the clock that it is given. Iteration by iteration as Orca, prompts that
 do not stall decoding as Sarathi-Serve (2403.02310), predicted by measured costs as Clockwork (2006.02464).
@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from logging import getLogger
@@ -22,31 +21,21 @@ from logging import getLogger
 from mmemb_deploy.errors import BackendError, DeadlineError, MmembError, OverloadError
 from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_deploy.routing.costs import Costs
-from mmemb_deploy.routing.fast_path import FastResult
 from mmemb_deploy.routing.generation import CallersWriter, Writing
 from mmemb_deploy.routing.items import RationaleWriter
 from mmemb_deploy.routing.jobs import Call, Job, Pace
-from mmemb_deploy.routing.lane import Prefilling
-from mmemb_deploy.routing.load import LoadGate, Work
+from mmemb_deploy.routing.lane import Beside, Ran
+from mmemb_deploy.routing.load import OVERLAP, LoadGate, Work
 from mmemb_deploy.routing.paths import Paths
 from mmemb_deploy.routing.prompt_queue import PromptQueue
 from mmemb_deploy.routing.router import highest
 
 LOGGER = getLogger("mmemb_deploy")
 
-PROMPTS = 0.6  # share of the time that prompts get while both wait
+PROMPTS = 0.6  # share of the time that prompts get while both wait, the lane's time included
 STALL = 0.025  # seconds that decoding goes on at most while prompts wait, or GATHER steps, if they take longer
 GATHER = 4  # steps after which rows join, however few
 MARGIN = 1.5  # runs; a row whose deadline is nearer than that settles
-
-
-@dataclass(frozen=True)
-class Beside:
-    """Prompts that run in a lane; their jobs still count as waiting."""
-
-    jobs: Sequence[Job]
-    began: float
-    run: Prefilling
 
 
 class Scheduler:
@@ -59,13 +48,12 @@ class Scheduler:
         """`clock` returns seconds; `load` raises the threshold of jobs that yield."""
         self.costs = Costs()
         self.seconds = {"prefill": 0.0, "decode": 0.0}  # that runs took
-        self._overlap = 0.0  # seconds of steps while prompts ran
-        self._beside: Beside | None = None  # prompts that run in the lane
+        self._overlap = 0.0  # seconds in which two ran
+        self._beside = Beside(paths.lane, clock)
         self.load = load
         self.most = min(pace.rationales, paths.generator.most_rows)
         self._paths, self._pace, self._clock = paths, pace, clock
         self._writer: RationaleWriter | None = paths.writer
-        self._lane = None if pace.patient else paths.lane
         self._caller = CallersWriter(paths.generator)
         self._prompts = PromptQueue()
         self._held: dict[Call, set[Job]] = {}  # the best so far of calls with a quota, until all scores are known
@@ -73,7 +61,9 @@ class Scheduler:
         self._elsewhere: list[Job] = []  # whose rationales another writes
         self._decoding = paths.generator.decoding()
         self._live: dict[Writing, Job] = {}
-        self._owed = 0.0  # seconds of decoding before prompts run again
+        self._overlaps = 1.0 if paths.lane is None else OVERLAP  # seconds of runs in one
+        self._share = PROMPTS if paths.lane is None else 2 * PROMPTS - 1  # of the time here that is prompts'
+        self._owed = 0.0  # seconds of decoding before prompts run here again
         self._since_join = 0
         self._dated = 0  # jobs with a deadline
         self._cancelled = False
@@ -86,7 +76,7 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Rows whose prompts have not run."""
-        return len(self._prompts)
+        return len(self._prompts) + len(self._beside.waiting)
 
     @property
     def reasoning(self) -> int:
@@ -101,7 +91,8 @@ class Scheduler:
     @property
     def cache_tokens(self) -> int:
         """Tokens for which the KV cache has room held."""
-        return sum(job.item.row.length + job.after for job in self._holding())
+        beside = (job for job in self._beside.waiting if job.keeps)
+        return sum(job.item.row.length + job.after for job in chain(beside, self._holding()))
 
     @property
     def backlog_seconds(self) -> float:
@@ -109,9 +100,9 @@ class Scheduler:
 
         Which prompts will reason is not known; a rationale that is being written counts half.
         """
-        prompts = self._backlog_seconds()
+        prompts = self._prompt_seconds()
         rationales = (self.reasoning - self.decoded / 2) * self.costs.rationale(self.most)
-        return prompts + rationales if self._lane is None else max(prompts, rationales)
+        return max((prompts + rationales) / self._overlaps, rationales)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Take in the jobs of a call. Raises OverloadError where they do not fit, and takes none."""
@@ -134,7 +125,7 @@ class Scheduler:
 
     def abandon(self, error: MmembError) -> None:
         """End all jobs with an error."""
-        for job in [*self._prompts, *self._holding()]:
+        for job in self._every():
             self._end(job, error)
 
     def advance(self) -> bool:
@@ -145,21 +136,22 @@ class Scheduler:
         now = self._clock()
         self._drop()
         self._settle(now)
-        if self._beside is not None and (self._beside.run.done() or not (self._live or self._ready)):
-            beside, self._beside = self._beside, None
-            self._prefilled(beside.jobs, beside.began, beside.run.result)
+        if self._beside.done:
+            self._take_in()
         elif (room := self._room_to_prefill(now)) is not None:
             self._prefill(room)
         elif self._elsewhere:
             self._write()
         elif self._ready or self._live:
             self._step()
+        elif self._beside.busy:
+            self._take_in()
         else:
             return False
         return True
 
     def _admit(self, jobs: Sequence[Job], now: float) -> None:
-        bounds, queue, wait = self._pace.bounds, self._prompts, self._backlog_seconds()
+        bounds, queue, wait = self._pace.bounds, self._prompts, self._prompt_seconds() / self._overlaps
         for reason, held, more, most in (
             ("rows", len(queue), len(jobs), bounds.rows),
             ("tokens", queue.tokens, sum(job.item.row.length for job in jobs), bounds.tokens),
@@ -188,11 +180,16 @@ class Scheduler:
                 retry_after=wait,
             )
 
-    def _backlog_seconds(self) -> float:
+    def _prompt_seconds(self) -> float:
+        """Return the seconds of runs that the prompts that wait are to take."""
         seconds = self.costs.waiting(self._prompts.tokens)
-        if self._beside is not None:  # of which a part has passed
-            seconds -= min(self._clock() - self._beside.began, self.costs.prompts.run(len(self._beside.jobs)), seconds)
+        if self._beside.busy:
+            left = self._beside.began + self.costs.prompts.run(len(self._beside.jobs)) - self._clock()
+            seconds += max(left, 0.0)
         return seconds
+
+    def _every(self) -> list[Job]:
+        return [*self._prompts, *self._beside.waiting, *self._holding()]
 
     def _holding(self) -> Iterator[Job]:
         yield from chain.from_iterable(self._held.values())
@@ -204,7 +201,7 @@ class Scheduler:
         """Let go of what nobody waits for any more."""
         if self._cancelled:
             self._cancelled = False
-            for job in [*self._prompts, *self._holding()]:
+            for job in self._every():
                 if job.cancelled:
                     self._end(job)
 
@@ -218,7 +215,7 @@ class Scheduler:
     def _settle_dated(self, now: float) -> None:
         for job in self._prompts.late(now):
             self._end(job, DeadlineError(f"its deadline passed {now - job.deadline:.3f} s ago, before its prompt ran"))
-        step, waiting = self.costs.steps.run(len(self._live) or 1), min(self.waiting, self._pace.prompts)
+        step, waiting = self.costs.steps.run(len(self._live) or 1), min(len(self._prompts), self._pace.prompts)
         run = max(step, self.costs.prompts.run(waiting)) if waiting else step  # the longest that may be next
         busy = self._live or waiting  # else it costs nobody anything to try, and shows what a step takes now
         whole = step * self.costs.length.value if busy else 0
@@ -244,58 +241,68 @@ class Scheduler:
     def _room_to_prefill(self, now: float) -> int | None:
         """Return how many tokens more the KV cache may hold where prompts are next, else None."""
         first = self._prompts.first()
-        if first is None or self._beside is not None:
+        if first is None:
             return None
         room = self._paths.limits.cache_bytes // self._paths.token_bytes - self.cache_tokens
         return room if self._prefills(first, room, now) else None
 
     def _prefills(self, first: Job, room: int, now: float) -> bool:
         """Return whether prompts are next, of which one is due first."""
-        if not self.reasoning:
+        if not self.reasoning and not self._beside.busy:
             return True
         if first.keeps and first.item.row.length + first.after > room:
             return False
-        if self._pace.patient:
+        if self._pace.patient and not self._beside.free:
             return self.reasoning < self.most
         if first.keeps and len(self._ready) + len(self._elsewhere) >= self.most:
             return False
         due = now + self.costs.prompts.run(1) + self.costs.steps.run(len(self._live)) > first.deadline
-        beside = self._lane is not None and (self._live or self._ready)
-        return bool(beside) or self._owed <= 0 or due
+        return self._beside.free or not self.reasoning or self._owed <= 0 or due
 
     def _prefill(self, room: int) -> None:
-        """Run prompts, or let them begin in the lane where there is a step to run meanwhile."""
-        fits = partial(self._fits, room)
+        """Run prompts, half of them in the lane where that is free; one that has nothing beside it runs here."""
+        most = self._pace.prompts
+        if self._beside.free:
+            most = min(most, -(-len(self._prompts) // 2))
+        fits = partial(self._fits, room, most)
         jobs = self._prompts.batch(fits, padding=math.inf if self._pace.patient else self.costs.padding)
-        rows, keep, began = [job.item.row for job in jobs], jobs[0].keeps, self._clock()
-        if self._lane is None or not (self._live or self._ready):
-            self._prefilled(jobs, began, partial(self._paths.fast_path.run, rows, keep=keep))
-        else:
-            self._beside = Beside(jobs, began, self._lane.begin(rows, keep=keep))
-            self._step()  # at least one
-
-    def _prefilled(self, jobs: Sequence[Job], began: float, run: Callable[[], FastResult]) -> None:
-        """Take in what becomes of prompts once they have run."""
-        rows = [job.item.row for job in jobs]
-        try:
-            result = run()
-        except BackendError as error:
-            jobs = [job for job in jobs if job in self._prompts]
+        if self._beside.free and (len(self._prompts) > len(jobs) or self.reasoning):
+            self._beside.begin(jobs)
             self._prompts.remove(*jobs)
-            self._failed(jobs, error, ran=len(rows))
             return
-        places = {job: place for place, job in enumerate(jobs) if job in self._prompts}  # others left meanwhile
-        jobs = list(places)
+        began = self._clock()
+        try:
+            result = self._paths.fast_path.run([job.item.row for job in jobs], keep=jobs[0].keeps)
+        except BackendError as error:
+            self._prompts.remove(*jobs)
+            self._failed(jobs, error)
+            return
         self._prompts.remove(*jobs)
         seconds = self._clock() - began
-        self.costs.prefilled(len(rows), len(rows) * max(row.length for row in rows), seconds)
-        self.seconds["prefill"] += seconds
+        self._overlap += seconds if self._beside.busy else 0
         stall = max(STALL, GATHER * self.costs.steps.run(len(self._live)))
-        self._owed = max(min(seconds * (1 - PROMPTS) / PROMPTS, stall), 1e-9)
-        for job, place in places.items():
-            item = job.item
+        self._owed = max(min(seconds * (1 - self._share) / self._share, stall), 1e-9)
+        self._prefilled(Ran(jobs, result, began, seconds), jobs)
+
+    def _take_in(self) -> None:
+        """Wait for what runs in the lane, and go on with those that have not left."""
+        try:
+            ran = self._beside.end()
+        except BackendError as error:
+            self._failed(self._beside.let_go(), error, ran=len(self._beside.jobs))
+            return
+        self._overlap -= self._clock() - ran.began - ran.seconds  # a run here that took longer
+        self._prefilled(ran, self._beside.let_go())
+
+    def _prefilled(self, ran: Ran, jobs: Sequence[Job]) -> None:
+        """Go on with those jobs whose prompts have run that have not left."""
+        result, places = ran.result, {job: place for place, job in enumerate(ran.jobs)}
+        self.costs.prefilled(len(places), len(places) * max(job.item.row.length for job in places), ran.seconds)
+        self.seconds["prefill"] += ran.seconds
+        for job in jobs:
+            item, place = job.item, places[job]
             item.embedding_D, item.score = result.embeddings_BD[place], float(result.scores_B[place])
-            item.queued, item.fast_path = began - job.arrived, seconds
+            item.queued, item.fast_path = ran.began - job.arrived, ran.seconds
             if result.cache is not None and (job.call.chooses(job) or self._reasons(job)):
                 job.cache = result.cache.take([place])
             job.scored(job)
@@ -309,8 +316,8 @@ class Scheduler:
             else:
                 self._reason(job)
 
-    def _fits(self, room: int, jobs: int, tokens: int, *, after: int | None) -> bool:
-        if jobs > self._pace.prompts or jobs * tokens > self._paths.limits.tokens:
+    def _fits(self, room: int, most: int, jobs: int, tokens: int, *, after: int | None) -> bool:
+        if jobs > most or jobs * tokens > self._paths.limits.tokens:
             return False
         if after is not None and jobs * (tokens + after) > room:
             return False
@@ -395,7 +402,7 @@ class Scheduler:
         now = self._clock()
         self.costs.stepped(rows, now - began)
         self.seconds["decode"] += now - began
-        self._overlap += now - began if self._beside else 0
+        self._overlap += now - began if self._beside.busy else 0
         self._owed -= now - began
         self._since_join += 1
         for job in self._live.values():
@@ -453,6 +460,8 @@ class Scheduler:
         call = job.call
         if job in self._prompts:
             self._prompts.remove(job)
+        elif job in self._beside.waiting:
+            self._beside.waiting.remove(job)
         elif job.writing in self._live:
             self._decoding.leave([job.writing])
             del self._live[job.writing]

@@ -75,8 +75,6 @@ class Service:
             for rows in (1, min(WARM_ROWS, self._limit)):
                 for options in modes:
                     await self.embed(Ask(inputs=["one"] * rows, options=options))
-            if self.embedder.paths.lane is not None and self._limit > 1:  # a prompt beside steps
-                await asyncio.gather(*(self.embed(Ask(inputs=["one"], options=options)) for options in modes))
         self.scheduler.costs.length = Mean()
         gc.freeze()
         self.ready = True

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,8 @@ class CountingDecoder:
 
 
 def counted(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> CountingDecoder:
-    """Count what both paths feed the decoder."""
+    """Count what both paths feed the decoder, where there is no lane."""
+    monkeypatch.setattr(embedder, "paths", replace(embedder.paths, lane=None))
     fast_path, generator = embedder.paths.fast_path, embedder.paths.generator
     counter = CountingDecoder(fast_path._decoder)  # pyright: ignore[reportPrivateUsage]
     monkeypatch.setattr(fast_path, "_decoder", counter)
@@ -87,6 +89,15 @@ def test_a_row_alone_equals_the_row_in_any_batch(
     for batch_size in (2, 3, 32):
         together = tiny_embedder.encode(mixed_inputs, reasoning=reasoning, batch_size=batch_size)
         assert cosines(alone, together).min() >= 0.99999
+
+
+def test_threads_that_share_an_embedder_get_what_one_gets(tiny_embedder: Embedder, mixed_inputs: list[Any]) -> None:
+    rates = (0.0, 0.5, 1.0, 0.5)
+    expected = [tiny_embedder.encode(mixed_inputs, reasoning_rate=rate) for rate in rates]
+    with ThreadPoolExecutor(4) as threads:
+        found = threads.map(lambda rate: tiny_embedder.encode(mixed_inputs, reasoning_rate=rate, batch_size=3), rates)
+        for one, shared in zip(expected, found, strict=True):
+            assert cosines(one, shared).min() >= 0.99999
 
 
 def test_batches_stay_within_the_memory_limits_and_give_the_same(

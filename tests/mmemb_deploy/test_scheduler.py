@@ -286,18 +286,43 @@ def test_with_a_lane_prompts_keep_no_step_waiting_nor_steps_them() -> None:
     for lane in (False, True):
         served = Served(pace=Pace(patient=False, prompts=8, rationales=8), lane=lane)
         written = [served.submit(SimulatedInput(10, 1.0, 20), "always") for _ in range(4)]
-        served.scheduler.advance()
-        served.scheduler.advance()
-        assert served.scheduler.decoded == 4
+        while served.scheduler.decoded < 4:
+            served.scheduler.advance()
         began = served.engine.clock.now
-        prompts = [served.submit(SimulatedInput(500), "never") for _ in range(8)]  # in one run
+        prompt = served.submit(SimulatedInput(3000), "never")
         served.run()
         served.check_left_nothing()
-        ends[lane] = [max(served.when[job.item.index] for job in jobs) - began for jobs in (prompts, written)]
+        ends[lane] = [max(served.when[job.item.index] for job in jobs) - began for jobs in ([prompt], written)]
         assert served.scheduler.ran == pytest.approx(served.engine.clock.now)
-    prompt, steps = COSTS.prompts(8, 500), 22 * COSTS.step(4)  # the tokens that are left, and two markers
-    assert ends[False] == pytest.approx([prompt, prompt + steps])
-    assert ends[True] == pytest.approx([prompt, steps], abs=COSTS.step(4))
+    long, steps = COSTS.prompts(1, 3000), 22 * COSTS.step(4)  # the tokens that are left, and two markers
+    assert ends[False] == pytest.approx([long, long + steps])
+    assert ends[True] == pytest.approx([long, steps], abs=COSTS.step(4))
+
+
+@pytest.mark.parametrize("patient", [False, True])
+def test_with_a_lane_prompts_run_in_two_halves_at_once(patient: bool) -> None:
+    served = Served(pace=Pace(patient=patient, prompts=8, rationales=8), lane=True)
+    prompts = [served.submit(SimulatedInput(500), "never") for _ in range(8)]
+    assert served.scheduler.advance()
+    assert served.scheduler.waiting == 8
+    assert served.scheduler.advance()
+    assert served.scheduler.waiting == 4
+    served.run()
+    assert served.engine.clock.now == pytest.approx(COSTS.prompts(4, 500)) == pytest.approx(served.scheduler.ran)
+    assert [value(job) for job in prompts] == list(range(8))
+    assert served.scheduler.seconds["prefill"] == pytest.approx(2 * served.scheduler.ran)
+    served.submit(SimulatedInput(500), "never")  # alone, it need not go there
+    assert served.scheduler.advance()
+    assert served.scheduler.waiting == 0
+
+
+def test_prompts_in_the_lane_have_room_in_the_cache_that_no_others_take() -> None:
+    served = Served(cache_tokens=70, lane=True)
+    jobs = [served.submit(SimulatedInput(10, 1.0, 20), "always") for _ in range(4)]  # of 32 tokens each
+    while served.scheduler.advance():
+        assert served.scheduler.cache_tokens <= 70
+    assert [value(job) for job in jobs] == [0.5, 1.5, 2.5, 3.5]
+    served.check_left_nothing()
 
 
 def test_between_the_steps_beside_prompts_others_come_and_what_has_passed_is_no_backlog() -> None:
@@ -325,19 +350,22 @@ def test_who_leaves_while_his_prompt_runs_is_let_go_and_one_that_failed_beside_h
     writing = served.submit(SimulatedInput(10, 1.0, 20), "always")
     served.scheduler.advance()
     served.scheduler.advance()
-    others = [served.submit(SimulatedInput(500, 1.0, 5)) for _ in range(2)]
+    others = [served.submit(SimulatedInput(500, 1.0, 5)) for _ in range(4)]
     writing.wrote = lambda _: served.scheduler.cancel(others[:1])
+    failed = []
 
     def fail(numbers: list[int]) -> None:
-        if len(numbers) > 1:
+        if len(numbers) > 1 and 1 in numbers:
+            failed.append(numbers)
             raise BackendError("two are too many")
 
     served.engine.decoder.fails = fail
     served.run()
-    assert [job.error for job in others] == [None, None]
+    assert failed == [[1, 2]]  # in the lane
+    assert [job.error for job in others] == [None] * 4
     assert others[0].item.embedding_D is None
-    assert value(others[1]) == 2.5
-    assert all(served.ended[number] == 1 for number in range(3))
+    assert [value(job) for job in others[1:]] == [2.5, 3.5, 4.5]
+    assert all(served.ended[number] == 1 for number in range(5))
     served.check_left_nothing()
 
 

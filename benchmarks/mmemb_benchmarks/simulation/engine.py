@@ -183,23 +183,24 @@ class SimulatedRun:
         """Return whether that time has come."""
         return self.clock.now >= self.ends
 
-    def result(self) -> FastResult:
+    def result(self) -> tuple[FastResult, float]:
         """Let the time come. Raises BackendError if the run failed."""
         self.clock.now = max(self.clock.now, self.ends)
         if isinstance(self.outcome, BackendError):
             raise self.outcome
-        return self.outcome
+        return self.outcome, self.ends
 
 
 @dataclass(frozen=True)
 class SimulatedLane:
-    """Where prompts take their time while steps take theirs."""
+    """Where prompts take their time while others, and steps, take theirs."""
 
     clock: VirtualClock
     fast_path: FastPath
 
-    def begin(self, rows: Sequence[Row], *, keep: bool) -> SimulatedRun:
-        """Let rows' prompts run."""
+    def begin(self, rows: Sequence[Row], *, keep: bool, clock: Callable[[], float]) -> SimulatedRun:
+        """Let rows' prompts run; `clock` is the lane's own."""
+        assert clock is self.clock
         began = self.clock.now
         outcome: FastResult | BackendError
         try:
