@@ -260,11 +260,16 @@ class Scheduler:
         return self._beside.free or not self.reasoning or self._owed <= 0 or due
 
     def _prefill(self, room: int) -> None:
-        """Run prompts, half of them in the lane where that is free; one that has nothing beside it runs here."""
-        most = self._pace.prompts
+        """Run prompts, half of them in the lane where that is free; one that has nothing beside it runs here.
+
+        Those that run here meanwhile take no longer than the steps that are owed for it may.
+        """
+        most, seconds = self._pace.prompts, math.inf
         if self._beside.free:
             most = min(most, -(-len(self._prompts) // 2))
-        fits = partial(self._fits, room, most)
+        elif self._beside.busy and self.reasoning and not self._pace.patient:
+            seconds = self._stall * self._share / (1 - self._share)
+        fits = partial(self._fits, room, most, seconds)
         jobs = self._prompts.batch(fits, padding=math.inf if self._pace.patient else self.costs.padding)
         if self._beside.free and (len(self._prompts) > len(jobs) or self.reasoning):
             self._beside.begin(jobs)
@@ -280,8 +285,7 @@ class Scheduler:
         self._prompts.remove(*jobs)
         seconds = self._clock() - began
         self._overlap += seconds if self._beside.busy else 0
-        stall = max(STALL, GATHER * self.costs.steps.run(len(self._live)))
-        self._owed = max(min(seconds * (1 - self._share) / self._share, stall), 1e-9)
+        self._owed = max(min(seconds * (1 - self._share) / self._share, self._stall), 1e-9)
         self._prefilled(Ran(jobs, result, began, seconds), jobs)
 
     def _take_in(self) -> None:
@@ -316,8 +320,13 @@ class Scheduler:
             else:
                 self._reason(job)
 
-    def _fits(self, room: int, most: int, jobs: int, tokens: int, *, after: int | None) -> bool:
-        if jobs > most or jobs * tokens > self._paths.limits.tokens:
+    @property
+    def _stall(self) -> float:
+        """Seconds for which steps go on at most while prompts wait."""
+        return max(STALL, GATHER * self.costs.steps.run(len(self._live)))
+
+    def _fits(self, room: int, most: int, seconds: float, jobs: int, tokens: int, *, after: int | None) -> bool:
+        if jobs > most or jobs * tokens > self._paths.limits.tokens or self.costs.waiting(jobs * tokens) > seconds:
             return False
         if after is not None and jobs * (tokens + after) > room:
             return False

@@ -316,6 +316,22 @@ def test_with_a_lane_prompts_run_in_two_halves_at_once(patient: bool) -> None:
     assert served.scheduler.waiting == 0
 
 
+def test_prompts_that_run_beside_the_lane_s_keep_no_step_waiting_for_long() -> None:
+    served = Served(pace=Pace(patient=False, prompts=8, rationales=4), lane=True)
+    written = [served.submit(SimulatedInput(10, 1.0, 20), "always") for _ in range(4)]
+    while served.scheduler.decoded < 4:
+        served.scheduler.advance()
+    steps = []
+    written[0].wrote = lambda _: steps.append(served.engine.clock.now)
+    prompts = [served.submit(SimulatedInput(300), "never") for _ in range(100)]
+    served.run()
+    gaps = [later - earlier - COSTS.step(4) for earlier, later in pairwise(steps)]
+    assert len(gaps) == 21
+    assert max(gaps) == pytest.approx(COSTS.prompts(1, 300))  # two would take longer than steps may make up for
+    assert sum(served.when[job.item.index] < steps[-1] for job in prompts) > 30
+    served.check_left_nothing()
+
+
 def test_prompts_in_the_lane_have_room_in_the_cache_that_no_others_take() -> None:
     served = Served(cache_tokens=70, lane=True)
     jobs = [served.submit(SimulatedInput(10, 1.0, 20), "always") for _ in range(4)]  # of 32 tokens each
