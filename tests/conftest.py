@@ -208,7 +208,7 @@ def fused_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path
 @pytest.fixture(scope="session")
 def tiny_embedder(tiny_bundle: Path) -> Embedder:
     """`tiny_bundle`, loaded."""
-    return Embedder.load(tiny_bundle, threads=2)  # so that prompts can run beside steps
+    return Embedder.load(tiny_bundle, threads=2)  # so that it has a lane
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def simulate(
     if threads is None and embedder.backend.endswith("CPU"):
         embedder = assemble(*load_uncached(bundle, backend, 1, device))
     if embedder.paths.lane is not None:
-        raise OptionError(f"--threads is {threads}: prompts beside steps are not simulated; pass 1")
+        raise OptionError(f"--threads is {threads}: two runs at once are not simulated; pass 1")
     if not embedder.reasons:
         raise OptionError(f"{embedder.manifest.model.name} does not reason: there is no second route to simulate")
     found = study(

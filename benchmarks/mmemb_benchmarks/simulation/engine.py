@@ -213,7 +213,7 @@ class SimulatedLane:
 
 @dataclass
 class SimulatedEngine:
-    """A bundle's paths over inputs that are known by number; with a `lane`, prompts run beside steps."""
+    """A bundle's paths over inputs that are known by number; with a `lane`, prompts run there too."""
 
     inputs: Sequence[SimulatedInput]
     costs: SimulatedCosts
