@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,7 +38,13 @@ class PrefillLane:
 
     def __init__(self, fast_path: FastPath) -> None:
         self._fast_path = fast_path
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefill")
+        self._process = 0
+
+    @property
+    def _thread(self) -> ThreadPoolExecutor:
+        if self._process != os.getpid():  # a forked process has none of its parent's threads
+            self._process, self._executor = os.getpid(), ThreadPoolExecutor(1, thread_name_prefix="prefill")
+        return self._executor
 
     def begin(self, rows: Sequence[Row], *, keep: bool, clock: Callable[[], float]) -> Future[tuple[FastResult, float]]:
         """Let rows' prompts run."""

@@ -100,6 +100,22 @@ def test_threads_that_share_an_embedder_get_what_one_gets(tiny_embedder: Embedde
             assert cosines(one, shared).min() >= 0.99999
 
 
+def test_a_forked_process_has_a_lane_of_its_own(tiny_bundle: Path) -> None:
+    code = f"""
+import multiprocessing
+from mmemb_deploy import Embedder
+embedder = Embedder.load({str(tiny_bundle)!r}, threads=2)
+def encode(text):
+    return embedder.encode([text] * 4, reasoning="never")
+mine = encode("three")
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    theirs = pool.apply_async(encode, ["three"]).get(timeout=60)
+print(abs(mine - theirs).max() < 1e-6)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "True\n"
+
+
 def test_batches_stay_within_the_memory_limits_and_give_the_same(
     tiny_embedder: Embedder, mixed_inputs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
