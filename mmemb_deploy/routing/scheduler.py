@@ -32,7 +32,8 @@ from mmemb_deploy.routing.router import highest
 
 LOGGER = getLogger("mmemb_deploy")
 
-PROMPTS = 0.6  # share of the time that prompts get while both wait, the lane's time included
+PROMPTS = 0.6  # share of the time that prompts get while both wait,
+BESIDE = 0.3  # or of the time here, where more of them run in a lane
 STALL = 0.025  # seconds that decoding goes on at most while prompts wait, or GATHER steps, if they take longer
 GATHER = 4  # steps after which rows join, however few
 MARGIN = 1.5  # runs; a row whose deadline is nearer than that settles
@@ -61,8 +62,10 @@ class Scheduler:
         self._elsewhere: list[Job] = []  # whose rationales another writes
         self._decoding = paths.generator.decoding()
         self._live: dict[Writing, Job] = {}
-        self._overlaps = 1.0 if paths.lane is None else OVERLAP  # seconds of runs in one
-        self._share = PROMPTS if paths.lane is None else 2 * PROMPTS - 1  # of the time here that is prompts'
+        lane = paths.lane is not None
+        self._overlaps = OVERLAP if lane else 1.0  # seconds of runs in one
+        self._drains = 1 + BESIDE if lane else 1.0  # those of prompts, while rationales wait too
+        self._share = BESIDE if lane else PROMPTS  # of the time here that prompts get then
         self._owed = 0.0  # seconds of decoding before prompts run here again
         self._since_join = 0
         self._dated = 0  # jobs with a deadline
@@ -151,7 +154,7 @@ class Scheduler:
         return True
 
     def _admit(self, jobs: Sequence[Job], now: float) -> None:
-        bounds, queue, wait = self._pace.bounds, self._prompts, self._prompt_seconds() / self._overlaps
+        bounds, queue, wait = self._pace.bounds, self._prompts, self._prompt_seconds() / self._drains
         for reason, held, more, most in (
             ("rows", len(queue), len(jobs), bounds.rows),
             ("tokens", queue.tokens, sum(job.item.row.length for job in jobs), bounds.tokens),
