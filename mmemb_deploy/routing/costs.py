@@ -30,29 +30,17 @@ class ByRows:
     """Seconds of runs, by how many rows they had: to the next power of two, the nearest that was seen; else 0."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[Mean, Mean]] = {}  # of a run, and of one of its rows
+        self._seen: dict[int, Mean] = {}
 
     def add(self, rows: int, seconds: float) -> None:
         """Learn from a run."""
-        size = (rows - 1).bit_length()
-        if size not in self._seen:
-            self._seen[size] = Mean(), Mean()
-        run, row = self._seen[size]
-        run.add(seconds)
-        row.add(seconds / rows)
+        self._seen.setdefault((rows - 1).bit_length(), Mean()).add(seconds)
 
     def run(self, rows: int) -> float:
         """Return the seconds of a run."""
-        return self._nearest(rows)[0].value
-
-    def row(self, rows: int) -> float:
-        """Return the seconds of one row of a run."""
-        return self._nearest(rows)[1].value
-
-    def _nearest(self, rows: int) -> tuple[Mean, Mean]:
         size = (max(rows, 1) - 1).bit_length()
         nearest = min(self._seen, key=lambda seen: abs(seen - size), default=None)
-        return (Mean(), Mean()) if nearest is None else self._seen[nearest]
+        return 0.0 if nearest is None else self._seen[nearest].value
 
 
 class Line:
@@ -89,6 +77,7 @@ class Costs:
     prompts: ByRows = field(default_factory=ByRows)
     steps: ByRows = field(default_factory=ByRows)
     token: Mean = field(default_factory=Mean)  # seconds of a prompt's token, padding included
+    tokens: Mean = field(default_factory=Mean)  # of a prompt, padding included
     by_tokens: Line = field(default_factory=Line)  # seconds of prompts that run together, padding included
     by_rows: Line = field(default_factory=Line)  # seconds of steps
     length: Mean = field(default_factory=Mean)  # steps of a rationale, markers included
@@ -97,9 +86,10 @@ class Costs:
         """Learn from prompts of so many tokens together."""
         self.prompts.add(rows, seconds)
         self.token.add(seconds / tokens)
+        self.tokens.add(tokens / rows)
         self.by_tokens.add(tokens, seconds)
 
-    def waiting(self, tokens: int) -> float:
+    def waiting(self, tokens: float) -> float:
         """Return the seconds of prompts of so many tokens that run together; by the mean while all had one size."""
         return self.by_tokens.run(tokens) if self.by_tokens.unit and tokens else self.token.value * tokens
 
@@ -112,6 +102,10 @@ class Costs:
     def padding(self) -> float:
         """Tokens that take as long as another run takes to begin: where there is more padding, two runs are better."""
         return self.by_tokens.fixed / self.by_tokens.unit if self.by_tokens.unit else math.inf
+
+    def prompt(self, rows: int) -> float:
+        """Return the seconds that a prompt takes of a device that runs so many at once, seen or not."""
+        return self.waiting(self.tokens.value * rows) / rows
 
     def rationale(self, rows: int) -> float:
         """Return the seconds that a rationale takes of a device that writes so many at once, seen or not."""

@@ -227,8 +227,8 @@ class Scheduler:
                 self._degrade(job, "deadline")
 
     def _settle_load(self, load: LoadGate, now: float) -> None:
-        backlog = Work(len(self._prompts), len(self._ready))
-        load.update(now, backlog, self.costs.prompts.row(self._pace.prompts), self.costs.rationale(self.most))
+        backlog = Work(self.waiting, len(self._ready))
+        load.update(now, backlog, self.costs.prompt(self._pace.prompts), self.costs.rationale(self.most))
         for job in [job for job in self._ready if job.yields and job.item.score < load.threshold]:
             job.item.threshold = load.threshold
             self._degrade(job, "load")

@@ -523,6 +523,8 @@ def test_prompts_that_wait_cost_what_the_line_through_the_runs_says_or_the_mean_
     costs.prefilled(2, 40, 0.16)
     assert costs.waiting(100) == pytest.approx(0.08 + 100 * 0.002)
     assert costs.waiting(0) == 0
+    assert costs.tokens.value == pytest.approx(40 / 3)
+    assert costs.prompt(30) == pytest.approx((0.08 + 400 * 0.002) / 30)
 
 
 def test_a_rationale_in_full_batches_costs_what_steps_of_fewer_rows_foretell() -> None:
