@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from numpy.typing import NDArray
 
-from mmemb_deploy.backends.protocol import Decoder, Engine, Extended, Prefilled, Session, Vision
+from mmemb_deploy.backends.protocol import Decoder, Engine, Extended, Prefilled, PromptGraphs, Session, Vision
 from mmemb_deploy.inputs.preprocess import Ints, Pixels, VisionTables
 from mmemb_deploy.inputs.rows import Batch
 
@@ -40,10 +40,17 @@ def run_fresh(code: str) -> Any:
 def timed_engine(engine: Engine, spent: Spent) -> Engine:
     """Return the engine with every run added to `spent`, in seconds: vision, prefill, gate, and decode with its stack.
 
-    The runtime's arrays are in host memory when a run returns, so it is complete then, on a GPU too.
+    The runtime's arrays are in host memory when a run returns, so it is complete then, on a GPU too. Of two runs at
+    once both are added.
     """
-    gate = None if engine.gate is None else _Session(engine.gate, "gate", spent)
-    return Engine(engine.name, _Vision(engine.vision, spent), _Decoder(engine.decoder, spent), gate)
+    gate, beside = engine.gate, engine.beside
+    return Engine(
+        engine.name,
+        _Vision(engine.vision, spent),
+        _Decoder(engine.decoder, spent),
+        None if gate is None else _Session(gate, "gate", spent),
+        beside=None if beside is None else PromptGraphs(_Vision(beside.vision, spent), _Decoder(beside.decoder, spent)),
+    )
 
 
 class _Session:
