@@ -38,16 +38,16 @@ class PrefillLane:
 
     def __init__(self, fast_path: FastPath) -> None:
         self._fast_path = fast_path
-        self._process = 0
+        self._start()
 
-    @property
-    def _thread(self) -> ThreadPoolExecutor:
-        if self._process != os.getpid():  # a forked process has none of its parent's threads
-            self._process, self._executor = os.getpid(), ThreadPoolExecutor(1, thread_name_prefix="prefill")
-        return self._executor
+    def _start(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefill")
+        self._process = os.getpid()
 
     def begin(self, rows: Sequence[Row], *, keep: bool, clock: Callable[[], float]) -> Future[tuple[FastResult, float]]:
         """Let rows' prompts run."""
+        if self._process != os.getpid():  # a forked process has none of its parent's threads
+            self._start()
         return self._thread.submit(lambda: (self._fast_path.run(rows, keep=keep), clock()))
 
 
