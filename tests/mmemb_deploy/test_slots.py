@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mmemb_deploy import Embedder
 from mmemb_deploy.backends.device import ALIGNMENT, Plane, RecordError, Wanted
 from mmemb_deploy.backends.host_device import HostDevice, HostMemory
-from mmemb_deploy.backends.kv_cache.pool import BUCKET, Layout, Pool
+from mmemb_deploy.backends.kv_cache.pool import BUCKET, Layout, Pool, Row
 from mmemb_deploy.backends.kv_cache.slots import Places, SlotDecoder, windows
 from mmemb_deploy.backends.onnxruntime import SPIN, OnnxRuntime, OrtGraph, open_graph
 from mmemb_deploy.backends.protocol import Decoder, Engine
@@ -63,6 +63,7 @@ class Counting(HostDevice):
 
     def copy(self, source: Plane, target: Plane, width: int, height: int) -> None:
         self._count("inside", width * height)
+        self._count("copies", 1)
         super().copy(source, target, width, height)
 
     def record(self, start: Callable[[], None]) -> Callable[[], None]:
@@ -257,7 +258,7 @@ def test_a_step_moves_ids_alone_and_asks_for_nothing(padded: Setting, mixed_inpu
         for _ in range(3):
             ids_B1 = step.next_token_B[:, None]
             step = padded.decoder.extend(step.cache, ids_B1, np.ones(4, np.int64), [])
-        assert counts == {"inside": 3 * 4 * (8 + 24 + 8), "down": 3 * 4 * 8, "waits": 3}
+        assert counts == {"inside": 3 * 4 * (8 + 24 + 8), "copies": 9, "down": 3 * 4 * 8, "waits": 3}
         assert joined["up"] == 4 * ALIGNMENT  # ids, positions, starts and lasts, once, each where a tensor may begin
         counts.clear()
         left = step.cache.take([0, 1, 3])
@@ -329,7 +330,7 @@ def test_a_step_of_a_2b_model_copies_no_keys_and_brings_8_bytes_a_row_to_the_hos
         for _ in range(4):
             step = decoder.extend(step.cache, step.next_token_B[:, None], np.ones(rows, np.int64), [])
     fed_back = rows * (8 + 24 + 8)  # ids, positions and starts, from a step to the next
-    assert device.counts == {"inside": 4 * fed_back, "down": 4 * 64, "waits": 4}
+    assert device.counts == {"inside": 4 * fed_back, "copies": 12, "down": 4 * 64, "waits": 4}
 
     with decoder.stack([cache], 5) as stacked:
         device.counts.clear()
@@ -406,9 +407,11 @@ def test_a_pool_that_grows_keeps_what_is_in_it() -> None:
         assert np.array_equal(found, written + plane)
 
 
-def test_rows_that_part_leave_their_pool_and_another_brings_them_in() -> None:
-    device = HostDevice()
-    pool, other = (Pool(device, Layout(2, 2, 8), 4, slots, grows=True) for slots in (BUCKET, 2 * BUCKET))
+@pytest.fixture
+def parted() -> tuple[Counting, list[Row]]:
+    """Rows of two planes and heads, of 1, 2 and 3 tokens, that have left their pool."""
+    device = Counting()
+    pool = Pool(device, Layout(2, 2, 8), 4, BUCKET, grows=True)
     rows = pool.lease(3)
     for row in rows:
         row.length = row.index + 1
@@ -418,13 +421,48 @@ def test_rows_that_part_leave_their_pool_and_another_brings_them_in() -> None:
                 device.upload(written, address + head * BUCKET * 8)
     pool.part(rows)
     assert all(pool.holder(index) is None for index in range(4))
-    other.bring_in(rows[1:])
-    for place, row in enumerate(rows[1:], start=1):
-        assert other.holder(row.index) is row
-        for plane, address in enumerate(other.addresses(row.index)):
-            for head in range(2):
-                (found,) = device.download([Wanted(address + head * 2 * BUCKET * 8, (row.length,), np.int64)])
-                assert found.tolist() == [100 * place + 10 * plane + head] * (place + 1)
+    return device, rows
+
+
+def check_holds(pool: Pool, row: Row, device: Counting) -> None:
+    """A pool holds a row of those that parted."""
+    assert pool.holder(row.index) is row
+    for plane, address in enumerate(pool.addresses(row.index)):
+        for head in range(2):
+            (found,) = device.download([Wanted(address + head * pool.slots * 8, (row.length,), np.int64)])
+            assert found.tolist() == [100 * (row.length - 1) + 10 * plane + head] * row.length
+
+
+@pytest.mark.parametrize(("brought", "copies"), [([1, 2], 1), ([0, 1, 2], 1), ([0, 2], 2), ([2, 1, 0], 3)])
+def test_rows_that_part_leave_their_pool_and_another_brings_in_at_once_those_that_lie_side_by_side(
+    parted: tuple[Counting, list[Row]], brought: list[int], copies: int
+) -> None:
+    device, rows = parted
+    pool, before = Pool(device, Layout(2, 2, 8), 4, 2 * BUCKET, grows=True), device.counts["copies"]
+    pool.bring_in([rows[number] for number in brought])
+    assert device.counts["copies"] - before == 2 * copies  # planes
+    for number in brought:
+        check_holds(pool, rows[number], device)
+
+
+def test_where_memory_ends_while_rows_are_brought_in_none_has_lost_its_tokens(
+    parted: tuple[Counting, list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, rows = parted
+    pool = Pool(device, Layout(2, 2, 8), 2, BUCKET, grows=True)
+
+    def refuse(_: int) -> HostMemory:
+        raise BackendError("no memory is left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "allocate", refuse)
+        with pytest.raises(BackendError, match="no memory"):
+            pool.bring_in(rows)
+    for row in rows[:2]:
+        check_holds(pool, row, device)
+    pool.bring_in(rows)
+    for row in rows:
+        check_holds(pool, row, device)
 
 
 def test_a_pool_that_grows_has_room_for_rows_that_came_one_by_one() -> None:

@@ -146,18 +146,27 @@ class Pool:
             self._move_to(self.rows, max(2 * self.slots, -(-slots // BUCKET) * BUCKET))
 
     def bring_in(self, rows: Sequence[Row]) -> None:
-        """Copy rows back that were copied out."""
-        for row in rows:
-            if row.parked is not None:
-                self._place(row, self._free(protected=rows))
+        """Copy rows back that were copied out, at once those that lie side by side both there and here."""
+        runs: list[tuple[Block, int, list[Row]]] = []  # where the first of them lies
+        try:
+            for row in rows:
+                if row.parked is not None:
+                    block, place = row.parked
+                    self._put(row, self._free(protected=rows))
+                    last, first, run = runs[-1] if runs else (None, 0, [row])
+                    if (last, first + len(run), run[-1].index + 1) == (block, place, row.index):
+                        run.append(row)
+                    else:
+                        runs.append((block, place, [row]))
+        finally:  # where there is no memory for more rows, those before it are here nevertheless
+            for block, first, run in runs:
+                self._copy(block, first, self._block, run[0].index, max(row.length for row in run), rows=len(run))
 
     def part(self, rows: Sequence[Row]) -> None:
         """Copy rows that lie side by side out, all at once, for this pool or another of its layout to bring in."""
-        first, slots, size = rows[0].index, max(1, *(row.length for row in rows)), self.layout.head_bytes
+        slots = max(1, *(row.length for row in rows))
         outside = Block.of(self._device, self.layout, len(rows), slots)
-        for here, there in zip(self._block.addresses(first), outside.addresses(0), strict=True):
-            source, target = Plane(here, self.slots * size), Plane(there, slots * size)
-            self._device.copy(source, target, slots * size, len(rows) * self.layout.heads)
+        self._copy(self._block, rows[0].index, outside, 0, slots, rows=len(rows))
         for place, row in enumerate(rows):
             self._leases[row.index] = None
             row.index, row.parked = -1, (outside, place)
@@ -169,8 +178,8 @@ class Pool:
         beyond = [row for row in rows if row.index >= count]
         for row, index in zip(beyond, [index for index in range(count) if index not in taken], strict=True):
             if (other := self.holder(index)) is not None:
-                self._place(other, self._free(protected=rows, start=count))
-            self._place(row, index)
+                self._move(other, self._free(protected=rows, start=count))
+            self._move(row, index)
 
     def _held(self, indices: Collection[int]) -> list[Row]:
         return [row for index in indices if (row := self.holder(index)) is not None]
@@ -193,19 +202,17 @@ class Pool:
     def _too_many(self, rows: int) -> BackendError:
         return BackendError(f"{rows} rows are above the {self.rows} of the KV cache: pass a smaller batch_size")
 
-    def _place(self, row: Row, index: int) -> None:
-        """Copy a row to a free one, from where it is or where it was copied out to."""
-        prefix = b"", 0
-        if row.parked is not None:
-            outside, place = row.parked
-            self._copy(outside, place, self._block, index, row.length)
-        else:
-            self._copy(self._block, row.index, self._block, index, row.length)
-            self._leases[row.index] = None
-            prefix = self._prefixes[row.index]
-        self._prefixes[index] = prefix
+    def _move(self, row: Row, index: int) -> None:
+        """Copy a row to a free one."""
+        self._copy(self._block, row.index, self._block, index, row.length)
+        self._leases[row.index] = None
+        self._put(row, index, self._prefixes[row.index])
+
+    def _put(self, row: Row, index: int, prefix: tuple[bytes, int] = (b"", 0)) -> None:
+        """Let a row be a free one, which begins with a prefix."""
         row.index, row.parked = index, None
         self._leases[index] = weakref.ref(row)
+        self._prefixes[index] = prefix
 
     def _move_to(self, rows: int, slots: int) -> None:
         """Move everything to a larger block."""
@@ -217,9 +224,8 @@ class Pool:
         self._block = block
         self.moves += 1
 
-    def _copy(self, source: Block, row: int, target: Block, to_row: int, tokens: int) -> None:
-        size = self.layout.head_bytes
+    def _copy(self, source: Block, row: int, target: Block, to_row: int, tokens: int, *, rows: int = 1) -> None:
+        """Copy so many tokens of rows that lie side by side."""
+        size, lines = self.layout.head_bytes, rows * self.layout.heads
         for here, there in zip(source.addresses(row), target.addresses(to_row), strict=True):
-            self._device.copy(
-                Plane(here, source.slots * size), Plane(there, target.slots * size), tokens * size, self.layout.heads
-            )
+            self._device.copy(Plane(here, source.slots * size), Plane(there, target.slots * size), tokens * size, lines)
