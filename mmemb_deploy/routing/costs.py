@@ -53,7 +53,8 @@ class Line:
     def add(self, size: float, seconds: float) -> None:
         """Learn from a run."""
         if self._count > 1:
-            seconds = min(seconds, STALL * self.run(size))
+            known = 1.0 if self.unit else max(size * self._count / self._size, 1.0)  # or a run in proportion, at most
+            seconds = min(seconds, STALL * known * self.run(size))
         self._count = KEPT * self._count + 1
         self._size = KEPT * self._size + size
         self._seconds = KEPT * self._seconds + seconds
