@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from mmemb_deploy.backends.protocol import Cache
 from mmemb_deploy.errors import MmembError
@@ -81,16 +82,26 @@ class Job:
         return self.policy.reasoning != "never" or self.item.given is not None
 
     @property
+    def reasons(self) -> bool:
+        """Whether it reasons whatever its score is."""
+        return self.policy.reasoning == "always" or self.item.given is not None
+
+    @property
     def due(self) -> float:
         """When it should have begun; the scheduler takes the earliest."""
         return min(self.deadline, self.arrived + PATIENCE) + PATIENCE * self.priority
 
-    @property
+    @cached_property
     def after(self) -> int:
         """Tokens that may follow its prompt."""
         if not self.keeps:
             return 0
         return PATH_MARKERS + max(self.max_tokens, len(self.item.given or ()))
+
+    @cached_property
+    def cache_tokens(self) -> int:
+        """Tokens for which its cache has room held."""
+        return self.item.row.length + self.after if self.keeps else 0
 
     @property
     def media_bytes(self) -> int:

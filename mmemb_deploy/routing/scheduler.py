@@ -95,8 +95,7 @@ class Scheduler:
     @property
     def cache_tokens(self) -> int:
         """Tokens for which the KV cache has room held."""
-        beside = (job for job in self._beside.waiting if job.keeps)
-        return sum(job.item.row.length + job.after for job in chain(beside, self._holding()))
+        return sum(job.cache_tokens for job in chain(self._beside.waiting, self._holding()))
 
     @property
     def backlog_seconds(self) -> float:
@@ -254,24 +253,29 @@ class Scheduler:
         """Return whether prompts are next, of which one is due first."""
         if not self.reasoning and not self._beside.busy:
             return True
-        if first.keeps and first.item.row.length + first.after > room:
+        if first.keeps and first.cache_tokens > room:
             return False
         if self._pace.patient and not self._beside.free:
             return self.reasoning < self.most
         if first.keeps and len(self._ready) + len(self._elsewhere) >= self.most:
             return False
-        due = now + self.costs.prompts.run(1) + self.costs.steps.run(len(self._live)) > first.deadline
-        return self._beside.free or not self.reasoning or self._owed <= 0 or due
+        if self._beside.free or not self.reasoning:
+            return True
+        if now + self.costs.prompts.run(1) + self.costs.steps.run(len(self._live)) > first.deadline:
+            return True
+        kept_up = self._beside.busy and first.arrived > self._beside.began  # the lane with what comes
+        early = self._beside.busy and first.reasons and self.reasoning >= self.most
+        return self._owed <= 0 and not kept_up and not early
 
     def _prefill(self, room: int) -> None:
-        """Run prompts, half of them in the lane where that is free; one that has nothing beside it runs here.
+        """Run prompts, in the lane where it is free: all beside steps, else half of them, and none that is alone.
 
-        Those that run here meanwhile take no longer than the steps that are owed for it may.
+        Those that run here beside steps too take no longer than the steps that are owed for it may.
         """
         most, seconds = self._pace.prompts, math.inf
         if self._pace.patient and self._beside.lane is not None:
             most = min(most, FEW)
-        if self._beside.free:
+        if self._beside.free and not self.reasoning:
             most = min(most, -(-len(self._prompts) // 2))
         elif self._beside.busy and self.reasoning and not self._pace.patient:
             seconds = self._stall * self._share / (1 - self._share)

@@ -332,6 +332,33 @@ def test_prompts_that_run_beside_the_lane_s_keep_no_step_waiting_for_long() -> N
     served.check_left_nothing()
 
 
+def test_beside_steps_the_lane_takes_what_comes_and_only_what_it_leaves_behind_stops_them() -> None:
+    served = Served(pace=Pace(patient=False, prompts=4, rationales=4), lane=True)
+    for _ in range(4):
+        served.submit(SimulatedInput(10, 1.0, 20), "always")
+    while served.scheduler.decoded < 4:
+        served.scheduler.advance()
+
+    def after(prompts: int, reasoning: str = "never") -> int:
+        for _ in range(prompts):
+            served.submit(SimulatedInput(800), reasoning)
+        served.scheduler.advance()
+        served.scheduler.advance()
+        return served.scheduler.waiting
+
+    assert after(2) == 2  # both in the lane
+    served.engine.clock.now += 1e-6
+    assert after(1) == 3  # it came while they ran
+    while served.scheduler.waiting:
+        served.scheduler.advance()
+    assert after(5) == 4  # one was left behind
+    while served.scheduler.waiting:
+        served.scheduler.advance()
+    assert after(5, "always") == 5  # it could not be decoded yet
+    served.run()
+    served.check_left_nothing()
+
+
 def test_prompts_in_the_lane_have_room_in_the_cache_that_no_others_take() -> None:
     served = Served(cache_tokens=70, lane=True)
     jobs = [served.submit(SimulatedInput(10, 1.0, 20), "always") for _ in range(4)]  # of 32 tokens each
@@ -377,7 +404,7 @@ def test_who_leaves_while_his_prompt_runs_is_let_go_and_one_that_failed_beside_h
 
     served.engine.decoder.fails = fail
     served.run()
-    assert failed == [[1, 2]]  # in the lane
+    assert failed == [[1, 2, 3, 4]]  # in the lane
     assert [job.error for job in others] == [None] * 4
     assert others[0].item.embedding_D is None
     assert [value(job) for job in others[1:]] == [2.5, 3.5, 4.5]
@@ -513,6 +540,16 @@ def test_what_every_run_takes_is_told_from_what_its_size_takes() -> None:
         line.add(size, 0.1 / size)  # which no such line is
     assert line.unit == 0
     assert line.fixed > 0
+
+
+def test_a_larger_run_than_any_before_says_what_size_costs() -> None:
+    line = Line()
+    for _ in range(2):
+        line.add(20, 0.0022)
+    line.add(2400, 0.026)
+    assert [line.fixed, line.unit] == pytest.approx([0.002, 1e-5])
+    line.add(2400, 26)  # a machine that paused
+    assert line.run(2400) < 0.08
 
 
 def test_prompts_that_wait_cost_what_the_line_through_the_runs_says_or_the_mean_of_a_token() -> None:
