@@ -34,7 +34,6 @@ LOGGER = getLogger("mmemb_deploy")
 
 PROMPTS = 0.6  # share of the time that prompts get while both wait,
 BESIDE = 0.3  # or of the time here, where more of them run in a lane
-FEW = 8  # prompts of a run that nobody waits for, where others run in a lane: nano takes a tenth less than for 32
 STALL = 0.025  # seconds that decoding goes on at most while prompts wait, or GATHER steps, if they take longer
 GATHER = 4  # steps after which rows join, however few
 MARGIN = 1.5  # runs; a row whose deadline is nearer than that settles
@@ -273,8 +272,6 @@ class Scheduler:
         Those that run here beside steps too take no longer than the steps that are owed for it may.
         """
         most, seconds = self._pace.prompts, math.inf
-        if self._pace.patient and self._beside.lane is not None:
-            most = min(most, FEW)
         if self._beside.free and not self.reasoning:
             most = min(most, -(-len(self._prompts) // 2))
         elif self._beside.busy and self.reasoning and not self._pace.patient:
