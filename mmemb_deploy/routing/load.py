@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from mmemb_deploy.bundle.manifest import CurvePoint
 
 UTILISATION = 0.8  # of a device's time, to be planned for
-OVERLAP = 1.7  # seconds of runs that pass in one where prompts run in a lane too; on two cores, with those who ask
+OVERLAP = 2  # seconds of runs in one, where prompts run in a lane too; of runs as slow as they are beside others
 DRAIN = 10  # times the patience, in which what waits is to be done beside what comes
 WINDOW = 4.0  # seconds over which arrivals are counted,
 RECENT = 256  # or the calls, whichever is shorter
