@@ -63,9 +63,9 @@ ROWS = {
         "| 2 CPU cores, one query alone | never | auto | always | auto against always |",
         "| nano: hit@1 | 0.725 | 0.885 | 0.900 | -0.015 |",
         "| nano: reasoning rate / rationale tokens | 0.00 / 0.0 | 0.21 / 4.7 | 1.00 / 14.1 |  |",
-        "| nano: p50 / p95 / p99, ms | 2.78 / 5.85 / 7.36 | 2.55 / 23.42 / 26.70 | 10.35 / 23.94 / 27.50 "
+        "| nano: p50 / p95 / p99, ms | 2.63 / 5.23 / 6.25 | 2.45 / 21.82 / 25.58 | 9.98 / 22.39 / 25.59 "
         "| 0.25x at p50 |",
-        "| nano: a second of random arrivals, p95 below 120 ms | 642 | 383 | 184 | 2.08x |",
+        "| nano: a second of random arrivals, p95 below 120 ms | 685 | 486 | 329 | 1.48x |",
         "| 0.2B int8: mean, ms | 190 | 297 | 668 | 0.44x |",
         "| 0.2B int8: of it prefill / decode | 186 / 0 | 186 / 106 | 186 / 472 |  |",
         "| 0.2B int8: a second, in batches of 32 | 4.7 | 3.8 | 2.9 | 1.32x |",
@@ -84,8 +84,8 @@ ROWS = {
         "| llama.cpp, float32 / 8-bit | 0.5x / 0.8x | 0.5x / 0.7x | 1.2x / 1.8x | 0.8x / 1.1x |",
         "| **fused int8** | 5.6x to 5.8x | 4.7x to 5.2x | 7.5x to 8.0x | 8.7x to 9.6x |",
     ],
-    "loops": ["| two-route: auto | 402 | 30 | 0.922 |  |", "| static: auto | 292 | 49 | 0.923 | 1.37x |"],
-    "loops-tight": ["| two-route: auto | 243 | 10 | 0.929 |  |", "| static: auto | 112 | 14 | 0.932 | 2.18x |"],
+    "loops": ["| two-route: auto | 497 | 20 | 0.922 |  |", "| static: auto | 404 | 71 | 0.923 | 1.23x |"],
+    "loops-tight": ["| two-route: auto | 239 | 12 | 0.927 |  |", "| static: auto | 135 | 20 | 0.935 | 1.77x |"],
     "loops-small": ["| two-route: auto | 20.4 | 433 | - |  |", "| static: auto | 19.5 | 1694 | - | 1.05x |"],
     "servers": [
         "| mmemb serve: never | 32.5 | 494 | - |  |",
@@ -106,8 +106,8 @@ ROWS = {
         "| index + float32 | 1.000, 1.1x | 1.000, 4.9x | 1.000, 24.8x | 1.000, 1.4x | 1.000, 6.4x |",
     ],
     "overload": [
-        "| 1 | 493 | 0.98 | 0.14 | 0.856 | 0.775 | 0.892 | 0.750 / 0.913 | 28 / 90 | 1.2% |",
-        "| 2 | 987 | 2.00 | 0.00 | 0.747 | 0.747 | 0.747 | 0.747 / 0.912 | 54 / 116 | 46.0% |",
+        "| 1 | 487 | 0.84 | 0.21 | 0.906 | 0.787 | 0.930 | 0.751 / 0.914 | 29 / 97 | 0.4% |",
+        "| 2 | 975 | 1.99 | 0.00 | 0.750 | 0.750 | 0.750 | 0.750 / 0.911 | 46 / 91 | 25.1% |",
     ],
     "peers-by-token": [
         "| 0.2B: transformers, seconds | 0.62 | 5.56 | 0.079 | 0.146 |",
@@ -147,9 +147,9 @@ def test_the_headline_is_of_nano() -> None:
         "| hit@1 | 0.725 | 0.885 | 0.900 |",
         "| reasoning rate | 0.00 | 0.21 | 1.00 |",
         "| rationale tokens | 0.0 | 4.7 | 14.1 |",
-        "| mean ms alone | 3.01 | 5.71 | 12.06 |",
-        "| requests a second, in batches of 32 | 912 | 660 | 498 |",
-        "| random arrivals a second, p95 below 120 ms | 642 | 383 | 184 |",
+        "| mean ms alone | 2.79 | 5.37 | 11.38 |",
+        "| requests a second, in batches of 32 | 1050 | 808 | 530 |",
+        "| random arrivals a second, p95 below 120 ms | 685 | 486 | 329 |",
     ]
     assert made.caption.startswith("2026-11-30; Intel(R) Xeon(R) Processor, 2 cores; `mmemb bench latency")
 
