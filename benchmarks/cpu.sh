@@ -19,6 +19,8 @@ section latency-small latency "$scratch/small-int8" --rounds 2 "${random[@]}"
 section load-small load "$scratch/small-int8" --trials 4 --p95-ms 1000 --loop two-route "${random[@]}"
 section loops-small load "$scratch/small-int8" --trials 7 --p95-ms 2500 --mode auto \
     --workload "short text" --queries 60 --reasoning-rate 0.23 --max-rationale-tokens 16
+section load-long-small load "$scratch/small-int8" --trials 5 --p95-ms 4000 --loop two-route \
+    --workload "short text" --queries 60 --reasoning-rate 0.23 --max-rationale-tokens 64
 section peers-small peers "$scratch/small" "$scratch/small-int8" --here --peer "transformers bfloat16" \
     --rounds 2 --written 16
 
