@@ -342,8 +342,8 @@ class Scheduler:
     def _reasons(self, job: Job) -> bool:
         """Return whether a job reasons by its score."""
         item, policy = job.item, job.policy
-        if item.given is not None or policy.reasoning != "auto":
-            return job.keeps
+        if job.reasons or not job.keeps:
+            return job.reasons
         item.threshold = policy.threshold
         if self.load is not None and job.yields:
             self.load.scored(item.score)
