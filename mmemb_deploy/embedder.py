@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from logging import INFO, WARNING, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -16,22 +15,21 @@ from numpy.typing import NDArray
 from mmemb_deploy.backends.choose import choose_backend
 from mmemb_deploy.backends.protocol import Engine, PromptGraphs
 from mmemb_deploy.bundle.folder import NANO, Bundle
-from mmemb_deploy.bundle.manifest import TOKENIZER, Manifest
-from mmemb_deploy.errors import InputError, MissingExtraError, OptionError, SchemaError, check_known
-from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.bundle.manifest import Manifest
+from mmemb_deploy.errors import InputError, OptionError
 from mmemb_deploy.inputs.preprocess import Floats
-from mmemb_deploy.inputs.prompts import PAD, PATH_MARKERS, PromptEncoder
+from mmemb_deploy.inputs.prompts import PAD, PATH_MARKERS
 from mmemb_deploy.inputs.rows import Row, RowEncoder
 from mmemb_deploy.options import EncodeOptions, Options
+from mmemb_deploy.preparer import Prepared, Preparer, normalised, row_encoder
 from mmemb_deploy.progress import counting
-from mmemb_deploy.results import Detail, EncodeResult, Timings
+from mmemb_deploy.results import EncodeResult
 from mmemb_deploy.routing.fast_path import FastPath
 from mmemb_deploy.routing.generation import Generator
 from mmemb_deploy.routing.items import Item
 from mmemb_deploy.routing.jobs import Call, Job, Pace
 from mmemb_deploy.routing.lane import PrefillLane
 from mmemb_deploy.routing.paths import Paths
-from mmemb_deploy.routing.router import MODES, Policy, Route
 from mmemb_deploy.routing.scheduler import Scheduler
 from mmemb_deploy.routing.vision import FeatureCache, VisionEncoder
 
@@ -41,18 +39,7 @@ if TYPE_CHECKING:
 LOGGER = getLogger("mmemb_deploy")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Inputs on their way through `Embedder.prepare` and `run`: how many, those that can be embedded, the others."""
-
-    inputs: int
-    items: list[Item]
-    failures: list[InputError]
-    options: Options
-    policy: Policy
-
-
-class Embedder:
+class Embedder(Preparer):
     """Embeds text, images, videos and documents with one bundle.
 
     Example:
@@ -69,11 +56,6 @@ class Embedder:
         notes: Sequence[str] = (),
     ) -> None:
         """Assemble an embedder from its parts; `load` does it for bundles."""
-        self.manifest = manifest
-        self.backend = engine.name
-        self.reasoner = reasoner
-        self.notes = tuple(notes)
-        self.encoder = encoder
         cache = FeatureCache[Any](manifest.batch.vision_bytes)
 
         def fast_path(graphs: Engine | PromptGraphs) -> FastPath:
@@ -83,13 +65,16 @@ class Embedder:
         generator = Generator(engine.decoder, encoder.prompt)
         if reasoner is not None and manifest.gate is None:
             raise OptionError(f"reasoner is {reasoner.name}: this bundle does not reason, so pass none")
-        self._remote = None if reasoner is None else reasoner.writer(encoder, generator, manifest.limits)
+        remote = None if reasoner is None else reasoner.writer(encoder, generator, manifest.limits)
+        super().__init__(manifest, encoder, backend=engine.name, chats=None if remote is None else remote.chats)
+        self.reasoner = reasoner
+        self.notes = tuple(notes)
         self.paths = Paths(
             fast_path(engine),
             generator,
             manifest.batch,
             manifest.cache_token_bytes,
-            writer=self._remote,
+            writer=remote,
             lane=None if engine.beside is None else PrefillLane(fast_path(engine.beside)),
         )
 
@@ -138,16 +123,6 @@ class Embedder:
             LOGGER.log(level, note)
         return cls(bundle.manifest, encoder, engine, reasoner, [note for _, note in notes])
 
-    @property
-    def dim(self) -> int:
-        """Size of the embeddings."""
-        return self.manifest.model.hidden_size
-
-    @property
-    def reasons(self) -> bool:
-        """Whether the bundle has a gate and a reasoning path."""
-        return self.manifest.gate is not None
-
     def encode(self, inputs: Sequence[Any], **options: Unpack[EncodeOptions]) -> NDArray[Any]:
         """Embed inputs as queries: float32 (inputs, dim), L2-normalised, in their order.
 
@@ -173,11 +148,6 @@ class Embedder:
         """Embed what is searched: `encode` with the bundle's document instruction, on the fast path unless asked."""
         return self.encode(inputs, **(self.document_options | options))
 
-    @property
-    def document_options(self) -> EncodeOptions:
-        """Options by which `encode` and `encode_detailed` embed what is searched."""
-        return {"instruction": self.manifest.prompt.document_instruction, "reasoning": "never"}
-
     def encode_detailed(
         self, inputs: Sequence[Any], *, errors: Literal["raise", "return"] = "raise", **options: Unpack[EncodeOptions]
     ) -> EncodeResult:
@@ -187,21 +157,6 @@ class Embedder:
         and the others are embedded.
         """
         return self.run(self.prepare(inputs, errors=errors, **options))
-
-    def prepare(
-        self, inputs: Sequence[Any], *, errors: Literal["raise", "return"] = "raise", **options: Unpack[EncodeOptions]
-    ) -> Prepared:
-        """Do the part of `encode_detailed` that needs no engine: check, decode, resize and tokenise.
-
-        What it returns goes to `run`; other threads can prepare the next inputs while an engine runs these. An
-        InputError among the inputs stands for one that could not be read.
-        """
-        settings = Options.of(dict(options))
-        check_known("errors", errors, ("raise", "return"))
-        self._check(inputs, settings)
-        policy = self._policy(settings)
-        items, failures = self._prepare(inputs, settings, keep_going=errors == "return")
-        return Prepared(len(inputs), items, failures, settings, policy)
 
     def run(self, prepared: Prepared) -> EncodeResult:
         """Embed what `prepare` returned, once."""
@@ -234,15 +189,6 @@ class Embedder:
             self._check_quota(prepared.items, call.quota)
         return [Job(item, policy, limit, call) for item in prepared.items]
 
-    def result(self, prepared: Prepared) -> EncodeResult:
-        """Return the embeddings and details of what a scheduler has run."""
-        embeddings = np.full((prepared.inputs, self.dim), np.nan, np.float32)
-        details: list[Detail | None] = [None] * prepared.inputs
-        for item in prepared.items:
-            embeddings[item.index] = item.embedding_D
-            details[item.index] = self._detail(item)
-        return EncodeResult(_finish(embeddings, prepared.options), details, prepared.failures)
-
     def _formerly(self, moved: set[str], inputs: Sequence[Any], options: dict[str, Any]) -> Any:
         """Answer a call of `encode` in its former form."""
         warnings.warn(
@@ -257,80 +203,24 @@ class Embedder:
     @staticmethod
     def similarity(queries: NDArray[Any], documents: NDArray[Any]) -> Floats:
         """Return the cosine of every query with every document, float32 (queries, documents)."""
-        left, right = (_normalised(np.asarray(side, np.float32)) for side in (queries, documents))
+        left, right = (normalised(np.asarray(side, np.float32)) for side in (queries, documents))
         return left @ right.T
 
-    def _check(self, inputs: Any, options: Options) -> None:
-        if isinstance(inputs, (str, bytes)) or not isinstance(inputs, Sequence):
-            raise OptionError(f"inputs is a {type(inputs).__name__}: pass a list, [input], even for a single input")
-        if options.rationales is not None and len(options.rationales) != len(inputs):
-            raise OptionError(
-                f"rationales has {len(options.rationales)} entries for {len(inputs)} inputs: pass one each"
-            )
-        if self.reasoner is not None and options.max_rationale_tokens == 0:
-            raise OptionError("max_rationale_tokens is 0: a reasoner writes at least 1; pass reasoning='never' instead")
-        if options.truncate_dim is not None and options.truncate_dim not in self.manifest.model.dims:
-            known = ", ".join(map(str, self.manifest.model.dims))
-            raise OptionError(f"truncate_dim is {options.truncate_dim}: this bundle was trained for {known}")
-
-    def _policy(self, options: Options) -> Policy:
-        gate = self.manifest.gate
-        if gate is not None:
-            threshold = gate.threshold if options.threshold is None else options.threshold
-            return Policy(options.reasoning, threshold, options.reasoning_rate)
-        refused = {
-            "reasoning": "always" if options.reasoning == "always" else None,
-            "threshold": options.threshold,
-            "reasoning_rate": options.reasoning_rate,
-            "rationales": options.rationales,
-        }
-        for name, value in refused.items():
-            if value is not None:
-                raise OptionError(
-                    f"{name} is {value!r}: {self.manifest.model.name} embeds without reasoning; leave {name} out, or "
-                    "load a bundle of an MMEmb-R1 checkpoint"
-                )
-        check_known("reasoning", options.reasoning, MODES)
-        return Policy("never")
-
-    def _prepare(
-        self, inputs: Sequence[Any], options: Options, *, keep_going: bool
-    ) -> tuple[list[Item], list[InputError]]:
-        items: list[Item] = []
-        failures: list[InputError] = []
-        instruction = options.instruction
-        if instruction is None:
-            instruction = self.manifest.prompt.query_instruction
-        rationales = options.rationales or [None] * len(inputs)
-        keep = self.reasons and options.reasoning != "never"
-        chat_of = None if self._remote is None or options.reasoning == "never" else self._remote.chats()
-        for index, (content, rationale) in enumerate(zip(inputs, rationales, strict=True)):
-            began = time.perf_counter()
+    def check_fits(self, prepared: Prepared) -> None:
+        """Raise InputError for an input that another Preparer let pass, and that the engines do not take."""
+        keep = self.reasons and prepared.options.reasoning != "never"
+        for item in prepared.items:
             try:
-                if isinstance(content, InputError):
-                    raise content
-                request = parse(content, self.manifest.limits, self.encoder.vision)
-                row = self.encoder.row(request, instruction)
-                given = self.encoder.prompt.tokenize(rationale) if isinstance(rationale, str) else rationale
-                self._check_length(row, given or [], keep=keep or given is not None)
-                chat = chat_of(content, request, instruction) if chat_of is not None and given is None else None
+                self._check_fits(item.row, item.given, keep=keep or item.given is not None)
             except InputError as error:
-                if not keep_going:
-                    raise error.at(index) from error
-                failures.append(error.at(index))
-            else:
-                given = None if given is None else list(given)
-                items.append(Item(index, row, time.perf_counter() - began, given, chat, request.pages))
-        return items, failures
+                raise error.at(item.index) from error
 
-    def _check_length(self, row: Row, given: Sequence[int], *, keep: bool) -> None:
-        rationale = max(self.manifest.model.max_rationale_tokens, len(given))
-        limit = self.manifest.batch.row_tokens - rationale - PATH_MARKERS
-        if row.length > limit:
-            raise InputError(
-                f"it becomes {row.length} tokens ({row.visual_tokens} of them visual), above the limit of {limit} "
-                f"beside a rationale of {rationale}: shorten the text, or pass fewer or smaller images"
-            )
+    def _check_length(self, row: Row, given: Sequence[int] | None, *, keep: bool) -> None:
+        super()._check_length(row, given, keep=keep)
+        self._check_fits(row, given, keep=keep)
+
+    def _check_fits(self, row: Row, given: Sequence[int] | None, *, keep: bool) -> None:
+        rationale = max(self.manifest.model.max_rationale_tokens, len(given or ()))
         if not self.paths.fast_path.fits(1, row.length, after=rationale + PATH_MARKERS if keep else None):
             raise InputError(
                 f"it becomes {row.length} tokens, which the engines do not take"
@@ -346,58 +236,3 @@ class Embedder:
                 f"reasoning_rate would hold {needed / 2**20:.0f} MiB of KV caches for {quota} inputs, above the "
                 f"bundle's {limit / 2**20:.0f} MiB: pass fewer inputs, or a threshold"
             )
-
-    def _detail(self, item: Item) -> Detail:
-        reasoned = item.reasoned
-        return Detail(
-            route=Route.FAST if reasoned is None else Route.REASON,
-            gate_score=item.score,
-            threshold=item.threshold,
-            rationale=None if reasoned is None else self.encoder.prompt.decode(reasoned.token_ids),
-            rationale_ids=() if reasoned is None else tuple(reasoned.token_ids),
-            rationale_source=item.source,
-            truncated=reasoned is not None and reasoned.truncated,
-            fallback=item.fallback,
-            degraded_by=item.degraded_by,
-            prompt_tokens=item.row.length,
-            visual_tokens=item.row.visual_tokens,
-            timings=Timings(item.preprocess, item.fast_path, item.generation, item.queued, item.held),
-            pages=item.pages,
-        )
-
-
-def row_encoder(bundle: Bundle) -> RowEncoder:
-    """Return what turns a bundle's inputs into rows.
-
-    Raises MissingExtraError where tokenizers is not installed, SchemaError where the manifest's markers are not the
-    tokenizer's.
-    """
-    try:
-        from tokenizers import Tokenizer
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("tokenizers", "cpu") from error
-    prompt = PromptEncoder(Tokenizer.from_file(str(bundle.folder / TOKENIZER)), bundle.manifest.prompt)
-    for marker, token in prompt.ids.items():
-        if bundle.manifest.markers.get(marker) != token:
-            raise SchemaError(
-                f"{bundle.folder}: markers.{marker} is {bundle.manifest.markers.get(marker)}, and the tokenizer's is "
-                f"{token}; copy the bundle again, or export it again"
-            )
-    return RowEncoder(prompt, bundle.manifest.vision)
-
-
-def _finish(embeddings: Floats, options: Options) -> NDArray[Any]:
-    """Truncate and quantise; see `Options.truncate_dim` and `Options.precision`."""
-    if options.truncate_dim is not None:
-        embeddings = _normalised(embeddings[:, : options.truncate_dim])
-    if options.precision == "float32":
-        return embeddings
-    known = np.nan_to_num(embeddings, nan=0.0)
-    if options.precision == "int8":
-        return np.rint(known * 127).astype(np.int8)
-    return np.packbits(known > 0, axis=1)
-
-
-def _normalised(rows: Floats) -> Floats:
-    normalised: Floats = rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
-    return normalised

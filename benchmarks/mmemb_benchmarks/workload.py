@@ -20,13 +20,14 @@ from mmemb_deploy.backends.choose import choose_backend
 from mmemb_deploy.backends.protocol import Engine
 from mmemb_deploy.bundle.folder import NANO, Bundle
 from mmemb_deploy.bundle.manifest import Manifest
-from mmemb_deploy.embedder import Embedder, row_encoder
+from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import OptionError, check_known
 from mmemb_deploy.evaluation.digitchain import DigitChain
 from mmemb_deploy.evaluation.pairs import Pair, encode_queries, read_pairs
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.rows import Row, RowEncoder
 from mmemb_deploy.jobs.source import read_source
+from mmemb_deploy.preparer import row_encoder
 
 LARGEST_SIDE = 1024  # pixels
 PAGE_SIDE = 512  # pixels that a page is drawn at, at least, lest there be no space for a line

@@ -18,13 +18,13 @@ from mmemb_deploy.backends.tensorrt.files import WINDOW, ProfileShapes
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import GraphFacts, Manifest
-from mmemb_deploy.embedder import row_encoder
 from mmemb_deploy.errors import InputError, OptionError
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.preprocess import MAX_ASPECT_RATIO, VisionSpec
 from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_deploy.inputs.rows import Row
 from mmemb_deploy.jobs.source import read_source
+from mmemb_deploy.preparer import row_encoder
 from mmemb_engines.graph import SLOTS
 
 OPT_TOKENS, OPT_PATCHES = 256, 1024  # of a prompt and an image, until traffic says otherwise

@@ -9,10 +9,11 @@ from mmemb_deploy.backends.tensorrt.backend import TensorRT
 from mmemb_deploy.backends.tensorrt.files import EngineSet, write_set
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.embedder import Embedder, row_encoder
+from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.evaluation.parity import ReferenceSet, bounds_of, measure
 from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.preparer import row_encoder
 
 PROMPTS = abi.DIRECT, abi.EMBEDDER
 AXES = {  # that bound an input, and the graphs that read it

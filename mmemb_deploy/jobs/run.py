@@ -8,7 +8,7 @@ from functools import partial
 from itertools import groupby
 from operator import itemgetter
 
-from mmemb_deploy.embedder import Embedder, Prepared
+from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import InputError
 from mmemb_deploy.jobs.ahead import Ahead
 from mmemb_deploy.jobs.job import Job, Summary
@@ -16,6 +16,7 @@ from mmemb_deploy.jobs.parts import write_part
 from mmemb_deploy.jobs.records import Record
 from mmemb_deploy.machine import cores
 from mmemb_deploy.options import Options
+from mmemb_deploy.preparer import Prepared
 from mmemb_deploy.results import EncodeResult
 from mmemb_deploy.routing import jobs as routing
 

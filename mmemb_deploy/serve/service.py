@@ -10,10 +10,11 @@ from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
-from mmemb_deploy.embedder import Embedder, Prepared
+from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import DeadlineError, MmembError, OverloadError
 from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.options import EncodeOptions
+from mmemb_deploy.preparer import Prepared
 from mmemb_deploy.results import EncodeResult
 from mmemb_deploy.routing.costs import Costs, Mean
 from mmemb_deploy.routing.jobs import Bounds, Job, Pace

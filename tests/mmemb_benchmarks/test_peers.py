@@ -24,7 +24,7 @@ from mmemb_benchmarks.peers.process import PeerError, PeerProcess, interpreter
 from mmemb_benchmarks.workload import Maker
 from mmemb_deploy import OptionError
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.embedder import row_encoder
+from mmemb_deploy.preparer import row_encoder
 
 WRONG, ABSENT = "transformers of another checkpoint", "llama.cpp float32"  # which no environment of the tests holds
 

@@ -26,12 +26,12 @@ from mmemb_deploy.backends.tensorrt.files import WINDOW
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
 from mmemb_deploy.bundle.manifest import GraphFacts, TensorFacts
-from mmemb_deploy.embedder import row_encoder
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.inputs.parse import parse
 from mmemb_deploy.inputs.prompts import PAD
 from mmemb_deploy.inputs.rows import Batch, collate
 from mmemb_deploy.options import EncodeOptions
+from mmemb_deploy.preparer import row_encoder
 from mmemb_engines.graph import prepared, write_prepared
 from mmemb_training.checkpoint import load_checkpoint
 from mmemb_training.runtime import torch_embedder

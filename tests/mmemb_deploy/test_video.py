@@ -30,7 +30,6 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from transformers.video_utils import VideoMetadata, read_video_pyav
 
 from mmemb_deploy.bundle.folder import NANO, Bundle
-from mmemb_deploy.embedder import row_encoder
 from mmemb_deploy.errors import InputError
 from mmemb_deploy.inputs import video
 from mmemb_deploy.inputs.limits import Limits
@@ -39,6 +38,7 @@ from mmemb_deploy.inputs.parse import Request, parse
 from mmemb_deploy.inputs.preprocess import QWEN3_VL, resized_video_size
 from mmemb_deploy.inputs.sampling import Sampling, frame_count, frame_indices
 from mmemb_deploy.inputs.video import Index, reachable
+from mmemb_deploy.preparer import row_encoder
 
 Pixels = NDArray[np.uint8]
 MakeClip = Callable[..., Path]

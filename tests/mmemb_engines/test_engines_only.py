@@ -7,9 +7,9 @@ import pytest
 from mmemb_deploy.backends.onnxruntime import OnnxRuntime
 from mmemb_deploy.backends.tensorrt.files import EngineSet, find_set, graph_hash, read_engine
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.embedder import row_encoder
 from mmemb_deploy.errors import BackendError, IntegrityError, OptionError
 from mmemb_deploy.evaluation.parity import REFERENCE, reference_of
+from mmemb_deploy.preparer import row_encoder
 from mmemb_engines.build import built_here
 from mmemb_engines.engines_only import write_engines_only
 

@@ -7,10 +7,10 @@ import pytest
 from mmemb_deploy.backends.tensorrt.files import EngineSet
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.embedder import row_encoder
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.evaluation.parity import reference_of
 from mmemb_deploy.inputs.parse import parse
+from mmemb_deploy.preparer import row_encoder
 from mmemb_engines.verify import fitting
 
 Built = tuple[Bundle, EngineSet]

@@ -17,11 +17,12 @@ from PIL import Image
 from pydantic import BaseModel
 
 from mmemb_benchmarks.timing import Spent
-from mmemb_deploy.embedder import Embedder, Prepared
+from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.jobs.job import Job
 from mmemb_deploy.jobs.run import embed_source, prepare
 from mmemb_deploy.jobs.source import read_source
 from mmemb_deploy.options import EncodeOptions
+from mmemb_deploy.preparer import Prepared
 
 OCTAVES = 9  # of a photo's structure, each twice as fine and half as strong as the one before
 QUALITY = 90  # of its JPEG

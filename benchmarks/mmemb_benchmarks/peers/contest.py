@@ -23,7 +23,7 @@ from mmemb_benchmarks.peers.contenders import INSTRUCTION, Ids
 from mmemb_benchmarks.peers.process import PeerError, PeerProcess, interpreter
 from mmemb_benchmarks.workload import Maker
 from mmemb_deploy.bundle.folder import Bundle
-from mmemb_deploy.embedder import row_encoder
+from mmemb_deploy.preparer import row_encoder
 
 BASELINE = "transformers"
 SETTLE = 0.3  # seconds after which the threads of OpenMP and ONNX Runtime have stopped spinning

@@ -21,11 +21,11 @@ from mmemb_deploy.backends.protocol import Extended, Prefilled
 from mmemb_deploy.bundle import abi
 from mmemb_deploy.bundle.folder import NANO, Bundle
 from mmemb_deploy.bundle.manifest import BatchLimits
-from mmemb_deploy.embedder import row_encoder
 from mmemb_deploy.errors import BackendError
 from mmemb_deploy.inputs.preprocess import Ints
 from mmemb_deploy.inputs.prompts import END_THINK, PAD, PromptEncoder
 from mmemb_deploy.inputs.rows import Batch, Row
+from mmemb_deploy.preparer import row_encoder
 from mmemb_deploy.routing.fast_path import FastPath, FastResult
 from mmemb_deploy.routing.generation import Generator as Reasoning
 from mmemb_deploy.routing.paths import Paths

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from mmemb_benchmarks.simulation.fleet import Request, Traffic
-from mmemb_deploy.embedder import Embedder, Prepared
+from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.evaluation.pairs import Pair
+from mmemb_deploy.preparer import Prepared
 from mmemb_deploy.results import Detail
 from mmemb_deploy.routing.costs import ByRows, Costs
 from mmemb_deploy.routing.items import Item
