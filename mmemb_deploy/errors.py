@@ -17,11 +17,22 @@ MmembError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class MmembError(Exception):
     """Base of every error this package raises on purpose."""
+
+    def __reduce__(self) -> tuple[Callable[..., MmembError], tuple[Any, ...]]:
+        """Let other processes have it whole, whatever its class is made of."""
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[MmembError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> MmembError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(attributes)
+    return error
 
 
 class InputError(MmembError, ValueError):
