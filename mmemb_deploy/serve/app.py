@@ -60,10 +60,10 @@ def create_app(
     `digest` is the bundle's, `gallery` what the page at `/` searches (None leaves the page out), `reader` reads images
     in place of the one that the settings describe, `traces` makes spans, and `metrics` counts, in place of its own.
     """
-    embedder = service.embedder
+    preparer = service.preparer
     served = Served(
-        embedder=embedder,
-        names=settings.model_names or (embedder.manifest.model.name,),
+        preparer=preparer,
+        names=settings.model_names or (preparer.manifest.model.name,),
         max_inputs=settings.max_inputs,
         max_waiting_rows=settings.max_waiting_rows,
         digest=digest,
@@ -217,7 +217,7 @@ class Tries:
 
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self._service, self._metrics = service, metrics
-        self.embedder = service.embedder
+        self.preparer = service.preparer
 
     async def watch(self, ask: Ask) -> AsyncGenerator[Event]:
         """Do as `Service.watch`."""

@@ -61,14 +61,16 @@ def serve(
     from mmemb_deploy.bundle.folder import NANO
     from mmemb_deploy.bundle.folder import Bundle as OpenBundle
     from mmemb_deploy.bundle.manifest import manifest_digest
-    from mmemb_deploy.embedder import Embedder
+    from mmemb_deploy.preparer import Preparer, row_encoder
     from mmemb_deploy.serve.app import create_app
     from mmemb_deploy.serve.logs import log_json
     from mmemb_deploy.serve.page.gallery import open_gallery
+    from mmemb_deploy.serve.process import EngineProcess
     from mmemb_deploy.serve.server import run
     from mmemb_deploy.serve.service import Service
     from mmemb_deploy.serve.settings import read_keys, settings_of
     from mmemb_deploy.serve.tracing import Traces
+    from mmemb_deploy.serve.worker import Limits
 
     settings = settings_of(
         host=host,
@@ -112,10 +114,14 @@ def serve(
     log_json(settings.log_level)
     if not settings.api_keys and settings.host not in LOCAL:
         LOGGER.warning("whoever reaches %s is let in, as there are no keys: pass --api-keys", settings.host)
-    embedder = Embedder.of_bundle(opened, backend=backend, device=device, threads=threads)
-    searched = open_gallery(embedder, gallery) if page else None
-    service = Service(embedder, max_waiting_rows=settings.max_waiting_rows, max_wait=settings.max_wait_seconds)
-    name = (settings.model_names or (embedder.manifest.model.name,))[0]
-    traces = Traces(name, embedder.dim) if settings.otel else None
+    limits = Limits(max_wait=settings.max_wait_seconds)
+    engine = EngineProcess(
+        opened, backend=backend, device=device, threads=threads, limits=limits, log_level=settings.log_level
+    )
+    preparer = Preparer(opened.manifest, row_encoder(opened), backend=engine.loaded())
+    searched = open_gallery(preparer, engine.encode_document, gallery) if page else None
+    service = Service(preparer, engine, max_waiting_rows=settings.max_waiting_rows)
+    name = (settings.model_names or (preparer.manifest.model.name,))[0]
+    traces = Traces(name, preparer.dim) if settings.otel else None
     app = create_app(service, settings, digest=manifest_digest(opened.folder), gallery=searched, traces=traces)
     run(app, service, settings)

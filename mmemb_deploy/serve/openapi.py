@@ -95,7 +95,7 @@ def document(contracts: Sequence[Contract], served: Served, *, locked: bool) -> 
 
 def _narrow(properties: JSON, served: Served) -> None:
     """List the values that this server's model takes, where a contract alone would take any."""
-    dims = served.embedder.manifest.model.dims
+    dims = served.preparer.manifest.model.dims
     for name, values in {"model": served.names, "dimensions": dims, "output_dimension": dims}.items():
         if name in properties:
             properties[name]["anyOf"][0]["enum"] = list(values)

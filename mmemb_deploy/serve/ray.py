@@ -30,6 +30,7 @@ from mmemb_deploy.serve.scaling import BUSY, QUEUED, ScaleByWork
 from mmemb_deploy.serve.service import Service
 from mmemb_deploy.serve.settings import Settings, read_keys, settings_of
 from mmemb_deploy.serve.tracing import Traces
+from mmemb_deploy.serve.worker import Limits
 
 NAME = "mmemb"
 MARGIN = 5.0  # seconds for the last answers, after the drain
@@ -71,8 +72,9 @@ class Replica:
         embedder = Embedder.of_bundle(opened, backend=arguments.backend, threads=arguments.threads)
         self._arguments, self._digest = arguments, manifest_digest(opened.folder)
         settings = arguments.settings
-        self._service = Service(
-            embedder, max_waiting_rows=settings.max_waiting_rows, max_wait=settings.max_wait_seconds
+        self._embedder = embedder
+        self._service = Service.in_thread(
+            embedder, max_waiting_rows=settings.max_waiting_rows, limits=Limits(max_wait=settings.max_wait_seconds)
         )
         self._name = (settings.model_names or (embedder.manifest.model.name,))[0]
         labels = {"replica": serve.get_replica_context().replica_id.unique_id}
@@ -81,12 +83,12 @@ class Replica:
         self._told_at, self._ran = time.monotonic(), 0.0
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        arguments, settings, embedder = self._arguments, self._arguments.settings, self._service.embedder
+        arguments, settings, embedder = self._arguments, self._arguments.settings, self._embedder
         front = create_app(
             self._service,
             settings,
             digest=self._digest,
-            gallery=open_gallery(embedder, arguments.gallery) if arguments.page else None,
+            gallery=open_gallery(embedder, embedder.encode_document, arguments.gallery) if arguments.page else None,
             traces=Traces(self._name, embedder.dim) if settings.otel else None,
             metrics=self._metrics,
         )

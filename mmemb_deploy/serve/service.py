@@ -6,77 +6,55 @@ import asyncio
 import gc
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from typing import Self
 
 from mmemb_deploy.embedder import Embedder
-from mmemb_deploy.errors import DeadlineError, MmembError, OverloadError
-from mmemb_deploy.inputs.preprocess import Floats
-from mmemb_deploy.options import EncodeOptions
-from mmemb_deploy.preparer import Prepared
+from mmemb_deploy.errors import BackendError, DeadlineError, OverloadError
+from mmemb_deploy.preparer import Prepared, Preparer
 from mmemb_deploy.results import EncodeResult
-from mmemb_deploy.routing.costs import Costs, Mean
-from mmemb_deploy.routing.jobs import Bounds, Job, Pace
-from mmemb_deploy.routing.load import LoadGate
-from mmemb_deploy.routing.scheduler import Scheduler
 from mmemb_deploy.serve.ask import Ask, Ended, Event, Scored, Wrote
-from mmemb_deploy.serve.engine import EngineThread
 from mmemb_deploy.serve.light import is_light
-
-WAITING_TOKENS = 2**20  # of prompts that have not run
-WAITING_BYTES = 2**30  # of decoded pixels in them
-WARM_ROWS = 8  # of the batches from which the costs of full ones are known at first
+from mmemb_deploy.serve.thread import EngineThread
+from mmemb_deploy.serve.worker import Abandon, Cancel, End, Engine, Found, Limits, Order, Report, State, Told, Worker
 
 
 class Service:
-    """Embeds what many requests ask, together; in one event loop, with one engine thread."""
+    """Embeds what many requests ask, together; in one event loop, with one engine."""
 
-    def __init__(
-        self,
-        embedder: Embedder,
-        *,
-        max_waiting_rows: int = 4096,
-        max_wait: float = math.inf,
-        batch_size: int = 32,
-        patience: float = 0.5,
-    ) -> None:
-        """`batch_size` are the rows that run together; `patience` the seconds that a row may wait before load is high.
-
-        `max_waiting_rows` bounds the inputs that are accepted and not yet answered; a request before which prompts of
-        more than `max_wait` seconds wait is refused.
-        """
-        self.embedder = embedder
+    def __init__(self, preparer: Preparer, engine: Engine, *, max_waiting_rows: int = 4096) -> None:
+        """`max_waiting_rows` bounds the inputs that are accepted and not yet answered."""
+        self.preparer = preparer
         self.ready = False
-        gate = embedder.manifest.gate
-        curve, overlaps = () if gate is None else gate.curve, embedder.paths.lane is not None
-        self._load = LoadGate(curve, patience=patience, overlaps=overlaps)
-        bounds = Bounds(tokens=WAITING_TOKENS, media_bytes=WAITING_BYTES, seconds=max_wait)
-        pace = Pace(prompts=batch_size, rationales=batch_size, patient=False, bounds=bounds)
-        self.scheduler = Scheduler(embedder.paths, pace, time.monotonic, load=self._load)
-        self._engine = EngineThread(self.scheduler)
+        self._engine = engine
+        self._defect: str | None = None
+        self._state: State | None = None  # as the engine told it last
+        self._listeners: dict[int, Callable[[Told], None]] = {}  # of orders, by their numbers
+        self._orders = 0
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._limit, self._rows = max_waiting_rows, 0
         self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
 
+    @classmethod
+    def in_thread(cls, embedder: Embedder, *, max_waiting_rows: int = 4096, limits: Limits | None = None) -> Self:
+        """Return a service whose engine runs in a thread of this process."""
+        worker = Worker(embedder, limits or Limits())
+        return cls(embedder, EngineThread(worker), max_waiting_rows=max_waiting_rows)
+
     async def start(self) -> None:
-        """Run each path, so that no request pays for what an engine does the first time, and costs are known.
+        """Wait until the engine is warm. Raises BackendError where it has a defect.
 
         From then on until `drain`, the process's garbage collector passes over what lives now: nearly none of it ever
         is garbage, and to look at 170,000 objects stops every thread for up to a quarter of a second.
         """
-        self._engine.start()
-        modes: list[EncodeOptions] = [{"reasoning": "never"}]
-        if self.embedder.reasons:
-            modes.insert(0, {"reasoning": "always", "max_rationale_tokens": 2})
-        for _ in range(2):
-            self.scheduler.costs = Costs()  # without what the first runs cost
-            for rows in (1, min(WARM_ROWS, self._limit)):
-                for options in modes:
-                    await self.embed(Ask(inputs=["one"] * rows, options=options))
-        self.scheduler.costs.length = Mean()
+        self._warm = asyncio.Event()
+        await self._engine.start(self._heard)
+        await self._warm.wait()
+        self._check_alive()
         gc.freeze()
         self.ready = True
 
@@ -89,27 +67,16 @@ class Service:
         deadline = _deadline(ask)
         with self._accepted(len(ask.inputs)):
             prepared = await self._prepare(ask)
-            loop = asyncio.get_running_loop()
-            done: asyncio.Future[None] = loop.create_future()
-            jobs = self._jobs(prepared, ask, deadline)
-            left = len(jobs)
+            done: asyncio.Future[End] = asyncio.get_running_loop().create_future()
 
-            def ended(job: Job) -> None:
-                nonlocal left
-                left -= 1
-                if job.error is not None or not left:
-                    loop.call_soon_threadsafe(_finish, done, job.error)
+            def told(event: Told) -> None:
+                if isinstance(event, End) and not done.done():
+                    done.set_result(event)
 
-            for job in jobs:
-                job.ended = ended
-            if jobs:
-                self._submit(jobs, ask, lambda error: loop.call_soon_threadsafe(_finish, done, error))
-                try:
-                    await done
-                finally:
-                    if left:
-                        self.scheduler.cancel(jobs)
-            result = self.embedder.result(prepared)
+            if prepared.items:
+                with self._ordered(prepared, ask, deadline, told):
+                    _take(await done, prepared)
+            result = self.preparer.result(prepared)
             if (late := time.monotonic() - deadline) > 0:
                 raise DeadlineError(f"it was done {late:.3f} s after its deadline: allow more, or ask again later")
             return result
@@ -122,32 +89,19 @@ class Service:
         began, deadline = time.perf_counter(), _deadline(ask)
         with self._accepted(len(ask.inputs)):
             prepared = await self._prepare(ask)
-            loop = asyncio.get_running_loop()
-            events: asyncio.Queue[list[int] | MmembError | Floats | None] = asyncio.Queue()
-
-            def tell(event: list[int] | MmembError | Floats | None) -> None:
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-            (job,) = jobs = self._jobs(prepared, ask, deadline)
-            job.scored = lambda job: tell(job.item.embedding_D)
-            job.wrote = lambda job: tell([] if job.writing is None else list(job.writing.token_ids))
-            job.ended = lambda job: tell(job.error)
-            self._submit(jobs, ask, tell)
-            told, decode = "", self.embedder.encoder.prompt.decode
-            try:
-                while (event := await events.get()) is not None:
-                    if isinstance(event, MmembError):
-                        raise event
-                    if isinstance(event, list):
-                        words = decode(event)
-                        if len(words) > len(told) and not words.endswith("\N{REPLACEMENT CHARACTER}"):
-                            yield Wrote(words[len(told) :])
-                            told = words
-                    else:
-                        yield Scored(job.item.score, self.threshold, event, time.perf_counter() - began)
-            finally:
-                self.scheduler.cancel(jobs)
-            result = self.embedder.result(prepared)
+            events: asyncio.Queue[Told] = asyncio.Queue()
+            written, decode = "", self.preparer.encoder.prompt.decode
+            with self._ordered(prepared, ask, deadline, events.put_nowait, watched=True):
+                while not isinstance(event := await events.get(), End):
+                    if isinstance(event, Found):
+                        yield Scored(event.score, self.threshold, event.embedding_D, time.perf_counter() - began)
+                        continue
+                    words = decode(event)
+                    if len(words) > len(written) and not words.endswith("\N{REPLACEMENT CHARACTER}"):
+                        yield Wrote(words[len(written) :])
+                        written = words
+            _take(event, prepared)
+            result = self.preparer.result(prepared)
             (detail,) = result.details
             assert detail is not None
             yield Ended(detail, result.embeddings[0], time.perf_counter() - began)
@@ -155,23 +109,27 @@ class Service:
     @property
     def alive(self) -> bool:
         """Whether the engine can still be asked; if not, only a restart helps."""
-        return self._engine.defect is None
+        return self._defect is None
 
     @property
     def threshold(self) -> float | None:
         """Gate score from which an input reasons now, None without a gate."""
-        gate = self.embedder.manifest.gate
-        return None if gate is None else max(gate.threshold, self._load.threshold)
+        gate = self.preparer.manifest.gate
+        return self._state.threshold if self._state is not None else None if gate is None else gate.threshold
 
     @property
     def backlog_seconds(self) -> float:
         """Seconds of work that the engine has before it, by what runs have cost."""
-        return self.scheduler.backlog_seconds
+        return 0.0 if self._state is None else self._state.backlog_seconds
 
     @property
     def engine_seconds(self) -> float:
         """Seconds in which the engine has run, since the start."""
-        return self.scheduler.ran
+        return 0.0 if self._state is None else self._state.engine_seconds
+
+    def figures(self) -> Mapping[str, float]:
+        """Return what /metrics shows of the queues; `mmemb_deploy.serve.metrics.FIGURES` lists the names."""
+        return {} if self._state is None else self._state.figures
 
     async def drain(self, seconds: float) -> None:
         """Accept nothing more, wait at most so long for what was accepted, and let go of the rest."""
@@ -181,26 +139,9 @@ class Service:
         self._readers.shutdown(wait=False, cancel_futures=True)
         if self.alive:
             late = OverloadError("the server stops: ask another one", reason="draining", retry_after=1.0)
-            self._engine.call(lambda: self.scheduler.abandon(late))
-        await asyncio.to_thread(self._engine.stop)
+            self._engine.send(Abandon(late))
+        await self._engine.stop()
         gc.unfreeze()
-
-    def figures(self) -> Mapping[str, float]:
-        """Return what /metrics shows of the queues now; `mmemb_deploy.serve.metrics.FIGURES` lists the names."""
-        scheduler, paths = self.scheduler, self.embedder.paths
-        features = paths.fast_path.vision.cache
-        figures = {
-            "num_requests_running": float(scheduler.decoded),
-            "num_requests_waiting:prompt": float(scheduler.waiting),
-            "num_requests_waiting:reasoning": float(scheduler.reasoning - scheduler.decoded),
-            "mm_cache_queries": float(features.asked),
-            "mm_cache_hits": float(features.found),
-            "kv_cache_usage_perc": scheduler.cache_tokens * paths.token_bytes / paths.limits.cache_bytes,
-        }
-        if self.threshold is not None:
-            figures["gate_threshold"] = self.threshold
-        figures |= {f"engine_seconds:{run}": seconds for run, seconds in scheduler.seconds.items()}
-        return figures
 
     @contextmanager
     def _accepted(self, rows: int) -> Generator[None]:
@@ -225,39 +166,53 @@ class Service:
 
     async def _prepare(self, ask: Ask) -> Prepared:
         def prepare() -> Prepared:
-            return self.embedder.prepare(ask.inputs, **ask.options)
+            return self.preparer.prepare(ask.inputs, **ask.options)
 
         if is_light(ask.inputs):
             return prepare()
         return await asyncio.get_running_loop().run_in_executor(self._readers, prepare)
 
-    def _jobs(self, prepared: Prepared, ask: Ask, deadline: float) -> list[Job]:
-        jobs = self.embedder.jobs(prepared)
-        options = prepared.options
-        judged = options.reasoning == "auto" and options.threshold is None and options.reasoning_rate is None
-        for job in jobs:
-            job.priority = ask.priority
-            job.deadline = deadline
-            job.yields = judged and ask.on_overload == "direct"
-            job.exact = ask.on_overload == "reject"
-        return jobs
+    @contextmanager
+    def _ordered(
+        self, prepared: Prepared, ask: Ask, deadline: float, told: Callable[[Told], None], *, watched: bool = False
+    ) -> Generator[None]:
+        """Let the engine run what is prepared, and `told` hear of it; whoever leaves before its end gives it up."""
+        self._check_alive()
+        self._orders += 1
+        number = self._orders
 
-    def _submit(self, jobs: Sequence[Job], ask: Ask, failed: Callable[[MmembError], object]) -> None:
-        def submit() -> None:
-            try:
-                self.scheduler.submit(jobs)
-            except OverloadError as error:
-                failed(error)
+        def listen(event: Told) -> None:
+            if isinstance(event, End):
+                del self._listeners[number]
+            told(event)
 
-        gate = self.embedder.manifest.gate
-        if ask.on_overload == "reject" and gate is not None and self._load.threshold > gate.threshold:
-            raise OverloadError(
-                f"load lets only inputs of a score from {self._load.threshold:.2f} reason: ask again later, or let "
-                "on_overload be 'direct' or 'wait'",
-                reason="load",
-                retry_after=1.0,
-            )
-        self._engine.call(submit)
+        self._listeners[number] = listen
+        rows = [(item.index, item.row, item.given) for item in prepared.items]
+        asked = (ask.priority, deadline, ask.on_overload)
+        self._engine.send(Order(number, rows, prepared.options, prepared.policy, *asked, watched))
+        try:
+            yield
+        finally:
+            if self._listeners.pop(number, None) is not None and self.alive:
+                self._engine.send(Cancel(number))
+
+    def _heard(self, report: Report) -> None:
+        self._state = report.state or self._state
+        for number, event in report.told:
+            if (listen := self._listeners.get(number)) is not None:
+                listen(event)
+        if report.defect is not None:
+            self._defect = report.defect
+            for listen in list(self._listeners.values()):
+                listen(End(self._dead()))
+        self._warm.set()
+
+    def _check_alive(self) -> None:
+        if not self.alive:
+            raise self._dead()
+
+    def _dead(self) -> BackendError:
+        return BackendError(f"{self._defect}: start the server again")
 
 
 def _deadline(ask: Ask) -> float:
@@ -265,10 +220,9 @@ def _deadline(ask: Ask) -> float:
     return math.inf if ask.deadline is None else time.monotonic() + ask.deadline
 
 
-def _finish(done: asyncio.Future[None], error: MmembError | None) -> None:
-    if done.done():
-        return
-    if error is None:
-        done.set_result(None)
-    else:
-        done.set_exception(error)
+def _take(end: End, prepared: Prepared) -> None:
+    """Put what was found of an order's inputs to them. Raises the error that ended it."""
+    if end.error is not None:
+        raise end.error
+    for item, outcome in zip(prepared.items, end.outcomes, strict=True):
+        item.outcome = outcome

@@ -44,12 +44,12 @@ def embedder() -> Embedder:
 
 @pytest.fixture(scope="module")
 def gallery(embedder: Embedder) -> Gallery:
-    return open_gallery(embedder)
+    return open_gallery(embedder, embedder.encode_document)
 
 
 @pytest.fixture(scope="module")
 def app(embedder: Embedder, gallery: Gallery) -> ASGIApp:
-    return create_app(Service(embedder), Settings(drain_seconds=5), gallery=gallery)
+    return create_app(Service.in_thread(embedder), Settings(drain_seconds=5), gallery=gallery)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ class Scripted:
     """Tells events that were written before, and whether it was closed."""
 
     def __init__(self, embedder: Embedder, *events: Event, forever: bool = False) -> None:
-        self.embedder, self._events, self._forever, self.closed = embedder, events, forever, False
+        self.preparer, self._events, self._forever, self.closed = embedder, events, forever, False
 
     async def watch(self, ask: Ask) -> AsyncGenerator[Event]:
         del ask
@@ -234,7 +234,7 @@ def test_a_folder_of_pictures_is_a_gallery(embedder: Embedder, tmp_path: Path) -
     for name, colour in (("dark", 40), ("light", 220)):
         Image.new("RGB", (300, 200), (colour, colour, colour)).save(tmp_path / f"{name}.png")
     (tmp_path / "notes.txt").write_text("no picture")
-    gallery = open_gallery(embedder, tmp_path)
+    gallery = open_gallery(embedder, embedder.encode_document, tmp_path)
     assert [document.name for document in gallery.documents] == ["dark", "light"]
     assert np.allclose(
         gallery.vectors_ND,
@@ -246,12 +246,12 @@ def test_a_folder_of_pictures_is_a_gallery(embedder: Embedder, tmp_path: Path) -
 
 def test_a_folder_without_pictures_or_with_a_broken_one_is_refused(embedder: Embedder, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=f"0 pictures .* pass 1 to {MOST_PICTURES}"):
-        open_gallery(embedder, tmp_path)
+        open_gallery(embedder, embedder.encode_document, tmp_path)
     with pytest.raises(OptionError, match="no folder"):
-        open_gallery(embedder, tmp_path / "missing")
+        open_gallery(embedder, embedder.encode_document, tmp_path / "missing")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match="broken"):
-        open_gallery(embedder, tmp_path)
+        open_gallery(embedder, embedder.encode_document, tmp_path)
 
 
 def test_the_page_asks_nothing_of_others_and_runs_only_its_own_script(client: TestClient) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -14,25 +15,30 @@ from mmemb_deploy import BackendError, DeadlineError, Embedder, InputError, Opti
 from mmemb_deploy.backends import host_device
 from mmemb_deploy.backends.host_device import HostMemory
 from mmemb_deploy.options import EncodeOptions
+from mmemb_deploy.preparer import Prepared, Preparer
 from mmemb_deploy.results import EncodeResult
-from mmemb_deploy.serve import service as service_module
 from mmemb_deploy.serve.ask import Ask, Ended, Scored, Wrote
 from mmemb_deploy.serve.service import Service
+from mmemb_deploy.serve.thread import EngineThread
+from mmemb_deploy.serve.worker import End, Limits, Order, Worker
 
 
-def serving(embedder: Embedder, use: Callable[[Service], Awaitable[None]], **settings: Any) -> None:
+def serving(
+    embedder: Embedder, use: Callable[[Service, Worker], Awaitable[None]], most: int = 4096, **settings: Any
+) -> None:
     """Start a service, use it, drain it."""
 
     async def run() -> None:
-        service = Service(embedder, **settings)
+        worker = Worker(embedder, Limits(**settings))
+        service = Service(embedder, EngineThread(worker), max_waiting_rows=most)
         await service.start()
         assert service.ready
         try:
-            await use(service)
+            await use(service, worker)
         finally:
             await service.drain(10)
         assert not service.ready
-        assert service.scheduler.waiting == service.scheduler.reasoning == 0
+        assert worker.scheduler.waiting == worker.scheduler.reasoning == 0
 
     asyncio.run(run())
 
@@ -48,7 +54,7 @@ def test_many_requests_at_once_get_what_encode_gives(tiny_embedder: Embedder, mi
     asked.append((mixed_inputs, {"reasoning_rate": 0.5}))
     asked.append((mixed_inputs[:2], {"truncate_dim": tiny_embedder.dim}))
 
-    async def use(service: Service) -> None:
+    async def use(service: Service, __: Worker) -> None:
         answers = await asyncio.gather(*(service.embed(Ask(inputs=inputs, options=how)) for inputs, how in asked))
         for (inputs, how), answer in zip(asked, answers, strict=True):
             expected = tiny_embedder.encode_detailed(inputs, **how)
@@ -64,7 +70,7 @@ def test_many_requests_at_once_get_what_encode_gives(tiny_embedder: Embedder, mi
 def test_a_watched_input_tells_its_score_its_words_and_its_end() -> None:
     embedder, text = Embedder.load(), "three plus four"
 
-    async def use(service: Service) -> None:
+    async def use(service: Service, __: Worker) -> None:
         first, *words, last = [event async for event in service.watch(ask(text, reasoning="always"))]
         assert isinstance(first, Scored)
         assert first.embedding @ embedder.encode([text], reasoning="never")[0] >= 0.99999
@@ -77,7 +83,7 @@ def test_a_watched_input_tells_its_score_its_words_and_its_end() -> None:
 
 
 def test_a_bad_request_is_refused_and_the_others_are_answered(tiny_embedder: Embedder) -> None:
-    async def use(service: Service) -> None:
+    async def use(service: Service, __: Worker) -> None:
         bad = [
             service.embed(ask("fine", {"image": b"garbage"})),
             service.embed(Ask(inputs=["one"], options={"truncate_dim": 3})),
@@ -95,7 +101,7 @@ def test_a_bad_request_is_refused_and_the_others_are_answered(tiny_embedder: Emb
 
 
 def test_a_client_that_leaves_frees_its_place(tiny_embedder: Embedder) -> None:
-    async def use(service: Service) -> None:
+    async def use(service: Service, __: Worker) -> None:
         leaving = asyncio.create_task(service.embed(ask(*["a long thought"] * 4, reasoning="always")))
         staying = asyncio.create_task(service.embed(ask("another", reasoning="always")))
         await asyncio.sleep(0.005)
@@ -108,7 +114,7 @@ def test_a_client_that_leaves_frees_its_place(tiny_embedder: Embedder) -> None:
 
 
 def test_more_than_may_wait_is_refused_and_a_drained_service_refuses_all(tiny_embedder: Embedder) -> None:
-    async def use(service: Service) -> None:
+    async def use(service: Service, __: Worker) -> None:
         full = asyncio.create_task(service.embed(ask(*["one"] * 8)))
         await asyncio.sleep(0)
         with pytest.raises(OverloadError, match="8 inputs wait, and 1 more exceed the limit of 8") as refused:
@@ -121,7 +127,7 @@ def test_more_than_may_wait_is_refused_and_a_drained_service_refuses_all(tiny_em
         assert len((await full).embeddings) == 8
         await draining
 
-    serving(tiny_embedder, use, max_waiting_rows=8)
+    serving(tiny_embedder, use, most=8)
 
 
 def test_the_collector_passes_over_what_lives_while_a_service_runs(tiny_embedder: Embedder) -> None:
@@ -130,7 +136,7 @@ def test_the_collector_passes_over_what_lives_while_a_service_runs(tiny_embedder
     def looked_at() -> bool:
         return any(each is here for each in gc.get_objects())
 
-    async def use(service: Service) -> None:
+    async def use(service: Service, __: Worker) -> None:
         assert service.ready
         assert not looked_at()
 
@@ -149,7 +155,7 @@ def test_a_failing_input_fails_alone(tiny_embedder: Embedder, monkeypatch: pytes
 
     monkeypatch.setattr(type(fast_path), "run", failing)
 
-    async def use(service: Service) -> None:
+    async def use(service: Service, __: Worker) -> None:
         texts = ["one", "two", "word " * 80, "three"]
         found = await asyncio.gather(*(service.embed(ask(text)) for text in texts), return_exceptions=True)
         assert [isinstance(each, BackendError) for each in found] == [False, False, True, False]
@@ -157,10 +163,27 @@ def test_a_failing_input_fails_alone(tiny_embedder: Embedder, monkeypatch: pytes
     serving(tiny_embedder, use)
 
 
+def test_what_another_s_preparer_let_pass_is_refused_by_the_engines_that_do_not_take_it(
+    tiny_embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preparer = Preparer(tiny_embedder.manifest, tiny_embedder.encoder, backend="elsewhere")
+    worker = Worker(tiny_embedder, Limits())
+    monkeypatch.setattr(type(tiny_embedder.paths.fast_path), "fits", lambda *_, **__: False)
+    prepared = preparer.prepare(["one", "two"])
+    rows = [(item.index, item.row, item.given) for item in prepared.items]
+    worker.take(Order(7, rows, prepared.options, prepared.policy, 0, math.inf, "direct", watched=False))
+    ((number, end),) = worker.report().told
+    assert number == 7
+    assert isinstance(end, End)
+    assert isinstance(end.error, InputError)
+    assert end.error.index == 0
+    assert "the engines do not take" in str(end.error)
+
+
 def test_a_defect_answers_everybody_and_says_that_only_a_restart_helps(
     tiny_embedder: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def use(service: Service) -> None:
+    async def use(service: Service, __: Worker) -> None:
         def broken(*_: Any, **__: Any) -> None:
             raise ZeroDivisionError("a defect")
 
@@ -174,7 +197,7 @@ def test_a_defect_answers_everybody_and_says_that_only_a_restart_helps(
 
 
 def test_what_the_figures_name_is_what_the_scheduler_has_done(tiny_embedder: Embedder) -> None:
-    async def use(service: Service) -> None:
+    async def use(service: Service, __: Worker) -> None:
         before = service.figures()
         await service.embed(ask("one", reasoning="always"))
         after = service.figures()
@@ -194,7 +217,7 @@ def test_a_deadline_counts_from_the_question_and_holds_to_the_answer(
 ) -> None:
     """However long an input waits for its reader, or its answer for its turn."""
 
-    async def use(service: Service) -> None:
+    async def use(service: Service, __: Worker) -> None:
         prepare = service._prepare  # pyright: ignore[reportPrivateUsage]
 
         async def read_slowly(each: Ask) -> Any:
@@ -207,13 +230,13 @@ def test_a_deadline_counts_from_the_question_and_holds_to_the_answer(
             await service.embed(ask("slow to read", deadline=0.1))
         monkeypatch.undo()
 
-        finish = service_module._finish  # pyright: ignore[reportPrivateUsage]
+        result = service.preparer.result
 
-        def tell_slowly(*arguments: Any) -> None:
+        def told_slowly(prepared: Prepared) -> EncodeResult:
             time.sleep(2.1)
-            finish(*arguments)
+            return result(prepared)
 
-        monkeypatch.setattr(service_module, "_finish", tell_slowly)
+        monkeypatch.setattr(service.preparer, "result", told_slowly)
         with pytest.raises(DeadlineError, match="after its deadline"):
             await service.embed(ask("slow to be told", deadline=2.0))
         monkeypatch.undo()
@@ -229,14 +252,14 @@ def test_what_the_kv_cache_has_no_room_for_waits_its_turn(monkeypatch: pytest.Mo
     monkeypatch.setattr(embedder, "paths", replace(embedder.paths, limits=limits))
     held: list[int] = []
 
-    async def use(service: Service) -> None:
-        advance = service.scheduler.advance
+    async def use(service: Service, worker: Worker) -> None:
+        advance = worker.scheduler.advance
 
         def counted() -> bool:
-            held.append(service.scheduler.cache_tokens)
+            held.append(worker.scheduler.cache_tokens)
             return advance()
 
-        monkeypatch.setattr(service.scheduler, "advance", counted)
+        monkeypatch.setattr(worker.scheduler, "advance", counted)
         answers = await asyncio.gather(*(service.embed(ask(text, reasoning="always")) for text in 4 * texts))
         for place, answer in enumerate(answers):
             assert answer.embeddings[0] @ expected[place % len(texts)] >= 0.99999
@@ -246,14 +269,14 @@ def test_what_the_kv_cache_has_no_room_for_waits_its_turn(monkeypatch: pytest.Mo
 
 
 def test_memory_that_is_not_there_fails_who_needs_it_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = ["one plus two", "three plus four " * 40, "five minus four"]
+    embedder, texts = Embedder.load(), ["one plus two", "three plus four " * 40, "five minus four"]
 
     def scarce(nbytes: int) -> HostMemory:
         if nbytes > 2**20:
             raise MemoryError
         return HostMemory(nbytes)
 
-    async def use(service: Service) -> None:
+    async def use(service: Service, __: Worker) -> None:
         monkeypatch.setattr(host_device, "HostMemory", scarce)
         asked = (service.embed(ask(text, reasoning="always")) for text in texts)
         first, long, last = await asyncio.gather(*asked, return_exceptions=True)
@@ -261,9 +284,9 @@ def test_memory_that_is_not_there_fails_who_needs_it_and_nobody_else(monkeypatch
         assert "bytes of memory left" in str(long)
         for answer, text in ((first, texts[0]), (last, texts[2])):
             assert isinstance(answer, EncodeResult)
-            assert answer.embeddings[0] @ service.embedder.encode([text], reasoning="always")[0] >= 0.99999
+            assert answer.embeddings[0] @ embedder.encode([text], reasoning="always")[0] >= 0.99999
         monkeypatch.undo()
         (detail,) = (await service.embed(ask(texts[1], reasoning="always"))).details
         assert detail is not None
 
-    serving(Embedder.load(), use)
+    serving(embedder, use)

@@ -26,6 +26,7 @@ from mmemb_deploy.results import EncodeResult
 from mmemb_deploy.routing.router import Route
 from mmemb_deploy.serve.ask import Ask
 from mmemb_deploy.serve.service import Service
+from mmemb_deploy.serve.worker import Limits
 
 if TYPE_CHECKING:
     import aiohttp
@@ -106,7 +107,8 @@ class TwoRoutes:
         self, embedder: Embedder, batch_size: int, *, patience: float = 0.5, max_wait: float = math.inf
     ) -> None:
         """`patience` is the seconds that a row may wait before load is high, `max_wait` before others are refused."""
-        self.service = Service(embedder, batch_size=batch_size, patience=patience, max_wait=max_wait)
+        limits = Limits(batch_size=batch_size, patience=patience, max_wait=max_wait)
+        self.service = Service.in_thread(embedder, limits=limits)
 
     async def __aenter__(self) -> Self:
         await self.service.start()

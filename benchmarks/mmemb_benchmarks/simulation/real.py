@@ -118,7 +118,7 @@ def served(embedder: Embedder, pairs: Sequence[Pair], traffic: Traffic) -> list[
     """Send traffic to a service in this process, by the wall clock."""
 
     async def run() -> list[Request]:
-        service = Service(embedder)
+        service = Service.in_thread(embedder)
         await service.start()
         began = time.perf_counter()
 
@@ -141,7 +141,7 @@ def request_seconds(embedder: Embedder, pairs: Sequence[Pair], between: float) -
     """Return the seconds of a request that is alone which neither runs nor what lies `between` them take."""
 
     async def run() -> float:
-        service = Service(embedder)
+        service = Service.in_thread(embedder)
         await service.start()
         outside: list[float] = []
         for pair in pairs[:ALONE]:

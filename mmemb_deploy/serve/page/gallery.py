@@ -8,7 +8,7 @@ Axes: N documents, D embedding size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import OptionError
 from mmemb_deploy.evaluation.digitchain import MATCH_INSTRUCTION, NAMES, DigitChain
 from mmemb_deploy.inputs.formats import SUFFIXES, kind_of
 from mmemb_deploy.inputs.images import data_uri, load_image
 from mmemb_deploy.inputs.preprocess import Floats
+from mmemb_deploy.preparer import Preparer
 
 DIGITS = "nano"  # the model whose world is digits
 DRAWINGS = 3  # pictures of every digit
@@ -66,20 +66,24 @@ class Gallery:
         return [(int(index), float(cosines_N[index])) for index in np.argsort(-cosines_N, kind="stable")[:count]]
 
 
-def open_gallery(embedder: Embedder, folder: Path | None = None) -> Gallery:
+EncodeDocument = Callable[[Sequence[Any]], Floats]
+
+
+def open_gallery(preparer: Preparer, encode_document: EncodeDocument, folder: Path | None = None) -> Gallery:
     """Embed the documents of the gallery that belongs to a bundle, or of a folder of pictures.
 
+    `encode_document` is that of an Embedder of the preparer's bundle, wherever it is.
     Raises OptionError for a folder that has no pictures or too many, InputError for a picture that cannot be read.
     """
     if folder is not None:
-        return _of_folder(embedder, folder)
-    if embedder.manifest.model.name == DIGITS:
-        return _of_digits(embedder)
-    nothing = np.empty((0, embedder.dim), np.float32)
+        return _of_folder(preparer, encode_document, folder)
+    if preparer.manifest.model.name == DIGITS:
+        return _of_digits(encode_document)
+    nothing = np.empty((0, preparer.dim), np.float32)
     return Gallery((), nothing, note="There is no gallery to search: start the server with a folder of pictures.")
 
 
-def _of_folder(embedder: Embedder, folder: Path) -> Gallery:
+def _of_folder(preparer: Preparer, encode_document: EncodeDocument, folder: Path) -> Gallery:
     if not folder.is_dir():
         raise OptionError(f"gallery is {folder}: it is no folder; pass one that holds pictures")
     paths = sorted(path for path in folder.iterdir() if kind_of(path) == "image")
@@ -88,19 +92,19 @@ def _of_folder(embedder: Embedder, folder: Path) -> Gallery:
             f"gallery is {folder}, with {len(paths)} pictures ({', '.join(SUFFIXES['image'])}): "
             f"pass 1 to {MOST_PICTURES}"
         )
-    most = embedder.manifest.limits.max_image_pixels
+    most = preparer.manifest.limits.max_image_pixels
     documents = [Document(path.stem, _thumbnail(load_image(path, "'gallery'", most))) for path in paths]
-    return Gallery(documents, embedder.encode_document([{"image": path} for path in paths]))
+    return Gallery(documents, encode_document([{"image": path} for path in paths]))
 
 
-def _of_digits(embedder: Embedder) -> Gallery:
+def _of_digits(encode_document: EncodeDocument) -> Gallery:
     """Every digit's name and, where scikit-learn brings them, some drawings of each that training never saw."""
     documents = [Document(name) for name in NAMES]
     contents: list[dict[str, Any]] = [{"text": name} for name in NAMES]
     words = [Sample(text, text) for text in ("seven", "three plus four", "five plus six times two")]
     if find_spec("sklearn") is None:
         note = "Pictures of digits are missing: they come with scikit-learn (pip install scikit-learn)."
-        return Gallery(documents, embedder.encode_document(contents), words, note)
+        return Gallery(documents, encode_document(contents), words, note)
     digits = DigitChain("test", SEED)
     shown = [(value, int(digits.drawings.of_value(value)[nth])) for nth in range(DRAWINGS) for value in range(10)]
     for value, drawing in shown:
@@ -108,7 +112,7 @@ def _of_digits(embedder: Embedder) -> Gallery:
         documents.append(Document(f"a drawn {NAMES[value]}", _png(pixels)))
         contents.append({"image": pixels})
     samples = [*words, *_drawn_samples(digits, shown)]
-    return Gallery(documents, embedder.encode_document(contents), samples, ink=True)
+    return Gallery(documents, encode_document(contents), samples, ink=True)
 
 
 def _drawn_samples(digits: DigitChain, shown: Sequence[tuple[int, int]]) -> list[Sample]:

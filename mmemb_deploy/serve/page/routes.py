@@ -19,10 +19,10 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import InputError, MmembError
 from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.options import EncodeOptions
+from mmemb_deploy.preparer import Preparer
 from mmemb_deploy.routing import router
 from mmemb_deploy.serve.ask import Ask, Ended, Event, Scored, Wrote
 from mmemb_deploy.serve.failures import Refusal
@@ -66,8 +66,8 @@ class Watched(Protocol):
     """What the page needs of the engine that serves it."""
 
     @property
-    def embedder(self) -> Embedder:
-        """Return the embedder, for what it says of its bundle."""
+    def preparer(self) -> Preparer:
+        """Return the preparer, for what it says of its bundle."""
         ...
 
     def watch(self, ask: Ask) -> AsyncGenerator[Event]:
@@ -109,7 +109,7 @@ def page_routes(
             param = ".".join(map(str, first["loc"]))
             message = f"{param or 'the body'}: {first['msg']}"
             raise Refusal(400, "invalid_request", message, param or None) from error
-        events = service.watch(trial.ask(reasons=service.embedder.reasons))
+        events = service.watch(trial.ask(reasons=service.preparer.reasons))
         streaming = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(_told(events, gallery), media_type="text/event-stream", headers=streaming)
 
@@ -184,14 +184,14 @@ def _nearest(embedding_D: Floats, gallery: Gallery) -> list[dict[str, float]]:
 
 
 def _facts(service: Watched, gallery: Gallery) -> dict[str, Any]:
-    embedder = service.embedder
-    manifest, gate = embedder.manifest, embedder.manifest.gate
+    preparer = service.preparer
+    manifest, gate = preparer.manifest, preparer.manifest.gate
     points = () if gate is None else gate.curve
     kept = {"threshold", "reasoning_rate", "quality", "rationale_tokens"}
     return {
         "model": manifest.model.name,
-        "backend": embedder.backend,
-        "dim": embedder.dim,
+        "backend": preparer.backend,
+        "dim": preparer.dim,
         "instruction": manifest.prompt.query_instruction,
         "threshold": None if gate is None else gate.threshold,
         "curve": [point.model_dump(include=kept) for point in points],

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, Protocol, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import InputError
 from mmemb_deploy.inputs.prompts import PATH_MARKERS
 from mmemb_deploy.options import EncodeOptions
+from mmemb_deploy.preparer import Preparer
 from mmemb_deploy.results import Detail, EncodeResult
 from mmemb_deploy.serve.ask import Ask
 from mmemb_deploy.serve.failures import Refusal
@@ -33,7 +33,7 @@ class Strict(BaseModel):
 class Served:
     """The model that is served, as the contracts describe it."""
 
-    embedder: Embedder
+    preparer: Preparer
     names: tuple[str, ...]  # by which requests may call it
     max_inputs: int  # of one request
     max_waiting_rows: int
@@ -42,7 +42,7 @@ class Served:
     @property
     def max_input_tokens(self) -> int:
         """Tokens of the longest input, beside a rationale."""
-        manifest = self.embedder.manifest
+        manifest = self.preparer.manifest
         return manifest.batch.row_tokens - manifest.model.max_rationale_tokens - PATH_MARKERS
 
     def check_name(self, model: str | None) -> None:
@@ -59,14 +59,14 @@ class Served:
 
     def check_dimensions(self, dimensions: int | None, field: str) -> None:
         """Raise Refusal unless embeddings can be had in this size."""
-        dims = self.embedder.manifest.model.dims
+        dims = self.preparer.manifest.model.dims
         if dimensions is not None and dimensions not in dims:
             message = f"{field} is {dimensions}: this model was trained for {', '.join(map(str, dims))}"
             raise Refusal(400, "invalid_request", message, field)
 
     def text_of(self, ids: Sequence[int], index: int) -> str:
         """Return the text that the tokenizer turns into just these ids. Raises InputError where there is none."""
-        prompt = self.embedder.encoder.prompt
+        prompt = self.preparer.encoder.prompt
         known = prompt.tokenizer.get_vocab_size()
         for token in ids:
             if not 0 <= token < known:
@@ -123,7 +123,7 @@ class Wishes(Strict):
         """Return what is asked of the service for these inputs, embedded as queries or as documents."""
         options: EncodeOptions = {}
         if document:
-            options |= served.embedder.document_options
+            options |= served.preparer.document_options
         own = {name: getattr(self, name) for name in ("reasoning", "threshold", "reasoning_rate")}
         own |= {"max_rationale_tokens": self.max_rationale_tokens, "truncate_dim": dimensions}
         own |= {"instruction": self.instruction if instruction is None else instruction}

@@ -114,7 +114,7 @@ def refuse(refusal: Refusal) -> JSON:
 
 def info(served: Served) -> JSON:
     """Return an TeiInfo."""
-    manifest = served.embedder.manifest
+    manifest = served.preparer.manifest
     return {
         "model_id": manifest.model.name,
         "model_sha": served.digest,
@@ -129,7 +129,7 @@ def info(served: Served) -> JSON:
         "auto_truncate": False,
         "tokenization_workers": 1,
         "version": mmemb_deploy.__version__,
-        "backend": served.embedder.backend,
+        "backend": served.preparer.backend,
     }
 
 

@@ -134,7 +134,7 @@ def answer(request: VoyageRequest, result: EncodeResult, served: Served) -> JSON
         "model": served.names[0],
         "usage": {
             "text_tokens": prompt - visual,
-            "image_pixels": visual * served.embedder.manifest.vision.factor**2,
+            "image_pixels": visual * served.preparer.manifest.vision.factor**2,
             "video_pixels": 0,
             "total_tokens": prompt + sum(detail.rationale_tokens for detail in details),
         },

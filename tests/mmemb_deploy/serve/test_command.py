@@ -22,6 +22,7 @@ from mmemb_deploy.serve.settings import KEYS_VARIABLE, read_keys
 
 ROOT = Path(__file__).parents[3]
 RUNNING = "Uvicorn running on "
+ROWS = 300  # of a request that is still being answered when the next has come
 
 
 class Process:
@@ -92,7 +93,7 @@ def test_sigterm_answers_what_was_accepted_refuses_what_is_new_and_exits_with_0(
     answers: list[httpx.Response] = []
 
     def ask(url: str) -> None:
-        body = {"input": ["six minus eight times two"] * 120, "reasoning": "always"}
+        body = {"input": ["six minus eight times two"] * ROWS, "reasoning": "always"}
         answers.append(httpx.post(f"{url}/v1/embeddings", json=body, timeout=60))
 
     with serving() as server:
@@ -100,7 +101,7 @@ def test_sigterm_answers_what_was_accepted_refuses_what_is_new_and_exits_with_0(
         for thread in threads:
             thread.start()
         with httpx.Client(base_url=server.url, timeout=60) as client:
-            while accepted(client) <= 2 * 120:  # not yet of all three
+            while accepted(client) <= 2 * ROWS:  # not yet of all three
                 assert not answers, "the requests are too small for this test"
             server.process.send_signal(signal.SIGTERM)
             while client.get("/ready").status_code == 200:
@@ -113,7 +114,7 @@ def test_sigterm_answers_what_was_accepted_refuses_what_is_new_and_exits_with_0(
             thread.join()
         assert server.ended() == 0
     assert [answer.status_code for answer in answers] == [200] * 3
-    assert all(len(answer.json()["data"]) == 120 for answer in answers)
+    assert all(len(answer.json()["data"]) == ROWS for answer in answers)
 
 
 def test_what_takes_longer_than_the_drain_is_given_up() -> None:

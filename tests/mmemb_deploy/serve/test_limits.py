@@ -18,6 +18,8 @@ from mmemb_deploy.results import EncodeResult
 from mmemb_deploy.serve.ask import Ask
 from mmemb_deploy.serve.media import MediaLimits, MediaReader
 from mmemb_deploy.serve.service import Service
+from mmemb_deploy.serve.thread import EngineThread
+from mmemb_deploy.serve.worker import Limits, Worker
 
 JSON = {"Content-Type": "application/json"}
 WORDS = {"content": [{"type": "text", "text": "a"}]}  # an input of Voyage's
@@ -27,13 +29,11 @@ class Held(Service):
     """Holds every request until it is let go, or raises what it is told."""
 
     def __init__(self, embedder: Embedder, error: Exception | None = None) -> None:
-        super().__init__(embedder)
+        super().__init__(embedder, EngineThread(Worker(embedder, Limits())))
         self.error = error
         self.begun, self.cancelled, self.go = threading.Event(), threading.Event(), threading.Event()
 
     async def embed(self, ask: Ask) -> EncodeResult:
-        if not self.ready:  # it warms up
-            return await super().embed(ask)
         if self.error is not None:
             raise self.error
         self.begun.set()
@@ -172,7 +172,7 @@ def test_a_defect_is_500_with_an_envelope_and_no_details(serve: Any, embedder: E
 
 
 def test_requests_above_what_may_wait_are_refused_and_the_others_answered(serve: Any, embedder: Embedder) -> None:
-    with serve(service=Service(embedder, max_waiting_rows=3)) as served:
+    with serve(service=Service.in_thread(embedder, max_waiting_rows=3)) as served:
         assert served.post("/v1/embeddings", {"input": ["a"] * 3}).status_code == 200
         refused = served.post("/v1/embeddings", {"input": ["a"] * 4})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")

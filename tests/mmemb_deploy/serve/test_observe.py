@@ -56,7 +56,7 @@ class Figured(Service):
 
 def test_metrics_count_what_was_answered(serve: Any, embedder: Embedder) -> None:
     details = [detail for detail in embedder.encode_detailed(TEXTS).details if detail]
-    with serve(service=Figured(embedder)) as served:
+    with serve(service=Figured.in_thread(embedder)) as served:
         served.post("/v1/embeddings", {"input": TEXTS})
         served.post("/embed", {"inputs": "one", "reasoning": "never"})
         voyage_s = {"inputs": [{"content": [{"type": "text", "text": "one"}]}], "reasoning": "never"}
@@ -102,13 +102,13 @@ class Full(Service):
 
 
 def test_the_page_s_tries_are_counted_apart(serve: Any, embedder: Embedder) -> None:
-    gallery = open_gallery(embedder)
+    gallery = open_gallery(embedder, embedder.encode_document)
     with serve(gallery=gallery) as served:
         tries = [{"text": "three plus four"}, {"text": " "}, {"txt": "seven"}]
         assert [served.post("/page/try", body).status_code for body in tries] == [200, 200, 400]
         assert served.get("/nothing").status_code == 404
         found = metrics_of(served)
-    with serve(gallery=gallery, service=Full(embedder)) as served:
+    with serve(gallery=gallery, service=Full.in_thread(embedder)) as served:
         served.post("/page/try", {"text": "seven"})
         full = metrics_of(served)
     assert found["mmemb:request_success_total", "page", "reason"] == 1
