@@ -61,15 +61,9 @@ def serve(
     from mmemb_deploy.bundle.folder import NANO
     from mmemb_deploy.bundle.folder import Bundle as OpenBundle
     from mmemb_deploy.bundle.manifest import manifest_digest
-    from mmemb_deploy.preparer import Preparer, row_encoder
-    from mmemb_deploy.serve.app import create_app
     from mmemb_deploy.serve.logs import log_json
-    from mmemb_deploy.serve.page.gallery import open_gallery
     from mmemb_deploy.serve.process import EngineProcess
-    from mmemb_deploy.serve.server import run
-    from mmemb_deploy.serve.service import Service
     from mmemb_deploy.serve.settings import read_keys, settings_of
-    from mmemb_deploy.serve.tracing import Traces
     from mmemb_deploy.serve.worker import Limits
 
     settings = settings_of(
@@ -118,6 +112,13 @@ def serve(
     engine = EngineProcess(
         opened, backend=backend, device=device, threads=threads, limits=limits, log_level=settings.log_level
     )
+    from mmemb_deploy.preparer import Preparer, row_encoder  # while the engine loads
+    from mmemb_deploy.serve.app import create_app
+    from mmemb_deploy.serve.page.gallery import open_gallery
+    from mmemb_deploy.serve.server import run
+    from mmemb_deploy.serve.service import Service
+    from mmemb_deploy.serve.tracing import Traces
+
     preparer = Preparer(opened.manifest, row_encoder(opened), backend=engine.loaded())
     searched = open_gallery(preparer, engine.encode_document, gallery) if page else None
     service = Service(preparer, engine, max_waiting_rows=settings.max_waiting_rows)
