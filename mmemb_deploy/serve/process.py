@@ -13,8 +13,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from logging import getLogger
 from typing import Any
 
 from mmemb_deploy.bundle.folder import Bundle
@@ -24,7 +24,6 @@ from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.serve.logs import log_json
 from mmemb_deploy.serve.worker import Limits, Message, Report, Worker, run
 
-LOGGER = getLogger("mmemb_deploy.serve")
 SIZE = 8  # bytes of a message's own size, before it
 CHUNK = 2**18  # bytes that are received at once
 ENDING = 10.0  # seconds for a process to end once it has been told to
@@ -54,7 +53,7 @@ class Begin:
 
 
 class EngineProcess:
-    """The process that uses the engine; see `mmemb_deploy.serve.worker.Engine`.
+    """The process that uses the engine; see `mmemb_deploy.serve.worker.Runner`.
 
     It starts at once. Until `start`, ask `loaded` and `encode_document`, which wait for it.
     """
@@ -217,11 +216,8 @@ def main(descriptor: int) -> None:
     """Serve the process that started this one until it says so, or goes; signals are for that one to answer."""
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_IGN)
-    channel = Channel(socket.socket(fileno=descriptor))
-    try:
-        _serve(channel)
-    except (EOFError, ConnectionError):
-        LOGGER.warning("the engine ends: the process that it ran for has gone")
+    with suppress(EOFError, ConnectionError):  # of a process that has gone
+        _serve(Channel(socket.socket(fileno=descriptor)))
 
 
 def _serve(channel: Channel) -> None:

@@ -68,6 +68,10 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service, self._seconds = service, seconds
 
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to end, as where the engine has: whatever started the server can start it again."""
+        return await super().on_tick(counter) or not self._service.alive
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, or stop draining where a second Ctrl-C asks for it."""
         draining = asyncio.create_task(self._service.drain(self._seconds))
@@ -98,8 +102,13 @@ def server_of(app: ASGIApp, service: Service, settings: Settings, **options: Any
 
 
 def run(app: ASGIApp, service: Service, settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C, then drain and return."""
+    """Serve until SIGTERM or Ctrl-C, then drain and return.
+
+    Raises SystemExit, with 1, where it could not start, or the engine has ended.
+    """
     server = server_of(app, service, settings)
     for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended: they are dealt with
         signal.signal(stop, lambda *_: None)
     server.run()
+    if not (server.started and service.alive):
+        raise SystemExit(1)

@@ -18,13 +18,13 @@ from mmemb_deploy.results import EncodeResult
 from mmemb_deploy.serve.ask import Ask, Ended, Event, Scored, Wrote
 from mmemb_deploy.serve.light import is_light
 from mmemb_deploy.serve.thread import EngineThread
-from mmemb_deploy.serve.worker import Abandon, Cancel, End, Engine, Found, Limits, Order, Report, State, Told, Worker
+from mmemb_deploy.serve.worker import Abandon, Cancel, End, Found, Limits, Order, Report, Runner, State, Told, Worker
 
 
 class Service:
     """Embeds what many requests ask, together; in one event loop, with one engine."""
 
-    def __init__(self, preparer: Preparer, engine: Engine, *, max_waiting_rows: int = 4096) -> None:
+    def __init__(self, preparer: Preparer, engine: Runner, *, max_waiting_rows: int = 4096) -> None:
         """`max_waiting_rows` bounds the inputs that are accepted and not yet answered."""
         self.preparer = preparer
         self.ready = False

@@ -11,7 +11,7 @@ from mmemb_deploy.serve.worker import Message, Report, Worker, run
 
 
 class EngineThread:
-    """The one thread that may use the engine; see `mmemb_deploy.serve.worker.Engine`."""
+    """The one thread that may use the engine; see `mmemb_deploy.serve.worker.Runner`."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker

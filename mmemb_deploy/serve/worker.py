@@ -112,7 +112,7 @@ class Report:
     defect: str | None = None
 
 
-class Engine(Protocol):
+class Runner(Protocol):
     """A worker, wherever it runs, as the service's event loop sees it."""
 
     async def start(self, heard: Callable[[Report], None]) -> None:
@@ -263,6 +263,8 @@ def run(worker: Worker, receive: Callable[[bool], Sequence[Message | None]], sen
             if worker.told or (changed and (not busy or now - said > SILENCE)):
                 send(worker.report())
                 said, changed = now, False
+    except (EOFError, ConnectionError):  # nobody is there to be served
+        raise
     except Exception as error:
         LOGGER.critical("the engine ends: no request can be answered any more", exc_info=error)
         defect = f"the engine has stopped by a defect, {error!r}"

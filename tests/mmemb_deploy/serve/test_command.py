@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -115,6 +116,38 @@ def test_sigterm_answers_what_was_accepted_refuses_what_is_new_and_exits_with_0(
         assert server.ended() == 0
     assert [answer.status_code for answer in answers] == [200] * 3
     assert all(len(answer.json()["data"]) == ROWS for answer in answers)
+
+
+def engine_of(server: Process) -> int:
+    """Return the id of the process that a server has started for its engine."""
+    pid = server.process.pid
+    (engine,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(engine)
+
+
+def test_where_its_engine_dies_all_who_wait_hear_of_it_and_it_ends_with_1() -> None:
+    body = {"input": ["six minus eight times two"] * ROWS, "reasoning": "always"}
+    with serving() as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60))
+        )
+        thread.start()
+        while not accepted(client):
+            assert not answers, "the request is too small for this test"
+        os.kill(engine_of(server), signal.SIGKILL)
+        thread.join()
+        assert server.ended() == 1
+    (answer,) = answers
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "backend_error")
+    assert "signal SIGKILL" in answer.json()["error"]["message"]
+
+
+def test_its_engine_does_not_outlive_it() -> None:
+    with serving() as server:
+        os.kill(engine_of(server), 0)
+        server.process.kill()
+        assert server.ended() == -signal.SIGKILL  # it waits until nobody writes to the log, the engine neither
 
 
 def test_what_takes_longer_than_the_drain_is_given_up() -> None:
