@@ -104,7 +104,7 @@ def server_of(app: ASGIApp, service: Service, settings: Settings, **options: Any
 def run(app: ASGIApp, service: Service, settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain and return.
 
-    Raises SystemExit, with 1, where it could not start, or the engine has ended.
+    Raises SystemExit where it could not start, and with 1 where the engine has ended.
     """
     server = server_of(app, service, settings)
     for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended: they are dealt with
