@@ -22,7 +22,8 @@ from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import BackendError, MmembError
 from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.serve.logs import log_json
-from mmemb_deploy.serve.worker import Limits, Message, Report, Worker, run
+from mmemb_deploy.serve.messages import Message, Report
+from mmemb_deploy.serve.worker import Limits, Worker, run
 
 SIZE = 8  # bytes of a message's own size, before it
 CHUNK = 2**18  # bytes that are received at once
@@ -53,7 +54,7 @@ class Begin:
 
 
 class EngineProcess:
-    """The process that uses the engine; see `mmemb_deploy.serve.worker.Runner`.
+    """The process that uses the engine; see `mmemb_deploy.serve.messages.Runner`.
 
     It starts at once. Until `start`, ask `loaded` and `encode_document`, which wait for it.
     """

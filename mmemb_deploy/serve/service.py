@@ -17,8 +17,9 @@ from mmemb_deploy.preparer import Prepared, Preparer
 from mmemb_deploy.results import EncodeResult
 from mmemb_deploy.serve.ask import Ask, Ended, Event, Scored, Wrote
 from mmemb_deploy.serve.light import is_light
+from mmemb_deploy.serve.messages import Abandon, Cancel, End, Found, Order, Report, Runner, State, Told
 from mmemb_deploy.serve.thread import EngineThread
-from mmemb_deploy.serve.worker import Abandon, Cancel, End, Found, Limits, Order, Report, Runner, State, Told, Worker
+from mmemb_deploy.serve.worker import Limits, Worker
 
 
 class Service:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from threading import Thread
 
-from mmemb_deploy.serve.worker import Message, Report, Worker, run
+from mmemb_deploy.serve.messages import Message, Report
+from mmemb_deploy.serve.worker import Worker, run
 
 
 class EngineThread:
-    """The one thread that may use the engine; see `mmemb_deploy.serve.worker.Runner`."""
+    """The one thread that may use the engine; see `mmemb_deploy.serve.messages.Runner`."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker

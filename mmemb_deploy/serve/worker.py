@@ -1,4 +1,4 @@
-"""The engine's side of a service: what it is sent, what it tells of that, and the loop in between.
+"""The engine's side of a service: it takes messages, runs its scheduler, and tells what came of them.
 
 It knows no event loop and no client: `mmemb_deploy.serve.thread` runs it in a thread of the service's process, and
 `mmemb_deploy.serve.process` in a process of its own.
@@ -12,20 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from logging import getLogger
-from typing import Protocol
 
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import BackendError, MmembError, OverloadError
-from mmemb_deploy.inputs.preprocess import Floats
-from mmemb_deploy.inputs.rows import Row
-from mmemb_deploy.options import EncodeOptions, Options
+from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.preparer import Prepared
 from mmemb_deploy.routing.costs import Costs, Mean
-from mmemb_deploy.routing.items import Item, Outcome
+from mmemb_deploy.routing.items import Item
 from mmemb_deploy.routing.jobs import Bounds, Job, Pace
 from mmemb_deploy.routing.load import LoadGate
-from mmemb_deploy.routing.router import Policy
 from mmemb_deploy.routing.scheduler import Scheduler
+from mmemb_deploy.serve.messages import Abandon, Cancel, End, Found, Message, Order, Report, State, Told
 
 LOGGER = getLogger("mmemb_deploy.serve")
 WAITING_TOKENS = 2**20  # of prompts that have not run
@@ -41,91 +38,6 @@ class Limits:
     batch_size: int = 32  # rows that run together
     patience: float = 0.5  # seconds that a row may wait before load is high
     max_wait: float = math.inf  # seconds of prompts before a request, beyond which it is refused
-
-
-@dataclass(frozen=True)
-class Order:
-    """The inputs of a request as rows, and what is asked for all of them."""
-
-    number: int
-    rows: Sequence[tuple[int, Row, list[int] | None]]  # with its index, and its rationale where the caller wrote one
-    options: Options
-    policy: Policy
-    priority: int
-    deadline: float  # by time.monotonic, which the processes of a machine share
-    on_overload: str  # as of an Ask
-    watched: bool  # whether scores and tokens are told too
-
-
-@dataclass(frozen=True)
-class Cancel:
-    """Nobody waits for an order any more."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Abandon:
-    """All orders are to end with an error."""
-
-    error: MmembError
-
-
-Message = Order | Cancel | Abandon
-
-
-@dataclass(frozen=True)
-class Found:
-    """A prompt has run: the gate's score, NaN without a gate, and the direct embedding (D,), L2-normalised."""
-
-    score: float
-    embedding_D: Floats
-
-
-@dataclass(frozen=True)
-class End:
-    """An order is over: by an error, or with what was found of each of its inputs."""
-
-    error: MmembError | None
-    outcomes: Sequence[Outcome] = ()
-
-
-Told = Found | list[int] | End  # a list has the token ids of a rationale so far
-
-
-@dataclass(frozen=True)
-class State:
-    """How the engine stands."""
-
-    threshold: float | None  # gate score from which an input reasons now, None without a gate
-    backlog_seconds: float  # of work before it, by what runs have cost
-    engine_seconds: float  # in which it has run
-    figures: Mapping[str, float]  # by the names of `mmemb_deploy.serve.metrics.FIGURES`
-
-
-@dataclass(frozen=True)
-class Report:
-    """What an engine tells at once: of orders, by their numbers; or that it can run no more, and why."""
-
-    told: Sequence[tuple[int, Told]] = ()
-    state: State | None = None
-    defect: str | None = None
-
-
-class Runner(Protocol):
-    """A worker, wherever it runs, as the service's event loop sees it."""
-
-    async def start(self, heard: Callable[[Report], None]) -> None:
-        """Begin; `heard` is called in the event loop, first once everything has run once."""
-        ...
-
-    def send(self, message: Message) -> None:
-        """Let the worker take a message before its next run."""
-        ...
-
-    async def stop(self) -> None:
-        """End after the run at hand, and wait for that."""
-        ...
 
 
 class Worker:

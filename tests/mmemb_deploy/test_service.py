@@ -18,9 +18,10 @@ from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.preparer import Prepared, Preparer
 from mmemb_deploy.results import EncodeResult
 from mmemb_deploy.serve.ask import Ask, Ended, Scored, Wrote
+from mmemb_deploy.serve.messages import End, Order
 from mmemb_deploy.serve.service import Service
 from mmemb_deploy.serve.thread import EngineThread
-from mmemb_deploy.serve.worker import End, Limits, Order, Worker
+from mmemb_deploy.serve.worker import Limits, Worker
 
 
 def serving(
