@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import pickle
 import signal
 import socket
@@ -172,17 +173,19 @@ class Channel:
     def receive(self, wait: bool = True) -> list[Any]:
         """Return the objects that have come, at least one where it may wait.
 
-        Raises EOFError where the other side has gone.
+        One that has begun to come is waited for: an image is larger than what a socket holds, and what follows it would
+        wait for as many runs as it has parts. Raises EOFError where the other side has gone.
         """
         found: list[Any] = []
-        while not found:
+        while not found or self._frames.begun:
+            waits = wait or self._frames.begun
             try:
-                chunk = self._socket.recv(CHUNK, 0 if wait else socket.MSG_DONTWAIT)
+                chunk = self._socket.recv(CHUNK, 0 if waits else socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
             if not chunk:
                 raise EOFError("the other process has gone")
-            found = self._frames.feed(chunk)
+            found += self._frames.feed(chunk)
         return found
 
 
@@ -191,6 +194,11 @@ class Frames:
 
     def __init__(self) -> None:
         self._rest = bytearray()
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a part of an object."""
+        return bool(self._rest)
 
     def feed(self, chunk: bytes) -> list[Any]:
         """Return the objects that are whole now."""
@@ -207,10 +215,14 @@ class Frames:
         return start + SIZE + int.from_bytes(self._rest[start : start + SIZE], "little")
 
 
-def packed(content: object) -> bytes:
+def packed(content: object) -> memoryview:
     """Return an object as it is sent: its size, then itself."""
-    pickled = pickle.dumps(content, pickle.HIGHEST_PROTOCOL)
-    return len(pickled).to_bytes(SIZE, "little") + pickled
+    buffer = io.BytesIO()
+    buffer.write(bytes(SIZE))
+    pickle.dump(content, buffer, pickle.HIGHEST_PROTOCOL)
+    view = buffer.getbuffer()
+    view[:SIZE] = (len(view) - SIZE).to_bytes(SIZE, "little")
+    return view
 
 
 def main(descriptor: int) -> None:

@@ -3,7 +3,10 @@
 import asyncio
 import os
 import pickle
+import select
 import signal
+import socket
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -18,7 +21,7 @@ from mmemb_deploy.options import EncodeOptions
 from mmemb_deploy.preparer import Preparer, row_encoder
 from mmemb_deploy.serve import process
 from mmemb_deploy.serve.ask import Ask, Ended, Scored, Wrote
-from mmemb_deploy.serve.process import EngineProcess, Frames, packed
+from mmemb_deploy.serve.process import Channel, EngineProcess, Frames, packed
 from mmemb_deploy.serve.service import Service
 from mmemb_deploy.serve.worker import Limits
 
@@ -157,6 +160,25 @@ def test_objects_arrive_whole_however_they_are_cut(sent: list[bytes], cuts: list
     ends = [*sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
     received = [each for start, end in zip([0, *ends], ends, strict=False) for each in frames.feed(stream[start:end])]
     assert received == sent
+
+
+def test_what_has_begun_to_arrive_is_waited_for_and_nothing_else() -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        channel, image = Channel(here), bytes(10 * 2**20)
+        assert channel.receive(wait=False) == []
+
+        def send() -> None:
+            there.sendall(packed(image))
+            there.sendall(packed("after"))
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        select.select([here], [], [], 60)
+        received = channel.receive(wait=False)
+        assert received[0] == image
+        thread.join()
+        assert [*received[1:], *channel.receive(wait=False)] == ["after"]
 
 
 @pytest.mark.parametrize(
