@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from logging import getLogger
 from typing import Any
 
 from mmemb_deploy.bundle.folder import Bundle
@@ -26,6 +27,7 @@ from mmemb_deploy.serve.logs import log_json
 from mmemb_deploy.serve.messages import Message, Report
 from mmemb_deploy.serve.worker import Limits, Worker, run
 
+LOGGER = getLogger("mmemb_deploy.serve")
 SIZE = 8  # bytes of a message's own size, before it
 CHUNK = 2**18  # bytes that are received at once
 ENDING = 10.0  # seconds for a process to end once it has been told to
@@ -135,6 +137,7 @@ class EngineProcess:
         await lost
         code = await asyncio.to_thread(self._process.wait)
         if not self._stopping:
+            LOGGER.critical("%s: no request can be answered any more", self._death(code))
             heard(Report(defect=self._death(code)))
 
     @staticmethod

@@ -141,6 +141,8 @@ def test_where_its_engine_dies_all_who_wait_hear_of_it_and_it_ends_with_1() -> N
     (answer,) = answers
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "backend_error")
     assert "signal SIGKILL" in answer.json()["error"]["message"]
+    (said,) = [line["message"] for line in server.lines if line["level"] == "critical"]
+    assert said.startswith("the engine's process has ended with signal SIGKILL")
 
 
 def test_its_engine_does_not_outlive_it() -> None:
