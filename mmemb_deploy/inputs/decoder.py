@@ -20,11 +20,11 @@ from typing import IO, Any
 
 import numpy as np
 
+from mmemb_deploy.child import calling
 from mmemb_deploy.errors import InputError
 from mmemb_deploy.inputs.limits import Limits
 from mmemb_deploy.inputs.preprocess import Pixels
 
-START = "import sys; sys.path[:] = sys.argv[1:]; from mmemb_deploy.inputs.decoder_process import main; main()"
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}  # address space that it would not use
 
 
@@ -33,7 +33,7 @@ class Decoder:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-c", START, *filter(None, sys.path)],
+            [sys.executable, "-I", "-c", calling("mmemb_deploy.inputs.decoder_process")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | ENVIRONMENT,

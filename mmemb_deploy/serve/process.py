@@ -20,6 +20,7 @@ from logging import getLogger
 from typing import Any
 
 from mmemb_deploy.bundle.folder import Bundle
+from mmemb_deploy.child import calling
 from mmemb_deploy.embedder import Embedder
 from mmemb_deploy.errors import BackendError, MmembError
 from mmemb_deploy.inputs.preprocess import Floats
@@ -75,8 +76,8 @@ class EngineProcess:
         """Load a bundle there, as `Embedder.of_bundle` does."""
         self._socket, there = socket.socketpair()
         with there:
-            code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; main({there.fileno()})"
-            self._process = subprocess.Popen([sys.executable, "-P", "-c", code], pass_fds=[there.fileno()])
+            command = [sys.executable, "-P", "-c", calling(__name__, there.fileno())]
+            self._process = subprocess.Popen(command, pass_fds=[there.fileno()])
         self._channel = Channel(self._socket)
         self._channel.send(Setup(bundle, backend, device, threads, limits or Limits(), log_level))
         self._stopping = False
