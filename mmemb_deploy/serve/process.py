@@ -127,7 +127,7 @@ class EngineProcess:
 
     def _answer(self) -> Any:
         try:
-            (answer,) = self._channel.receive()
+            answer = self._channel.receive_one()
         except EOFError as error:
             raise BackendError(f"{self._death(self._process.wait())} before it was ready: see its log above") from error
         if isinstance(answer, MmembError):
@@ -138,8 +138,9 @@ class EngineProcess:
         await lost
         code = await asyncio.to_thread(self._process.wait)
         if not self._stopping:
-            LOGGER.critical("%s: no request can be answered any more", self._death(code))
-            heard(Report(defect=self._death(code)))
+            death = self._death(code)
+            LOGGER.critical("%s: no request can be answered any more", death)
+            heard(Report(defect=death))
 
     @staticmethod
     def _death(code: int) -> str:
@@ -169,10 +170,16 @@ class Channel:
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket, self._frames = connected, Frames()
+        self._come: list[Any] = []  # and not yet returned
 
     def send(self, content: object) -> None:
         """Send an object."""
         self._socket.sendall(packed(content))
+
+    def receive_one(self) -> Any:
+        """Return the next object, and leave those that come with it. Raises EOFError where the other side has gone."""
+        first, *self._come = self.receive()
+        return first
 
     def receive(self, wait: bool = True) -> list[Any]:
         """Return the objects that have come, at least one where it may wait.
@@ -180,7 +187,7 @@ class Channel:
         One that has begun to come is waited for: an image is larger than what a socket holds, and what follows it would
         wait for as many runs as it has parts. Raises EOFError where the other side has gone.
         """
-        found: list[Any] = []
+        found, self._come = self._come, []
         while not found or self._frames.begun:
             waits = wait or self._frames.begun
             try:
@@ -238,7 +245,7 @@ def main(descriptor: int) -> None:
 
 
 def _serve(channel: Channel) -> None:
-    setup: Setup = channel.receive()[0]
+    setup: Setup = channel.receive_one()
     log_json(setup.log_level)
     try:
         embedder = Embedder.of_bundle(setup.bundle, backend=setup.backend, device=setup.device, threads=setup.threads)
@@ -246,7 +253,7 @@ def _serve(channel: Channel) -> None:
         channel.send(error)
         return
     channel.send(embedder.backend)
-    while isinstance(asked := channel.receive()[0], Documents):
+    while isinstance(asked := channel.receive_one(), Documents):
         try:
             channel.send(embedder.encode_document(asked.inputs))
         except MmembError as error:

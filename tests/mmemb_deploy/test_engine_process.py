@@ -179,6 +179,10 @@ def test_what_has_begun_to_arrive_is_waited_for_and_nothing_else() -> None:
         assert received[0] == image
         thread.join()
         assert [*received[1:], *channel.receive(wait=False)] == ["after"]
+        for each in ("one", "two", "three"):
+            there.sendall(packed(each))
+        assert channel.receive_one() == "one"
+        assert channel.receive(wait=False) == ["two", "three"]
 
 
 @pytest.mark.parametrize(
