@@ -215,12 +215,8 @@ class Embedder(Preparer):
             except InputError as error:
                 raise error.at(item.index) from error
 
-    def _check_length(self, row: Row, given: Sequence[int] | None, *, keep: bool) -> None:
-        super()._check_length(row, given, keep=keep)
-        self._check_fits(row, given, keep=keep)
-
     def _check_fits(self, row: Row, given: Sequence[int] | None, *, keep: bool) -> None:
-        rationale = max(self.manifest.model.max_rationale_tokens, len(given or ()))
+        rationale = self._longest_rationale(given)
         if not self.paths.fast_path.fits(1, row.length, after=rationale + PATH_MARKERS if keep else None):
             raise InputError(
                 f"it becomes {row.length} tokens, which the engines do not take"

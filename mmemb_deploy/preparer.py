@@ -140,7 +140,8 @@ class Preparer:
                 request = parse(content, self.manifest.limits, self.encoder.vision)
                 row = self.encoder.row(request, instruction)
                 given = self.encoder.prompt.tokenize(rationale) if isinstance(rationale, str) else rationale
-                self._check_length(row, given, keep=keep or given is not None)
+                self._check_length(row, given)
+                self._check_fits(row, given, keep=keep or given is not None)
                 chat = chat_of(content, request, instruction) if chat_of is not None and given is None else None
             except InputError as error:
                 if not keep_going:
@@ -151,10 +152,17 @@ class Preparer:
                 items.append(Item(index, row, time.perf_counter() - began, given, chat, request.pages))
         return items, failures
 
-    def _check_length(self, row: Row, given: Sequence[int] | None, *, keep: bool) -> None:
-        """Raise InputError for a row that is too long; `keep` says whether anything may follow it."""
-        del keep  # an engine's limits depend on it, the bundle's do not
-        rationale = max(self.manifest.model.max_rationale_tokens, len(given or ()))
+    def _longest_rationale(self, given: Sequence[int] | None) -> int:
+        return max(self.manifest.model.max_rationale_tokens, len(given or ()))
+
+    def _check_fits(self, row: Row, given: Sequence[int] | None, *, keep: bool) -> None:
+        """Raise InputError for a row that an engine does not take, where there is one to ask.
+
+        `keep` says whether anything may follow the row.
+        """
+
+    def _check_length(self, row: Row, given: Sequence[int] | None) -> None:
+        rationale = self._longest_rationale(given)
         limit = self.manifest.batch.row_tokens - rationale - PATH_MARKERS
         if row.length > limit:
             raise InputError(

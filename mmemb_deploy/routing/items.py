@@ -7,12 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, Protocol
 
 from mmemb_deploy.backends.protocol import Cache
 from mmemb_deploy.inputs.preprocess import Floats
 from mmemb_deploy.inputs.rows import Row
+
+Outcome = tuple[Any, ...]
+OUTCOME = (
+    "embedding_D",
+    "score",
+    "threshold",
+    "degraded_by",
+    "reasoned",
+    "source",
+    "fallback",
+    "fast_path",
+    "generation",
+    "queued",
+    "held",
+)  # what an item does not have before it runs
 
 
 @dataclass(frozen=True)
@@ -53,29 +67,12 @@ class Item:
     @property
     def outcome(self) -> Outcome:
         """Return what running it has found, for the same item elsewhere."""
-        return outcome_of(self)
+        return tuple(getattr(self, name) for name in OUTCOME)
 
     @outcome.setter
     def outcome(self, outcome: Outcome) -> None:
         for name, value in zip(OUTCOME, outcome, strict=True):
             setattr(self, name, value)
-
-
-Outcome = tuple[Any, ...]
-OUTCOME = (
-    "embedding_D",
-    "score",
-    "threshold",
-    "degraded_by",
-    "reasoned",
-    "source",
-    "fallback",
-    "fast_path",
-    "generation",
-    "queued",
-    "held",
-)  # what an item does not have before it runs
-outcome_of: Callable[[Item], Outcome] = attrgetter(*OUTCOME)
 
 
 class RationaleWriter(Protocol):

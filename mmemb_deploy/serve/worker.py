@@ -40,6 +40,14 @@ class Limits:
     max_wait: float = math.inf  # seconds of prompts before a request, beyond which it is refused
 
 
+@dataclass
+class Running:
+    """The jobs of an order, and how many of them have not ended."""
+
+    jobs: list[Job]
+    left: int
+
+
 class Worker:
     """An embedder behind a scheduler: takes messages and runs, of one thread at a time."""
 
@@ -52,8 +60,7 @@ class Worker:
         pace = Pace(prompts=limits.batch_size, rationales=limits.batch_size, patient=False, bounds=bounds)
         self.scheduler = Scheduler(embedder.paths, pace, time.monotonic, load=self._load)
         self.told: list[tuple[int, Told]] = []
-        self._orders: dict[int, list[Job]] = {}
-        self._left: dict[int, int] = {}  # jobs of an order
+        self._orders: dict[int, Running] = {}  # by their numbers
 
     def warm(self) -> None:
         """Run each path, so that no request pays for what an engine does the first time, and costs are known."""
@@ -112,7 +119,7 @@ class Worker:
             if order.watched:
                 job.scored, job.wrote = partial(self._scored, order.number), partial(self._wrote, order.number)
         self.scheduler.submit(jobs)
-        self._orders[order.number], self._left[order.number] = jobs, len(jobs)
+        self._orders[order.number] = Running(jobs, len(jobs))
 
     def _scored(self, number: int, job: Job) -> None:
         assert job.item.embedding_D is not None
@@ -122,21 +129,19 @@ class Worker:
         self.told.append((number, [] if job.writing is None else list(job.writing.token_ids)))
 
     def _ended(self, number: int, job: Job) -> None:
-        if number not in self._orders:  # nobody waits for it
+        if (order := self._orders.get(number)) is None:  # nobody waits for it
             return
-        self._left[number] -= 1
+        order.left -= 1
         if job.error is not None:
             self._drop(number)
             self.told.append((number, End(job.error)))
-        elif not self._left[number]:
-            jobs = self._orders.pop(number)
-            del self._left[number]
-            self.told.append((number, End(None, [job.item.outcome for job in jobs])))
+        elif not order.left:
+            del self._orders[number]
+            self.told.append((number, End(None, [job.item.outcome for job in order.jobs])))
 
     def _drop(self, number: int) -> None:
         """Forget an order, of which nothing more is told."""
-        self.scheduler.cancel(self._orders.pop(number))
-        del self._left[number]
+        self.scheduler.cancel(self._orders.pop(number).jobs)
 
     def _figures(self, threshold: float | None) -> Mapping[str, float]:
         scheduler, paths = self.scheduler, self.embedder.paths
